@@ -1,0 +1,48 @@
+"""Recipes: frozen dataclasses, read strictly from TOML or JSON. Imports no torch."""
+
+from megamm.config.read import apply_overrides, from_dict, load_recipe, load_resolved, recipe_names, to_dict
+from megamm.config.schema import (
+    AudioFeatures,
+    Batching,
+    Checkpointing,
+    Data,
+    Dataset,
+    Engine,
+    Evaluation,
+    ImageFeatures,
+    Loss,
+    Model,
+    Optimizer,
+    Recipe,
+    Schedule,
+    Telemetry,
+    Tokenizer,
+    Tower,
+    Training,
+)
+
+__all__ = [
+    "AudioFeatures",
+    "Batching",
+    "Checkpointing",
+    "Data",
+    "Dataset",
+    "Engine",
+    "Evaluation",
+    "ImageFeatures",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Recipe",
+    "Schedule",
+    "Telemetry",
+    "Tokenizer",
+    "Tower",
+    "Training",
+    "apply_overrides",
+    "from_dict",
+    "load_recipe",
+    "load_resolved",
+    "recipe_names",
+    "to_dict",
+]

@@ -1,0 +1,181 @@
+"""The strict reader: TOML recipe, dotted overrides, one line for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megamm.config.schema import Recipe
+from megamm.core.errors import ConfigError
+from megamm.core.files import read_json
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("megamm.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name, or a TOML file by path, and apply `--dotted.key value` overrides.
+
+    Raises:
+        ConfigError: No such recipe, not TOML, an unknown key or a value of the wrong type.
+    """
+    path = Path(name)
+    if name.endswith(".toml") or path.is_file():
+        if not path.is_file():
+            raise ConfigError(f"recipe {name} does not exist; give a TOML file or one of: {', '.join(recipe_names())}")
+        text = path.read_text(encoding="utf-8")
+    elif name in recipe_names():
+        text = resources.files("megamm.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"recipe {name!r} is not known{_suggest(name, recipe_names())}; the recipes are: {', '.join(recipe_names())}")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name} is not valid TOML: {error}") from error
+    return from_dict(apply_overrides(table, overrides))
+
+
+def load_resolved(path: Path) -> Recipe:
+    """Read the `config.json` that a run archived.
+
+    Raises:
+        ConfigError: The file is missing or was not written by this version's schema.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; name a run folder that `megamm pretrain` wrote")
+    return from_dict(read_json(path))
+
+
+def from_dict(table: dict[str, Any]) -> Recipe:
+    """Validate a nested table.
+
+    Raises:
+        ConfigError: The first mistake, with its dotted key, its value and the fix.
+    """
+    try:
+        # Through JSON, because strict mode takes a TOML list for a tuple only there.
+        return _ADAPTER.validate_json(json.dumps(table), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the recipe holds a value that is not plain TOML: {error}") from error
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values; `from_dict` gives it back equal."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))  # type: ignore[call-overload]
+
+
+def apply_overrides(table: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Set `--a.b value` (or `--a.b=value`) in a copy of `table`; values are read as TOML, else as strings.
+
+    Raises:
+        ConfigError: An argument is not of that form, or a key leads through something that is not a table.
+    """
+    result = json.loads(json.dumps(table))
+    for key, text in _pairs(arguments):
+        *parents, last = key.split(".")
+        place = result
+        for depth, name in enumerate(parents):
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--{key}: {'.'.join(parents[: depth + 1])} is a value, not a table; override it itself")
+        place[last] = _value(text, wants_text=_is_text(key))
+    return result
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"{word!r} is not an override; write --dotted.key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} has no value; write --{key} VALUE")
+            text = rest.pop(0)
+        yield key.replace("-", "_"), text
+
+
+def _value(text: str, *, wants_text: bool) -> Any:
+    if wants_text:
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _is_text(key: str) -> bool:
+    """True where the schema wants a string: a folder named `1e5` must not become a number."""
+    kind: Any = Recipe
+    for name in key.split("."):
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(name)
+        elif typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        else:
+            return False
+        kind = _strip_none(kind)
+    return kind is str
+
+
+def _strip_none(kind: Any) -> Any:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [one for one in typing.get_args(kind) if one is not type(None)]
+        return kinds[0] if len(kinds) == 1 else kind
+    return kind
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _fields_at(place[:-1])
+        return f"{key} is not a key of a recipe{_suggest(place[-1], known)}; {_scope(place[:-1])} has: {', '.join(known)}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing; every recipe must set it"
+    more = f" (and {error.error_count() - 1} more mistakes)" if error.error_count() > 1 else ""
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}={json.dumps(first['input'], default=str)} is not valid: {message}{more}"
+
+
+def _scope(place: list[str]) -> str:
+    return ".".join(place) if place else "the recipe"
+
+
+def _fields_at(place: list[str]) -> list[str]:
+    kind: Any = Recipe
+    for name in place:
+        if dataclasses.is_dataclass(kind):
+            kind = _strip_none(typing.get_type_hints(kind).get(name))
+        elif typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,328 @@
+"""Everything that a recipe can say: what a paper's table of a training run would state.
+
+Every class is a frozen dataclass; unknown keys and wrong types are refused by `megamm.config.read`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Tokenizer:
+    """The vocabulary: one id space for text, control, locations and codes.
+
+    Attributes:
+        folder: Where `megamm tokenizer` wrote the tokenizer; read by training, archived in the run.
+        adopt: A local Hugging Face folder whose text tokenizer keeps its ids; empty to train sentencepiece pieces.
+        text_size: Pieces of a trained text tokenizer, bytes included.
+        location_bins: Bins of a coordinate.
+        image_codes: Size of the picture code book.
+        audio_levels: Levels of the residual sound code.
+        audio_codes: Entries a level of the sound code book.
+        item_levels: Levels of semantic item ids.
+        item_codes: Entries a level of semantic item ids.
+        spare: Ids kept free for later.
+    """
+
+    folder: str = "data/tokenizer"
+    adopt: str = ""
+    text_size: Positive = 512
+    location_bins: Count = 1000
+    image_codes: Count = 0
+    audio_levels: Count = 0
+    audio_codes: Count = 0
+    item_levels: Count = 0
+    item_codes: Count = 0
+    spare: Count = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Tower:
+    """One stock transformers module of the composed model.
+
+    Attributes:
+        type: The `model_type` that transformers' Auto classes know, such as `qwen3`.
+        pretrained: A local Hugging Face folder to start from; empty for random weights. Its config replaces `config`.
+        trainable: False freezes the tower (its projector still trains).
+        lr_scale: Factor on the optimizer's learning rate for this tower.
+        config: Arguments of the stock config class.
+    """
+
+    type: str
+    pretrained: str = ""
+    trainable: bool = True
+    lr_scale: NonNegative = 1.0
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ImageFeatures:
+    """How pictures become the vision tower's input.
+
+    Attributes:
+        kind: `naflex` cuts patches at the picture's own aspect ratio; `fixed` resizes to a square (CNN towers).
+        patch_size: Side of a patch in pixels (`naflex`).
+        max_patches: Bound on patches a picture (`naflex`).
+        merge: `merge` x `merge` neighbouring patches become one token.
+        size: Side in pixels (`fixed`).
+        stride: Pixels a feature-map cell covers a side (`fixed`).
+        mean: Subtracted after scaling to [0, 1], a channel each.
+        std: Divided by, a channel each.
+    """
+
+    kind: Literal["naflex", "fixed"] = "naflex"
+    patch_size: Positive = 16
+    max_patches: Positive = 256
+    merge: Positive = 1
+    size: Positive = 224
+    stride: Positive = 32
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AudioFeatures:
+    """How sounds become the audio tower's input.
+
+    Attributes:
+        rate_hz: Sampling rate that sounds are resampled to.
+        num_mel: Mel bands.
+        hop_length: Samples between frames.
+        n_fft: Samples a window.
+        min_samples: Shorter sounds are padded with silence.
+        max_seconds: Longer sounds are refused (ledger).
+    """
+
+    rate_hz: Positive = 16000
+    num_mel: Positive = 128
+    hop_length: Positive = 160
+    n_fft: Positive = 400
+    min_samples: Positive = 8000
+    max_seconds: Annotated[float, Field(gt=0)] = 30.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    """The composed model. A missing vision or audio tower leaves the modality out."""
+
+    text: Tower
+    vision: Tower | None = None
+    audio: Tower | None = None
+    image_features: ImageFeatures = ImageFeatures()
+    audio_features: AudioFeatures = AudioFeatures()
+    projector_lr_scale: NonNegative = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Dataset:
+    """One dataset of the mixture.
+
+    Attributes:
+        shards: A path or glob of tar files, relative to `data.root`.
+        weight: Share of samples relative to the other datasets.
+    """
+
+    shards: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    """Where samples come from and how they are ordered and packed.
+
+    Attributes:
+        root: Folder that shard paths are relative to.
+        train: Name -> dataset of the mixture.
+        held_out: Name -> dataset that is only evaluated.
+        window: Sample positions that are packed together (more fill, more memory).
+        shuffle_block: Neighbouring samples that stay together when read (1 shuffles single samples).
+        shuffle_window: Blocks that are mixed with each other.
+        row_patches: Capacity of a row for vision-tower input, in patches (pictures of `fixed` kind count their tokens).
+        row_frames: Capacity of a row for audio-tower input, in mel frames.
+        prefetch_steps: Steps decoded ahead.
+        prefetch_bytes: Bound on the bytes of decoded batches waiting.
+        decode_threads: Threads that read and decode.
+        max_skipped_share: Share of skipped samples that turns into an error.
+        max_pixels: Larger pictures are refused from their header.
+    """
+
+    root: str = "data"
+    train: dict[str, Dataset] = Field(default_factory=dict)
+    held_out: dict[str, Dataset] = Field(default_factory=dict)
+    window: Positive = 512
+    shuffle_block: Positive = 1
+    shuffle_window: Positive = 64
+    row_patches: Positive = 4096
+    row_frames: Positive = 12000
+    prefetch_steps: Positive = 4
+    prefetch_bytes: Positive = 1 << 30
+    decode_threads: Positive = 1
+    max_skipped_share: Fraction = 0.01
+    max_pixels: Positive = 64_000_000
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Batching:
+    """The global batch: `global_rows` rows of `row_tokens` tokens a step, whatever the number of ranks.
+
+    Attributes:
+        row_tokens: Capacity of a row in tokens.
+        global_rows: Rows a step, over all ranks and micro-steps.
+        micro_rows: Rows a rank runs at once.
+        accumulation: Micro-steps a step; 0 derives the least that fits, leaving empty rows in slots that are over.
+    """
+
+    row_tokens: Positive = 2048
+    global_rows: Positive = 8
+    micro_rows: Positive = 1
+    accumulation: Count = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Loss:
+    """Chunked linear cross-entropy.
+
+    Attributes:
+        chunk_tokens: Tokens whose logits exist at once.
+        task_weights: Task name -> weight of its supervised tokens; 1 where not named.
+    """
+
+    chunk_tokens: Positive = 1024
+    task_weights: dict[str, NonNegative] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizer:
+    """AdamW on fp32 master weights; decay leaves out norms, biases and embeddings of positions (1-d parameters)."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.1
+    max_grad_norm: NonNegative = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Schedule:
+    """Learning rate by optimizer step.
+
+    Attributes:
+        kind: `cosine`, `wsd` (warm-up, stable, linear decay) or `constant`, each after a linear warm-up.
+        warmup_steps: Steps of the warm-up.
+        decay_steps: Last steps that decay (`wsd`).
+        min_ratio: Learning rate at the end as a share of the peak.
+    """
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    decay_steps: Count = 0
+    min_ratio: Fraction = 0.1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Engine:
+    """DeepSpeed and numerics.
+
+    Attributes:
+        preset: File of `ds_configs/` without its ending (ZeRO mechanics only).
+        precision: `bf16` and `fp16` keep fp32 master weights.
+        activation_checkpointing: `none`, `full` (every block recomputed) or `selective` (every second block).
+        deterministic: Ask torch for deterministic kernels (bit-exact resume on GPU).
+        seed: Seeds weights and everything random outside the data plan.
+        overrides: DeepSpeed keys on top of the preset, such as `zero_optimization.stage3_max_live_parameters`.
+    """
+
+    preset: str = "zero3"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    deterministic: bool = True
+    seed: Count = 0
+    overrides: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Training:
+    """How long to train.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        stop_after: Stop cleanly (checkpoint, INTERRUPTED) after this step; 0 for never. The schedule still ends at `steps`.
+    """
+
+    steps: Positive = 1000
+    stop_after: Count = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Checkpointing:
+    """When to commit checkpoints and which to keep.
+
+    Attributes:
+        every: Steps between commits; 0 commits only at the end and on interruption.
+        keep_last: Newest checkpoints that stay.
+        keep_every: Steps whose multiples stay for ever; 0 for none.
+    """
+
+    every: Count = 500
+    keep_last: Positive = 2
+    keep_every: Count = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Evaluation:
+    """Held-out loss during training: `rows` packed rows every `every` steps (0 for never)."""
+
+    every: Count = 0
+    rows: Positive = 16
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Telemetry:
+    """What is logged, every how many steps, where to.
+
+    Attributes:
+        every: Steps between lines of `metrics.jsonl` and TensorBoard.
+        tensorboard: Write event files.
+        wandb: Log to Weights & Biases as well (`WANDB_MODE=offline` keeps it local).
+        wandb_project: Its project.
+        peak_tflops: Peak of one device for MFU; 0 looks the device up and leaves MFU out where it is unknown.
+    """
+
+    every: Positive = 1
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "megamm"
+    peak_tflops: NonNegative = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe:
+    """One training run, whole."""
+
+    name: str
+    model: Model
+    seed: Count = 0
+    description: str = ""
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    batch: Batching = Batching()
+    loss: Loss = Loss()
+    optim: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    engine: Engine = Engine()
+    train: Training = Training()
+    checkpoint: Checkpointing = Checkpointing()
+    evaluation: Evaluation = Evaluation()
+    telemetry: Telemetry = Telemetry()

@@ -1,0 +1,1 @@
+"""Types, errors, environment, logging and atomic files. Imports no torch, so that a login node starts at once."""

@@ -1,0 +1,187 @@
+"""The data structures that rooms hand to each other.
+
+Shape legend: T tokens of one sequence, B rows of a micro-batch, S tokens of a row (its capacity), N images,
+P patches of an image, M mel bands, F mel frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+IGNORE_LABEL = -100
+"""Label of a position that is not supervised (the convention of `torch.nn.functional.cross_entropy`)."""
+
+PART_TYPES = ("text", "image", "audio", "boxes", "mask", "label", "item")
+ROLES = ("system", "user", "assistant")
+MEDIA_TYPES = ("image", "audio")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece of a message's content.
+
+    Attributes:
+        type: One of `PART_TYPES`.
+        text: Characters of a `text` or `label` part.
+        member: Member suffix of an `image`, `audio` or `mask` part, such as `0.jpg`.
+        data: The remaining JSON fields of a `boxes` or `item` part.
+    """
+
+    type: str
+    text: str = ""
+    member: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat: `role` (of `ROLES`) and its parts in order."""
+
+    role: str
+    content: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one `KEY.json` and its media members say.
+
+    Attributes:
+        key: Sample key, unique inside its dataset.
+        task: Name in `megamm.tasks.TASKS`.
+        messages: The chat; for plain text documents one assistant message.
+        media: Member suffix -> bytes, for the members that the messages name.
+        metadata: Further JSON fields, kept for slices of an evaluation.
+    """
+
+    key: str
+    task: str
+    messages: tuple[Message, ...]
+    media: Mapping[str, bytes] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFacts:
+    """What planning must know of a picture or a sound without decoding it.
+
+    Attributes:
+        type: `image` or `audio`.
+        width: Image width in pixels after EXIF orientation (0 for audio).
+        height: Image height in pixels after EXIF orientation (0 for audio).
+        num_frames: Audio length in samples at `rate_hz` (0 for images).
+        rate_hz: Audio sampling rate in hertz (0 for images).
+    """
+
+    type: str
+    width: int = 0
+    height: int = 0
+    num_frames: int = 0
+    rate_hz: int = 0
+
+
+@dataclass(slots=True)
+class ImageInput:
+    """A picture ready for the vision tower.
+
+    Attributes:
+        pixels: float32[P, patch_size * patch_size * 3] for a patch tower (NaFlex), float32[3, H, W] for a fixed-size tower.
+        grid: Rows and columns of the tower's feature map before merging, in patches.
+        num_tokens: Placeholders that the picture takes in its sequence.
+    """
+
+    pixels: np.ndarray
+    grid: tuple[int, int]
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class AudioInput:
+    """A sound ready for the audio tower: `mel` float32[M, F] (log-mel, not padded) and its placeholders."""
+
+    mel: np.ndarray
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class TokenSequence:
+    """One sample in the model's language.
+
+    Attributes:
+        dataset: Name of its dataset.
+        key: Sample key.
+        task: Task name.
+        input_ids: int32[T].
+        labels: int32[T]; the next token where it is supervised, `IGNORE_LABEL` elsewhere.
+        weights: float32[T]; loss weight of the label at the same position, 0 where it is ignored.
+        images: In the order of their placeholders.
+        audios: In the order of their placeholders.
+    """
+
+    dataset: str
+    key: str
+    task: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    images: list[ImageInput] = field(default_factory=list)
+    audios: list[AudioInput] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PackedRow:
+    """The sequences that share one row, in order; an empty list is an empty row."""
+
+    sequences: list[TokenSequence] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch of one rank. Arrays are NumPy here; `train/step` moves them to the device.
+
+    Padding forms a last document of its own in each row (position_ids restart at 0, nothing supervised).
+
+    Attributes:
+        input_ids: int64[B, S].
+        labels: int64[B, S], already shifted; `IGNORE_LABEL` where not supervised.
+        weights: float32[B, S], loss weight a label, 0 where ignored.
+        position_ids: int64[B, S], restart at 0 with every document.
+        task_ids: int64[B, S], index into `tasks` of the document that a token belongs to, -1 on padding.
+        document_lengths: For each row the lengths of its documents in order; they sum to S, the padding document last.
+        num_padding: For each row the tokens of its padding document (0 when it is full).
+        tasks: Task names that `task_ids` index (the same list on all ranks).
+        pixels: float32[N, P, patch_dim] or float32[N, 3, H, W]; None without images.
+        pixel_mask: int64[N, P], 1 for real patches; None for fixed-size towers or without images.
+        image_grids: int64[N, 2], rows and columns in patches; None without images.
+        mel: float32[N, M, F], zero-padded to a multiple of the tower's chunk; None without audio.
+        mel_mask: int64[N, F], 1 for real frames; None without audio.
+        keys: For each row the `dataset/key` of its documents.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    position_ids: np.ndarray
+    task_ids: np.ndarray
+    document_lengths: list[list[int]]
+    num_padding: list[int]
+    tasks: tuple[str, ...]
+    pixels: np.ndarray | None = None
+    pixel_mask: np.ndarray | None = None
+    image_grids: np.ndarray | None = None
+    mel: np.ndarray | None = None
+    mel_mask: np.ndarray | None = None
+    keys: list[list[str]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return self.input_ids.size - sum(self.num_padding)
+
+    @property
+    def weight_sum(self) -> float:
+        """Sum of the loss weights of all supervised tokens."""
+        return float(self.weights.sum(dtype=np.float64))

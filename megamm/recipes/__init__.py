@@ -1,0 +1,1 @@
+"""Recipes as package data, one documented TOML file a run."""
