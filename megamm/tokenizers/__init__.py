@@ -1,0 +1,1 @@
+"""Text pieces, control tokens, locations and codes in one id space. Imports no torch."""
