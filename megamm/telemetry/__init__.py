@@ -1,0 +1,1 @@
+"""Progress bar, metric logs, throughput and MFU."""

@@ -1,0 +1,1 @@
+"""Pretraining: build, loop, step, schedule, interruption."""

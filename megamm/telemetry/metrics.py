@@ -1,0 +1,96 @@
+"""Metrics to `metrics.jsonl`, TensorBoard and, when asked, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megamm.config import Telemetry
+from megamm.core.errors import ConfigError
+from megamm.core.files import write_text
+
+Value = float | int | str
+
+
+class MetricsLog:
+    """Writes one line a step. State: the open files; resuming drops what a crash wrote past the resumed step.
+
+    Only rank 0 holds one.
+
+    Args:
+        folder: The run folder.
+        config: Which sinks to open.
+        resumed_step: Steps already in the checkpoint; later lines are dropped, since they will be written again.
+        recipe: The resolved recipe, shown by Weights & Biases.
+
+    Raises:
+        ConfigError: Weights & Biases is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, config: Telemetry, *, resumed_step: int, recipe: Mapping[str, Any]):
+        self._path = folder / "metrics.jsonl"
+        _drop_after(self._path, resumed_step)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._tensorboard = _tensorboard(folder, resumed_step) if config.tensorboard else None
+        self._wandb = _wandb(folder, config, recipe) if config.wandb else None
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Log `values` of one step; numbers also go to TensorBoard and Weights & Biases."""
+        self._file.write(json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}}) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`; a last line torn by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _plain(value: Value) -> Value:
+    # JSON knows no NaN; a diverged loss must still be readable.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if path.is_file():
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _tensorboard(folder: Path, resumed_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+
+
+def _wandb(folder: Path, config: Telemetry, recipe: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("telemetry.wandb=true, but wandb is not installed; pip install 'megamm[wandb]'") from error
+    identity = folder.resolve().name
+    return wandb.init(project=config.wandb_project, name=identity, dir=str(folder), config=dict(recipe), resume="allow", id=identity)

@@ -1,0 +1,143 @@
+"""The folder of one run: archived recipe, markers, logs, checkpoints.
+
+    config.json ds_config.json environment.json tokenizer/ metrics.jsonl tensorboard/ logs/ checkpoints/
+    INTERRUPTED or DONE when the last process left in order, STOP when a user asks for it
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from megamm.config import Recipe, load_resolved, to_dict
+from megamm.core.errors import ConfigError
+from megamm.core.files import digest_file, write_json, write_text
+
+# What a resume may change without changing what is computed.
+_MAY_CHANGE = (
+    "batch.micro_rows",
+    "batch.accumulation",
+    "checkpoint.",
+    "data.decode_threads",
+    "data.prefetch_",
+    "data.root",
+    "description",
+    "engine.activation_checkpointing",
+    "engine.overrides",
+    "engine.preset",
+    "evaluation.",
+    "loss.chunk_tokens",
+    "telemetry.",
+    "tokenizer.folder",
+    "train.stop_after",
+)
+_PACKAGES = ("megamm", "torch", "deepspeed", "transformers", "webdataset", "safetensors", "tokenizers", "numpy")
+
+
+class RunFolder:
+    """Paths and markers of one run.
+
+    Args:
+        path: The folder; `create` or `resume` decides what it may hold.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.json"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+        self.stop = path / "STOP"
+        self.interrupted = path / "INTERRUPTED"
+        self.done = path / "DONE"
+
+    def is_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.is_file()
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a folder that holds something else, or a run of another recipe.
+
+        Raises:
+            ConfigError: The folder is not empty and not a run, or its recipe differs in a key that changes the computation.
+        """
+        if not self.is_run():
+            if self.path.exists() and any(entry.name != "logs" for entry in self.path.iterdir()):
+                raise ConfigError(f"{self.path} is not empty and holds no run; name an empty folder with --run")
+            return
+        changed = [key for key in differences(to_dict(load_resolved(self.config)), to_dict(recipe)) if not key.startswith(_MAY_CHANGE)]
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run whose recipe differs in {', '.join(changed[:4])}{' …' if len(changed) > 4 else ''}; "
+                "drop the override to resume it, or start a new run with another --run"
+            )
+
+    def archive(self, recipe: Recipe, ds_config: dict[str, Any]) -> None:
+        """Write the resolved recipe, DeepSpeed's merged config, the environment and the tokenizer (rank 0 only)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _copy_folder(Path(recipe.tokenizer.folder), self.tokenizer)
+        write_json(self.path / "ds_config.json", ds_config)
+        write_json(self.path / "environment.json", environment())
+        # Last, because its presence says that this folder is a run.
+        write_json(self.config, to_dict(recipe))
+
+    def mark(self, marker: Path, **facts: Any) -> None:
+        """Leave `marker` (INTERRUPTED or DONE) with its facts as JSON, and take the other one and STOP away."""
+        for other in (self.interrupted, self.done, self.stop):
+            if other != marker:
+                other.unlink(missing_ok=True)
+        write_text(marker, json.dumps(facts, sort_keys=True) + "\n")
+
+    def clear_markers(self) -> None:
+        """Take INTERRUPTED and STOP away when a run starts or resumes."""
+        for marker in (self.interrupted, self.stop):
+            marker.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this process, without secrets: no environment variables are copied but the launcher's."""
+    launcher = ("WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_RESTART_COUNT")
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "num_cpus": os.cpu_count(),
+        "versions": versions,
+        "launcher": {name: os.environ[name] for name in launcher if name in os.environ},
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested tables."""
+    keys = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            keys += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    if target.is_dir():
+        for path in sorted(source.iterdir()):
+            if path.is_file() and (not (target / path.name).is_file() or digest_file(target / path.name) != digest_file(path)):
+                raise ConfigError(f"{path} differs from the tokenizer archived in {target}; a run keeps its tokenizer, start a new --run")
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    temporary.rename(target)
