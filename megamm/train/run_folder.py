@@ -133,7 +133,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 def _copy_folder(source: Path, target: Path) -> None:
     if target.is_dir():
-        for path in sorted(source.iterdir()):
+        # A run is complete in itself: where the source is gone, the archived tokenizer serves.
+        for path in sorted(source.iterdir()) if source.is_dir() else ():
             if path.is_file() and (not (target / path.name).is_file() or digest_file(target / path.name) != digest_file(path)):
                 raise ConfigError(f"{path} differs from the tokenizer archived in {target}; a run keeps its tokenizer, start a new --run")
         return

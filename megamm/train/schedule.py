@@ -35,7 +35,7 @@ def lr_factor(schedule: Schedule, num_steps: int) -> Callable[[int], float]:
         if schedule.kind == "cosine":
             progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
             return schedule.min_ratio + (1 - schedule.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-        if schedule.kind == "wsd" and step >= num_steps - decay:
+        if decay and step >= num_steps - decay:
             progress = min(1.0, (step - (num_steps - decay)) / decay)
             return 1 - (1 - schedule.min_ratio) * progress
         return 1.0

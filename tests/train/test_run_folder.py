@@ -1,0 +1,58 @@
+import json
+
+import pytest
+
+from megamm.config import load_recipe, to_dict
+from megamm.core.errors import ConfigError
+from megamm.core.files import write_json
+from megamm.train.run_folder import RunFolder, differences, environment
+
+
+def started(path, overrides=()):
+    path.mkdir(exist_ok=True)
+    write_json(path / "config.json", to_dict(load_recipe("tiny", overrides)))
+    return RunFolder(path)
+
+
+def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        RunFolder(tmp_path).check(load_recipe("tiny"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_logs_that_a_launcher_made_do_not_hinder_a_new_run(tmp_path):
+    (tmp_path / "logs").mkdir()
+    RunFolder(tmp_path).check(load_recipe("tiny"))
+
+
+def test_what_changes_the_computation_is_refused_by_name(tmp_path):
+    folder = started(tmp_path)
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr"):
+        folder.check(load_recipe("tiny", ["--optim.lr", "1e-4"]))
+
+
+def test_what_only_changes_the_execution_may_change(tmp_path):
+    folder = started(tmp_path)
+    folder.check(load_recipe("tiny", ["--batch.micro_rows", "2", "--data.decode_threads", "3", "--telemetry.every", "5"]))
+
+
+def test_markers_replace_each_other(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.stop.touch()
+    folder.mark(folder.interrupted, step=3, reason="SIGTERM")
+    assert json.loads(folder.interrupted.read_text()) == {"step": 3, "reason": "SIGTERM"}
+    assert not folder.stop.exists()
+    folder.mark(folder.done, step=9)
+    assert folder.done.exists() and not folder.interrupted.exists()
+
+
+def test_environment_holds_versions_and_no_secrets(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret-value")
+    facts = environment()
+    assert facts["versions"]["torch"] and facts["versions"]["megamm"] != "not installed"
+    assert "secret-value" not in json.dumps(facts)
+
+
+def test_differences_are_dotted():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c", "d"]
