@@ -1,0 +1,137 @@
+"""The training engine as the loop sees it: forward, backward, step, and what to log."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from megamm.core.errors import MegaMMError
+from megamm.engine.distributed import import_deepspeed
+
+
+class Engine:
+    """A model under DeepSpeed with torch's fused AdamW and a learning rate by optimizer step.
+
+    State: the model's partitions, their float32 masters and moments, the number of applied steps (which decides the
+    learning rate) and fp16's loss scale. `partitions` reads and writes all of it; what it restores continues bit for bit.
+    """
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; its parameters are split, so read them through `partitions`."""
+        return self._engine.module
+
+    @property
+    def deepspeed(self) -> Any:
+        """The DeepSpeedEngine, for this room only."""
+        return self._engine
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return int(self._engine.zero_optimization_stage())
+
+    @property
+    def num_accumulation(self) -> int:
+        """Micro-steps a step."""
+        return self._engine.gradient_accumulation_steps()
+
+    @property
+    def num_applied_steps(self) -> int:
+        """Optimizer steps that changed the weights; skipped ones do not count and do not move the learning rate."""
+        return self._engine.lr_scheduler.last_epoch
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Learning rate of the next step, a parameter group each."""
+        return [group["lr"] for group in self._engine.optimizer.param_groups]
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping, over all ranks; inf when the step was skipped."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's dynamic loss scale; 1 at other precisions."""
+        return float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the model's forward."""
+        return self._engine(**inputs)
+
+    def backward(self, loss: torch.Tensor, scale: float) -> None:
+        """Add to the step's gradient, which is the sum of `scale * loss` over all ranks and micro-steps.
+
+        DeepSpeed averages over ranks; that is undone here, so the caller divides by what the loss means and nothing else.
+
+        Args:
+            loss: Scalar with a graph, from this engine's forward.
+            scale: Such as 1 / Σw of the global batch.
+        """
+        # Divided by the accumulation inside DeepSpeed as well unless told not to.
+        self._engine.backward(loss * (scale * self._engine.dp_world_size), scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            # Counts the micro-step; the weights change at the boundary only.
+            self._engine.step()
+
+    def step(self) -> bool:
+        """Clip, update the weights and the learning rate, after the last micro-step's backward.
+
+        Returns:
+            True when the weights changed; False when the gradient was not finite on some rank and the step was skipped.
+
+        Raises:
+            MegaMMError: Fewer backward calls than micro-steps went before.
+        """
+        done = self._engine.micro_steps % self.num_accumulation + 1
+        if not self._engine.is_gradient_accumulation_boundary():
+            raise MegaMMError(f"step after {done - 1} of {self.num_accumulation} micro-steps; call backward for each first")
+        self._engine.step()
+        return self._engine.was_step_applied()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes inside run in evaluation mode and build no graph; every rank must make the same number of them."""
+        was_training = self.module.training
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train(was_training)
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
+        self._engine.destroy()
+
+
+def initialize(
+    model: nn.Module, ds_config: dict[str, Any], param_groups: list[dict[str, Any]], lr_lambda: Callable[[int], float]
+) -> Engine:
+    """Put a model under DeepSpeed.
+
+    Args:
+        model: From `weights.partitioned`, in training mode, frozen parts with `requires_grad` False.
+        ds_config: From `settings.deepspeed_config`, the one that the model was built with.
+        param_groups: What `torch.optim.AdamW` takes: `params`, `lr`, `betas`, `eps`, `weight_decay` each.
+        lr_lambda: Number of applied steps -> factor on each group's `lr`.
+    """
+    deepspeed = import_deepspeed()
+    optimizer = torch.optim.AdamW(param_groups, fused=True)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config=ds_config,
+        optimizer=optimizer,
+        lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, lr_lambda),
+        dist_init_required=False,
+    )
+    return Engine(engine)

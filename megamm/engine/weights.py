@@ -1,0 +1,174 @@
+"""Weights before training: built partitioned, initialised reproducibly, warm-started slice by slice.
+
+No rank ever holds the whole model. Initial values are a function of the seed and the module's name alone: the same for
+every number of ranks and every ZeRO stage, and drawn in float32 before they are rounded to the training precision
+(truncated normals drawn in bf16 pile up at their bounds).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from megamm.core.errors import CheckpointError
+from megamm.core.files import digest_text
+from megamm.engine.distributed import import_deepspeed
+
+
+def partitioned(construct: Callable[[], nn.Module], ds_config: dict[str, Any], *, seed: int) -> nn.Module:
+    """Build a model whose parameters are split over the ranks as soon as each module exists (ZeRO-3), and initialise it.
+
+    Parameters are stored in the training precision; buffers keep the precision that the model gives them (DeepSpeed's
+    plain `zero.Init` rounds RoPE frequencies and position tables to bf16). At lower ZeRO stages the model is built whole.
+
+    Args:
+        construct: Builds the model without loading weights, the same on every rank.
+        ds_config: From `settings.deepspeed_config`.
+        seed: Decides the initial weights.
+    """
+    with torch.random.fork_rng(), _without_model_initialisation():
+        # Decides the parameters that no `_init_weights` covers and that keep what their constructor drew.
+        torch.manual_seed(seed)
+        if ds_config["zero_optimization"]["stage"] == 3:
+            with _zero_init(ds_config):
+                model = construct()
+        else:
+            model = construct()
+    initialize_weights(model, seed)
+    for param in model.parameters():
+        if hasattr(param, "ds_tensor"):
+            _zero_padding(param)
+    return model
+
+
+def initialize_weights(model: nn.Module, seed: int) -> None:
+    """Run every sub-model's `_init_weights` on its modules, children before parents, each module with its own seed.
+
+    A module without a transformers model above it keeps what its constructor drew. Works on plain and partitioned models.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        for name, module, owner in _modules_with_owner(model, "", None):
+            if owner is None:
+                continue
+            with _full_float32(_parameters_in_reach(module)):
+                torch.manual_seed(int(digest_text(f"{seed}/{name}")[:15], 16))
+                owner._init_weights(module)
+
+
+def load_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Warm start: every rank copies its own slice of each tensor into the model. Call it before `initialize`.
+
+    DeepSpeed makes the float32 master weights from these values, so they start rounded to the training precision.
+
+    Args:
+        model: From `partitioned`.
+        tensors: Names of parameters or buffers and whole tensors, on each rank; memory-mapped ones are read only where used.
+
+    Returns:
+        Names that were loaded; of tied parameters the first name.
+
+    Raises:
+        CheckpointError: A name or a shape that the model does not have.
+    """
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    first_names = {id(param): name for name, param in model.named_parameters()}
+    loaded = set()
+    with torch.no_grad():
+        for name, tensor in tensors:
+            place = places.get(name)
+            if place is None:
+                raise CheckpointError(f"weight {name} is not in the model; its names start like {next(iter(places))}: load another folder")
+            shape = tuple(getattr(place, "ds_shape", place.shape))
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(f"weight {name} has shape {tuple(tensor.shape)}, the model's is {shape}: load another folder")
+            if hasattr(place, "ds_tensor"):
+                start, stop = partition_bounds(place)
+                place.ds_tensor[: stop - start].copy_(tensor.reshape(-1)[start:stop])
+            else:
+                place.copy_(tensor)
+            loaded.add(first_names.get(id(place), name))
+    return loaded
+
+
+def partition_bounds(param: nn.Parameter) -> tuple[int, int]:
+    """The elements of the flattened parameter that this rank holds under ZeRO-3, padding left out (start = stop for none)."""
+    size = param.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    start = min(size * param.ds_zero_partition_rank, param.ds_numel)  # type: ignore[attr-defined]
+    return start, min(start + size, param.ds_numel)  # type: ignore[attr-defined]
+
+
+def _zero_padding(param: nn.Parameter) -> None:
+    """DeepSpeed leaves the padding of the last partitions as it finds it; what is saved and normed must not depend on it."""
+    start, stop = partition_bounds(param)
+    with torch.no_grad():
+        param.ds_tensor[stop - start :].zero_()  # type: ignore[attr-defined]
+
+
+def _zero_init(ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    deepspeed = import_deepspeed()
+    from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, is_zero_param
+
+    class RoundedParameters(deepspeed.zero.Init):
+        """Constructors run in float32 and on the device; only parameters are rounded, just before they are split."""
+
+        def _post_init_method(self, module: nn.Module) -> None:
+            for param in module.parameters(recurse=False):
+                if param.is_floating_point() and not is_zero_param(param):
+                    param.data = param.data.to(self.dtype)
+            super()._post_init_method(module)
+
+    return RoundedParameters(config_dict_or_path=ds_config, tensor_overrides=[DeepSpeedTensorOverride.device])
+
+
+@contextlib.contextmanager
+def _without_model_initialisation() -> Iterator[None]:
+    """Inside constructors the children's weights are already split and empty: initialising there is lost or fails."""
+    original = PreTrainedModel.initialize_weights
+    PreTrainedModel.initialize_weights = lambda self, *args, **kwargs: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = original  # type: ignore[method-assign]
+
+
+def _modules_with_owner(
+    module: nn.Module, name: str, owner: PreTrainedModel | None
+) -> Iterator[tuple[str, nn.Module, PreTrainedModel | None]]:
+    """Children before parents; the owner is the nearest transformers model at or above, whose `_init_weights` counts."""
+    if isinstance(module, PreTrainedModel):
+        owner = module
+    for child_name, child in module.named_children():
+        yield from _modules_with_owner(child, f"{name}.{child_name}" if name else child_name, owner)
+    yield name, module, owner
+
+
+def _parameters_in_reach(module: nn.Module) -> list[nn.Parameter]:
+    """What `_init_weights(module)` may write: the module's own parameters and, as attention blocks do, its children's."""
+    params = list(module.parameters(recurse=False))
+    for child in module.children():
+        if not isinstance(child, PreTrainedModel):
+            params.extend(child.parameters(recurse=False))
+    return list({id(param): param for param in params}.values())
+
+
+@contextlib.contextmanager
+def _full_float32(params: list[nn.Parameter]) -> Iterator[None]:
+    """Make `params` whole and float32 inside, and round and split them again after; rank 0's values count."""
+    split = [param for param in params if hasattr(param, "ds_tensor")]
+    if not split:
+        yield
+        return
+    with import_deepspeed().zero.GatheredParameters(split, modifier_rank=0):
+        stored = [param.data for param in split]
+        for param in split:
+            param.data = param.data.float()
+        try:
+            yield
+        finally:
+            for param, data in zip(split, stored, strict=True):
+                param.data = data.copy_(param.data)
