@@ -1,0 +1,445 @@
+"""The composed model: stock towers through the Auto classes, projectors, one decoder.
+
+Shape legend: B rows, S tokens of a row, N pictures or sounds, P patches, M mel bands, F mel frames, E decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForMultimodalLM, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .attention import DOCUMENT_ATTENTION, make_documents
+from .configuration_megamm import MegaMMConfig
+from .loss import LinearHead
+
+AUDIO_CHUNK_FRAMES = 100
+
+
+@dataclass
+class MegaMMOutput(ModelOutput):
+    """What a forward returns.
+
+    Attributes:
+        loss: Scalar, sum of weight times negative log likelihood over supervised tokens, in fp32; None without labels.
+        token_losses: float32[B, S], unweighted and detached, 0 where nothing is supervised; None without labels.
+        logits: float[B, S, V]; None with labels, because they never exist at once.
+        past_key_values: The KV cache, when one is used.
+        hidden_states: Of the decoder, when asked for.
+        attentions: Of the decoder, when asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class VisionProjector(nn.Module):
+    """Two layers from the vision tower to the decoder, in the shape of `Lfm2VlMultiModalProjector`."""
+
+    def __init__(self, config: MegaMMConfig):
+        super().__init__()
+        channels = config.vision_hidden_size * config.image_features["merge"] ** 2
+        self.layer_norm = nn.LayerNorm(channels) if config.projector_use_layernorm else None
+        self.linear_1 = nn.Linear(channels, config.projector_hidden_size, bias=config.projector_bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size, bias=config.projector_bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float[tokens, channels x merge²] to float[tokens, E]."""
+        if self.layer_norm is not None:
+            features = self.layer_norm(features)
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class AudioProjector(nn.Module):
+    """Two layers from the audio tower to the decoder, exactly `Qwen3ASRMultiModalProjector`, so that its weights fit."""
+
+    def __init__(self, config: MegaMMConfig):
+        super().__init__()
+        audio = config.audio_config
+        self.linear_1 = nn.Linear(audio.d_model, audio.d_model)
+        self.act = ACT2FN[audio.activation_function]
+        self.linear_2 = nn.Linear(audio.d_model, audio.output_dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float[tokens, audio width] to float[tokens, E]."""
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class MegaMMPreTrainedModel(PreTrainedModel):
+    """What the two model classes share: configuration class and abilities."""
+
+    config_class = MegaMMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "audio", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+
+class MegaMMModel(MegaMMPreTrainedModel):
+    """Towers, projectors and decoder without a head.
+
+    Attributes:
+        run_every_tower: The modality contract of training under ZeRO-3. When True every forward runs every tower and
+            projector exactly once, in one order, whatever the batch holds: a tower without input runs its smallest
+            dummy, whose output enters the embeddings times zero. Ranks then gather the same parameters in the same
+            order, and an absent tower gets gradients that are zero instead of none.
+    """
+
+    def __init__(self, config: MegaMMConfig):
+        super().__init__(config)
+        implementation = config.text_config._attn_implementation or config._attn_implementation
+        if implementation == "sdpa":
+            config.text_config._attn_implementation = DOCUMENT_ATTENTION
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.vision_tower = self.vision_projector = self.audio_tower = self.multi_modal_projector = None
+        if config.vision_config is not None:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+            self.vision_projector = VisionProjector(config)
+            freeze_batch_norms(self.vision_tower)
+        if config.audio_config is not None:
+            self.audio_tower = AutoModel.from_config(config.audio_config)
+            self.multi_modal_projector = AudioProjector(config)
+        self.run_every_tower = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> MegaMMModel:
+        """Switch modes; batch norms keep their stored statistics, so that a row's result never depends on its batch."""
+        super().train(mode)
+        if self.vision_tower is not None:
+            for module in batch_norms(self.vision_tower):
+                module.eval()
+        return self
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Embeddings of pictures in reading order, one picture after the other.
+
+        Args:
+            pixel_values: float[N, P, patch² x 3] for a NaFlex tower, float[N, 3, H, W] for a fixed-size one.
+            pixel_attention_mask: int64[N, P], 1 for real patches (NaFlex).
+            spatial_shapes: int64[N, 2], rows and columns in patches (NaFlex).
+            kwargs: Ignored.
+
+        Returns:
+            float[tokens, E].
+        """
+        pixel_values = pixel_values.to(self.vision_projector.linear_1.weight.dtype)
+        if self.config.is_patch_tower:
+            hidden = self.vision_tower(
+                pixel_values=pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
+            ).last_hidden_state
+            grids = spatial_shapes.tolist()
+            maps = [one[: rows * columns].view(rows, columns, -1) for one, (rows, columns) in zip(hidden, grids, strict=True)]
+        else:
+            hidden = self.vision_tower(pixel_values=pixel_values).last_hidden_state
+            maps = list(self._feature_map(hidden, pixel_values.shape[-1]))
+        merge = self.config.image_features["merge"]
+        return self.vision_projector(torch.cat([merge_neighbours(one, merge) for one in maps]))
+
+    def _feature_map(self, hidden: torch.Tensor, side: int) -> torch.Tensor:
+        """float[N, rows, columns, channels] of a fixed-size tower that returns a map or a sequence of patches."""
+        if hidden.dim() == 4:
+            return hidden.permute(0, 2, 3, 1)
+        cells = side // self.config.image_features["stride"]
+        if hidden.shape[1] != cells * cells:
+            raise ValueError(
+                f"the vision tower returns {hidden.shape[1]} positions for {side} pixels at stride "
+                f"{self.config.image_features['stride']}, not {cells * cells}; "
+                "set image_features.stride, or take a tower without extra tokens"
+            )
+        return hidden.view(hidden.shape[0], cells, cells, -1)
+
+    def get_audio_features(self, input_features: torch.Tensor, input_features_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Embeddings of sounds, one sound after the other.
+
+        Args:
+            input_features: float[N, M, F], log-mel, zero-padded to a multiple of 100 frames.
+            input_features_mask: int64[N, F], 1 for real frames.
+            kwargs: Ignored.
+
+        Returns:
+            float[tokens, E].
+        """
+        input_features = input_features.to(self.multi_modal_projector.linear_1.weight.dtype)
+        hidden = self.audio_tower(input_features=input_features, input_features_mask=input_features_mask).last_hidden_state
+        return self.multi_modal_projector(hidden)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_lengths: Sequence[Sequence[int]] | None = None,
+        num_padding: Sequence[int] | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Run the towers, put their embeddings in the placeholders' places and run the decoder.
+
+        See `MegaMMForConditionalGeneration.forward` for the arguments.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        # Only the prefill holds placeholders; later steps may sample the same ids as ordinary tokens.
+        expects_media = input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0)
+        if self.vision_tower is not None:
+            features = None
+            if pixel_values is not None:
+                features = self.get_image_features(pixel_values, pixel_attention_mask, spatial_shapes)
+            elif self.run_every_tower:
+                inputs_embeds = inputs_embeds + nothing_of(self.get_image_features(**self._dummy_picture(inputs_embeds)), inputs_embeds)
+            if expects_media:
+                inputs_embeds = place(inputs_embeds, input_ids, self.config.image_token_id, features, "picture")
+        if self.audio_tower is not None:
+            features = None
+            if input_features is not None:
+                features = self.get_audio_features(input_features, input_features_mask)
+            elif self.run_every_tower:
+                inputs_embeds = inputs_embeds + nothing_of(self.get_audio_features(**self._dummy_sound(inputs_embeds)), inputs_embeds)
+            if expects_media:
+                inputs_embeds = place(inputs_embeds, input_ids, self.config.audio_token_id, features, "sound")
+        if document_lengths is not None:
+            self._check_packing(attention_mask, past_key_values)
+            kwargs["documents"] = make_documents(document_lengths, num_padding, inputs_embeds)
+            # A mask that is already 4-d is handed through as it is: without elements it costs nothing and is never read.
+            attention_mask = inputs_embeds.new_empty((inputs_embeds.shape[0], 1, 0, 0))
+            use_cache = False
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _check_packing(self, attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> None:
+        if attention_mask is not None or past_key_values is not None:
+            raise ValueError("packed rows (document_lengths) take no attention_mask and no past_key_values; leave them out")
+        implementation = self.config.text_config._attn_implementation
+        if implementation != DOCUMENT_ATTENTION:
+            raise ValueError(
+                f"packed rows need the decoder's attention {DOCUMENT_ATTENTION!r}, not {implementation!r}; load it with 'sdpa'"
+            )
+
+    def _dummy_picture(self, like: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        features = self.config.image_features
+        merge = features["merge"]
+        if self.config.is_patch_tower:
+            return {
+                "pixel_values": like.new_zeros(1, merge * merge, 3 * features["patch_size"] ** 2),
+                "pixel_attention_mask": like.new_ones((1, merge * merge), dtype=torch.long),
+                "spatial_shapes": torch.full((1, 2), merge, device=like.device),
+            }
+        is_convolutional = hasattr(self.config.vision_config, "hidden_sizes")
+        side = features["stride"] * merge if is_convolutional else features["size"]
+        return {"pixel_values": like.new_zeros(1, 3, side, side)}
+
+    def _dummy_sound(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        mask = like.new_zeros((1, AUDIO_CHUNK_FRAMES), dtype=torch.long)
+        mask[:, 0] = 1
+        return {
+            "input_features": like.new_zeros(1, self.config.audio_config.num_mel_bins, AUDIO_CHUNK_FRAMES),
+            "input_features_mask": mask,
+        }
+
+
+class MegaMMForConditionalGeneration(MegaMMPreTrainedModel, GenerationMixin):
+    """The composed model with its language-modelling head.
+
+    Attributes:
+        loss_chunk_tokens: Supervised tokens whose logits exist at once while the loss is computed.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegaMMConfig):
+        super().__init__(config)
+        self.model = MegaMMModel(config)
+        self.lm_head = LinearHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.loss_chunk_tokens = 1024
+        self.post_init()
+
+    @property
+    def run_every_tower(self) -> bool:
+        """The modality contract, see `MegaMMModel`."""
+        return self.model.run_every_tower
+
+    @run_every_tower.setter
+    def run_every_tower(self, value: bool) -> None:
+        self.model.run_every_tower = value
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See `MegaMMModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_audio_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See `MegaMMModel.get_audio_features`."""
+        return self.model.get_audio_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        document_lengths: Sequence[Sequence[int]] | None = None,
+        num_padding: Sequence[int] | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MegaMMOutput:
+        """Run the model on packed rows (training) or on padded sequences with a KV cache (generation).
+
+        Args:
+            input_ids: int64[B, S]; placeholders stand where pictures and sounds go.
+            position_ids: int64[B, S], restarting with every document of a packed row.
+            labels: int64[B, S], the token that each position has to predict (already shifted), -100 for none.
+            weights: float32[B, S], loss weight of each label; None for 1.
+            document_lengths: For each row the lengths of its documents, summing to S; None for unpacked rows.
+            num_padding: For each row the tokens of its last document if that is padding, else 0.
+            pixel_values: float[N, P, patch² x 3] or float[N, 3, H, W], pictures in the order of their placeholders.
+            pixel_attention_mask: int64[N, P], 1 for real patches (NaFlex).
+            spatial_shapes: int64[N, 2], rows and columns in patches (NaFlex).
+            input_features: float[N, M, F], log-mel of sounds in the order of their placeholders.
+            input_features_mask: int64[N, F], 1 for real frames.
+            attention_mask: int64[B, S] for padded, unpacked rows.
+            past_key_values: KV cache of earlier tokens.
+            inputs_embeds: float[B, S, E] in place of `input_ids`; media need `input_ids`.
+            use_cache: Whether to return a KV cache; never with packed rows.
+            logits_to_keep: Number of last positions, or positions, whose logits are wanted; 0 for all.
+            kwargs: Passed to the decoder.
+
+        Raises:
+            ValueError: Placeholders and embeddings differ in number, or rows are packed and masked at once.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            document_lengths=document_lengths,
+            num_padding=num_padding,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if labels is not None else use_cache,
+            **kwargs,
+        )
+        result = MegaMMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+        if labels is None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        else:
+            result.loss, result.token_losses = self.lm_head(outputs.last_hidden_state, labels, weights, self.loss_chunk_tokens)
+        return result
+
+
+def merge_neighbours(map_RCD: torch.Tensor, merge: int) -> torch.Tensor:
+    """Join `merge` x `merge` neighbouring cells of a feature map into one token, tokens in reading order.
+
+    Args:
+        map_RCD: float[rows, columns, channels].
+        merge: Side of the square that becomes one token; divides rows and columns.
+
+    Returns:
+        float[rows x columns / merge², channels x merge²].
+
+    Source: `Lfm2VlMultiModalProjector.pixel_unshuffle` (same order of channels).
+    """
+    rows, columns, channels = map_RCD.shape
+    cells = map_RCD.reshape(rows // merge, merge, columns // merge, merge, channels)
+    return cells.permute(0, 2, 1, 3, 4).reshape(-1, merge * merge * channels)
+
+
+def place(embeds_BSE: torch.Tensor, ids_BS: torch.Tensor, token_id: int, features: torch.Tensor | None, what: str) -> torch.Tensor:
+    """Replace the embeddings of placeholders by tower embeddings, in order.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    positions = (ids_BS.reshape(-1) == token_id).nonzero().squeeze(1)
+    num_features = 0 if features is None else features.shape[0]
+    if len(positions) != num_features:
+        raise ValueError(
+            f"{len(positions)} {what} placeholders (id {token_id}) but {num_features} {what} embeddings; "
+            "expand each placeholder to its number of tokens and pass the media in the same order"
+        )
+    if features is None:
+        return embeds_BSE
+    flat = embeds_BSE.reshape(-1, embeds_BSE.shape[-1])
+    return flat.index_copy(0, positions, features.to(flat.dtype)).view_as(embeds_BSE)
+
+
+def nothing_of(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A zero that depends on `features`; each is multiplied by zero before the sum, which could overflow in fp16."""
+    return (features * 0.0).sum().to(like.dtype)
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """All batch normalisations inside `module`."""
+    return [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+
+
+def freeze_batch_norms(module: nn.Module) -> None:
+    """Make batch norms use their stored statistics and keep their affine weights.
+
+    Statistics of a rank's own pictures would differ between ranks and between packings.
+    """
+    for norm in batch_norms(module):
+        norm.eval()
+        norm.requires_grad_(False)
+
+
+AutoModel.register(MegaMMConfig, MegaMMModel, exist_ok=True)
+AutoModelForMultimodalLM.register(MegaMMConfig, MegaMMForConditionalGeneration, exist_ok=True)
+
+__all__ = ["MegaMMForConditionalGeneration", "MegaMMModel", "MegaMMOutput", "MegaMMPreTrainedModel"]
