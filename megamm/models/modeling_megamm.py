@@ -17,11 +17,11 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
+from megamm.core.lengths import AUDIO_CHUNK_FRAMES
+
 from .attention import DOCUMENT_ATTENTION, make_documents
 from .configuration_megamm import MegaMMConfig
 from .loss import LinearHead
-
-AUDIO_CHUNK_FRAMES = 100
 
 
 @dataclass
