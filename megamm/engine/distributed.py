@@ -10,9 +10,11 @@ import contextlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +65,8 @@ def start(*, timeout_seconds: float = 1800.0) -> World:
     info = rank_info()
     device = _device(info)
     deepspeed = import_deepspeed()
+    # DeepSpeed calls collectives under names that torch renamed: one warning a call otherwise.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     # DeepSpeed reads these even where one process is the whole world.
     os.environ.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size))
     if not dist.is_initialized():
@@ -82,7 +86,8 @@ def import_deepspeed() -> Any:
     A build folder of its own for every process, because a lock file that a killed build left behind hangs the next one.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"megamm-extensions-{os.getuid()}-{os.getpid()}"))
+    folder = Path(tempfile.gettempdir()) / f"megamm-extensions-{os.getuid()}-{os.getpid()}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import deepspeed
 

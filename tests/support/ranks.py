@@ -77,7 +77,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
-    with open(folder / f"output_{rank}.txt", "wb") as output:
+    with (folder / f"output_{rank}.txt").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, __file__, str(folder), str(rank)],
             env=rank_environment(rank, world_size, port),

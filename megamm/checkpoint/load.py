@@ -1,0 +1,124 @@
+"""A checkpoint back into an engine, written by any number of ranks and read by any other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megamm.checkpoint import random_states
+from megamm.checkpoint.manifest import DATA_STATE, LEDGER, Manifest, ParameterEntry, rank_file, read_manifest
+from megamm.checkpoint.slicing import pieces
+from megamm.core.errors import CheckpointError
+from megamm.engine import partitions
+from megamm.engine.distributed import World, fail_together
+from megamm.engine.runtime import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What goes on after loading: the manifest, where the data plan stands, and the samples skipped so far."""
+
+    manifest: Manifest
+    data_state: dict[str, Any]
+    ledger: list[dict[str, Any]]
+
+
+class Slices:
+    """The flat tensors of a checkpoint, read slice by slice wherever their elements lie.
+
+    State: open memory-mapped files; a slice is all that is copied into memory.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self._folder = folder
+        self._num_ranks = manifest.world_size
+        self._num_elements = {entry.name: math.prod(entry.shape) for entry in manifest.parameters}
+        self._buffers = {entry.name for entry in manifest.parameters if entry.kind == "buffer"}
+        self._files: dict[int, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Slices:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor `KIND/NAME`, in the dtype it was saved in."""
+        name = key.partition("/")[2]
+        if name in self._buffers:
+            return self._file(0).get_slice(key)[start:stop]
+        parts = [
+            self._file(rank).get_slice(key)[first:last]
+            for rank, first, last in pieces(start, stop, num_elements=self._num_elements[name], num_ranks=self._num_ranks)
+        ]
+        if not parts:
+            return self._file(0).get_slice(key)[:0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def random_states(self, rank: int) -> dict[str, torch.Tensor]:
+        """What `random_states.capture` gave on that rank."""
+        file = self._file(rank)
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(random_states.PREFIX)}  # noqa: SIM118
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._files:
+            self._files[rank] = self._stack.enter_context(safe_open(self._folder / rank_file(rank), framework="pt"))
+        return self._files[rank]
+
+
+def load(folder: Path, engine: Engine, world: World) -> Loaded:
+    """Fill the engine from a verified checkpoint (`choose`); every rank calls it.
+
+    At the world size that wrote it the random states return as well and training continues bit for bit. At another one
+    weights and moments are equal element by element, and the random states stay as they are.
+
+    Raises:
+        CheckpointError: It is of another model (names the first parameter that differs), on every rank.
+    """
+    manifest = read_manifest(folder)
+    with fail_together():
+        check_model(folder, manifest, [ParameterEntry(**asdict(facts)) for facts in partitions.parameter_table(engine)])
+    with Slices(folder, manifest) as slices:
+        partitions.load_local_state(engine, slices.read, manifest.engine)
+        if manifest.world_size == world.size:
+            random_states.restore(slices.random_states(world.rank), world.device)
+    return Loaded(manifest, read_data_state(folder), read_ledger(folder))
+
+
+def read_data_state(folder: Path) -> dict[str, Any]:
+    """Where the data plan stood."""
+    return json.loads((folder / DATA_STATE).read_bytes())
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """Samples that were skipped until then."""
+    return [json.loads(line) for line in (folder / LEDGER).read_text(encoding="utf-8").splitlines()]
+
+
+def check_model(folder: Path, manifest: Manifest, table: Sequence[ParameterEntry]) -> None:
+    """Compare a checkpoint's parameters with a model's: names, shapes, and which of them train.
+
+    Raises:
+        CheckpointError: The first difference. Another stored precision is none: masters are float32.
+    """
+    theirs = {entry.name: entry for entry in manifest.parameters}
+    for own in table:
+        entry = theirs.pop(own.name, None)
+        if entry is None:
+            raise CheckpointError(f"checkpoint {folder} is of another model: it has no {own.name}; resume with the recipe that wrote it")
+        if (entry.shape, entry.kind) != (own.shape, own.kind):
+            raise CheckpointError(
+                f"checkpoint {folder} is of another model: {own.name} is {entry.kind} {list(entry.shape)} there and {own.kind} "
+                f"{list(own.shape)} here; resume with the recipe that wrote it"
+            )
+    if theirs:
+        raise CheckpointError(f"checkpoint {folder} is of another model: {next(iter(theirs))} is not in this one; resume with its recipe")

@@ -1,0 +1,151 @@
+"""The manifest: what a checkpoint holds, and the proof that it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megamm.checkpoint.shards import FileFacts
+from megamm.core.errors import CheckpointError
+from megamm.core.files import canonical_json, digest_file, digest_text
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DATA_STATE = "data_state.json"
+LEDGER = "ledger.jsonl"
+_PREFIX = "step_"
+_SOFTWARE = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterEntry:
+    """One parameter or persistent buffer: name, whole shape, stored dtype, and `trainable`, `frozen` or `buffer`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Who wrote the checkpoint: scheduler job and how often it was restarted. A later restart outranks an earlier one."""
+
+    job_id: str = ""
+    restart_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that loading must know before it opens another file.
+
+    Attributes:
+        step: Optimizer steps that were run.
+        world_size: Ranks that wrote it; each holds its ZeRO-3 slices (`slicing`).
+        files: File name -> size and digest, of every file but the manifest.
+        parameters: In the model's order, buffers last.
+        engine: Counters of the engine (`engine.partitions.counters`).
+        train: Whatever the training loop wants back.
+        fingerprints: Name (`model`, `config`, `data`, ...) -> digest.
+        software: Package -> version.
+        fence: Who wrote it.
+    """
+
+    step: int
+    world_size: int
+    files: dict[str, FileFacts]
+    parameters: tuple[ParameterEntry, ...]
+    engine: dict[str, Any]
+    train: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict)
+    fence: Fence = Fence()
+
+    def to_text(self) -> str:
+        """JSON with a digest of itself, so that a flipped bit in the manifest is found as well."""
+        body = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(body | {"digest": digest_text(canonical_json(body))}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def rank_file(rank: int) -> str:
+    """Name of a rank's shard."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def step_folder(step: int) -> str:
+    """Name of a step's folder; names sort as steps do."""
+    return f"{_PREFIX}{step:08d}"
+
+
+def committed(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that carries a checkpoint's name, oldest first; whether it is good is not asked."""
+    if not folder.is_dir():
+        return []
+    found = [(int(path.name.removeprefix(_PREFIX)), path) for path in folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
+    return sorted(entry for entry in found if entry[1].is_dir())
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what can change numbers."""
+    return {name: metadata.version(name) for name in _SOFTWARE} | {"python": platform.python_version()}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest and check its own digest.
+
+    Raises:
+        CheckpointError: It is missing, damaged or of another format.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder} does not exist; name a step_... folder of the run's checkpoints")
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {folder} has no {MANIFEST}: it was never committed; use another one")
+    try:
+        body = json.loads(path.read_bytes().decode("utf-8"))
+        digest = body.pop("digest")
+    except (ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({error}); use another one") from None
+    if digest != digest_text(canonical_json(body)):
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged (its digest does not match); use another one")
+    if body.pop("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {folder} has another format than {FORMAT}; load it with the version that wrote it")
+    body["files"] = {name: FileFacts(**facts) for name, facts in body["files"].items()}
+    body["parameters"] = tuple(ParameterEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in body["parameters"])
+    body["fence"] = Fence(**body["fence"])
+    return Manifest(**body)
+
+
+def check_file(folder: Path, name: str, facts: FileFacts) -> None:
+    """Compare one file with what the manifest says of it.
+
+    Raises:
+        CheckpointError: It is missing, of another size, or its bytes changed.
+    """
+    path = folder / name
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != facts.num_bytes:
+            raise CheckpointError(f"checkpoint {folder}: {name} has {num_bytes} bytes, the manifest says {facts.num_bytes}")
+        digest = digest_file(path)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
+    if digest != facts.digest:
+        raise CheckpointError(f"checkpoint {folder}: {name} is damaged (its digest does not match the manifest)")
+
+
+def verify(folder: Path) -> Manifest:
+    """Read every byte of a checkpoint and compare it with the manifest.
+
+    Raises:
+        CheckpointError: Anything is missing or damaged; names the file.
+    """
+    manifest = read_manifest(folder)
+    for name, facts in sorted(manifest.files.items()):
+        check_file(folder, name, facts)
+    return manifest
