@@ -216,24 +216,12 @@ class MegaMMModel(MegaMMPreTrainedModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        # Only the prefill holds placeholders; later steps may sample the same ids as ordinary tokens.
-        expects_media = input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0)
-        if self.vision_tower is not None:
-            features = None
-            if pixel_values is not None:
-                features = self.get_image_features(pixel_values, pixel_attention_mask, spatial_shapes)
-            elif self.run_every_tower:
-                inputs_embeds = inputs_embeds + nothing_of(self.get_image_features(**self._dummy_picture(inputs_embeds)), inputs_embeds)
-            if expects_media:
-                inputs_embeds = place(inputs_embeds, input_ids, self.config.image_token_id, features, "picture")
-        if self.audio_tower is not None:
-            features = None
-            if input_features is not None:
-                features = self.get_audio_features(input_features, input_features_mask)
-            elif self.run_every_tower:
-                inputs_embeds = inputs_embeds + nothing_of(self.get_audio_features(**self._dummy_sound(inputs_embeds)), inputs_embeds)
-            if expects_media:
-                inputs_embeds = place(inputs_embeds, input_ids, self.config.audio_token_id, features, "sound")
+        pictures = {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        sounds = {"input_features": input_features, "input_features_mask": input_features_mask}
+        # Only the prefill must hold all its media; later steps may sample the same ids as ordinary tokens.
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        for what, tower, media in (("image", self.vision_tower, pictures), ("audio", self.audio_tower, sounds)):
+            inputs_embeds = self._add_media(what, tower, media, inputs_embeds, input_ids if is_prefill or has_media(media) else None)
         if document_lengths is not None:
             self._check_packing(attention_mask, past_key_values)
             kwargs["documents"] = make_documents(document_lengths, num_padding, inputs_embeds)
@@ -248,6 +236,22 @@ class MegaMMModel(MegaMMPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _add_media(
+        self, what: str, tower: nn.Module | None, media: dict[str, torch.Tensor | None], embeds: torch.Tensor, ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run one tower on its input, on its dummy or not at all, and put what it returns where it belongs."""
+        if tower is None:
+            if has_media(media):
+                raise ValueError(f"this model has no {what} tower; leave out {', '.join(media)}")
+            return embeds
+        run = self.get_image_features if what == "image" else self.get_audio_features
+        features = run(**media) if has_media(media) else None
+        if features is None and self.run_every_tower:
+            embeds = embeds + nothing_of(run(**(self._dummy_picture(embeds) if what == "image" else self._dummy_sound(embeds))), embeds)
+        if ids is None:
+            return embeds
+        return place(embeds, ids, getattr(self.config, f"{what}_token_id"), features, what)
 
     def _check_packing(self, attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> None:
         if attention_mask is not None or past_key_values is not None:
@@ -312,6 +316,28 @@ class MegaMMForConditionalGeneration(MegaMMPreTrainedModel, GenerationMixin):
     def get_audio_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See `MegaMMModel.get_audio_features`."""
         return self.model.get_audio_features(*args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeat rows for beams and samples, each copy of a row with all its media; the stock way would mix rows of several."""
+        media: dict[str, torch.Tensor] = {}
+        for start_id, names in (
+            (self.config.image_start_token_id, ("pixel_values", "pixel_attention_mask", "spatial_shapes")),
+            (self.config.audio_start_token_id, ("input_features", "input_features_mask")),
+        ):
+            given = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+            if not given or expand_size == 1:
+                media |= given
+                continue
+            counts = (input_ids == start_id).sum(1).tolist()
+            if sum(counts) != len(given[names[0]]):
+                raise ValueError(f"{len(given[names[0]])} {names[0]} but {sum(counts)} start tokens (id {start_id}); put one before each")
+            rows = torch.arange(sum(counts)).split(counts)
+            order = torch.cat([row for row in rows for _ in range(expand_size)])
+            media |= {name: value[order.to(value.device)] for name, value in given.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        return input_ids, model_kwargs | media
 
     @can_return_tuple
     def forward(
@@ -398,6 +424,11 @@ def merge_neighbours(map_RCD: torch.Tensor, merge: int) -> torch.Tensor:
     rows, columns, channels = map_RCD.shape
     cells = map_RCD.reshape(rows // merge, merge, columns // merge, merge, channels)
     return cells.permute(0, 2, 1, 3, 4).reshape(-1, merge * merge * channels)
+
+
+def has_media(media: dict[str, torch.Tensor | None]) -> bool:
+    """Whether a tower's first argument, the pixels or the features, is there."""
+    return next(iter(media.values())) is not None
 
 
 def place(embeds_BSE: torch.Tensor, ids_BS: torch.Tensor, token_id: int, features: torch.Tensor | None, what: str) -> torch.Tensor:

@@ -1,0 +1,149 @@
+"""Floating-point operations of a training step on what the batch really holds: the numerator of MFU.
+
+Padding, dummies and recomputed activations count nothing. A multiply-add is two operations. Matrices cost 2 a weight and token
+in the forward, 2 for the gradient of their input and 2 for their own, so a part costs 6 where it trains, 4 where gradients only
+flow through it, 2 where it is frozen at the input. Attention has no weights of its own: its backward costs twice its forward.
+
+Source: Chowdhery et al., PaLM, appendix B (model FLOPs utilisation), with the windows of this model's towers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from megamm.config.schema import Model
+from megamm.core.lengths import AUDIO_CHUNK_FRAMES, audio_num_tokens
+from megamm.core.types import IGNORE_LABEL, Batch
+from megamm.models.configuration_megamm import MegaMMConfig
+
+_FORWARD, _THROUGH, _TRAINED = 2, 4, 6
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """What a micro-batch costs by.
+
+    Attributes:
+        documents: Tokens of each real document.
+        num_supervised: Tokens with a label.
+        patches: Patches of each picture; squares of a fixed-size tower count their cells.
+        frames: Mel frames of each sound.
+    """
+
+    documents: tuple[int, ...]
+    num_supervised: int
+    patches: tuple[int, ...] = ()
+    frames: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, batch: Batch) -> BatchSizes:
+        """Measure a collated micro-batch."""
+        documents: list[int] = []
+        for lengths, num_padding in zip(batch.document_lengths, batch.num_padding, strict=True):
+            documents += lengths[:-1] if num_padding else lengths
+        return cls(
+            documents=tuple(documents),
+            num_supervised=int(np.count_nonzero(batch.labels != IGNORE_LABEL)),
+            patches=() if batch.image_grids is None else tuple(int(rows * columns) for rows, columns in batch.image_grids),
+            frames=() if batch.mel_mask is None else tuple(int(one) for one in batch.mel_mask.sum(axis=1)),
+        )
+
+
+def train_flops(config: MegaMMConfig, sizes: BatchSizes, recipe: Model) -> float:
+    """Operations of forward and backward over one micro-batch.
+
+    Args:
+        config: The composed model's configuration.
+        sizes: What the micro-batch holds.
+        recipe: Which towers train; projectors always do.
+    """
+    text_trains = recipe.text.trainable
+    has_media = bool(sizes.patches or sizes.frames)
+    total = _decoder_flops(config, sizes, _TRAINED if text_trains else _THROUGH if has_media else _FORWARD)
+    if sizes.patches:
+        total += _vision_flops(config, sizes.patches, trains=recipe.vision.trainable)
+    if sizes.frames:
+        total += _audio_flops(config, sizes.frames, trains=recipe.audio.trainable)
+    return float(total)
+
+
+def _decoder_flops(config: MegaMMConfig, sizes: BatchSizes, factor: int) -> int:
+    text = config.text_config
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_size, text.num_key_value_heads * head_size
+    matrices = text.hidden_size * (2 * queries + 2 * keys) + 3 * text.hidden_size * text.intermediate_size
+    # A causal document has half the pairs: scores and mixing cost 2 operations a pair and query channel each.
+    attention = 2 * queries * _squares(sizes.documents)
+    head = sizes.num_supervised * text.hidden_size * text.vocab_size
+    layers = text.num_hidden_layers
+    return factor * (sum(sizes.documents) * layers * matrices + head) + _passes(factor) * layers * attention
+
+
+def _vision_flops(config: MegaMMConfig, patches: Sequence[int], *, trains: bool) -> int:
+    merged = config.vision_hidden_size * config.image_features["merge"] ** 2
+    projector = merged * config.projector_hidden_size + config.projector_hidden_size * config.text_config.hidden_size
+    num_tokens = sum(patches) // config.image_features["merge"] ** 2
+    total = _TRAINED * num_tokens * projector
+    vision = config.vision_config
+    if not config.is_patch_tower:
+        forward = _forward_flops(vision.to_json_string(), config.image_features["size"])
+        return total + len(patches) * forward * (_TRAINED if trains else _FORWARD) // _FORWARD
+    embedding = 3 * vision.patch_size**2 * vision.hidden_size
+    # The first matrix has no input to pass a gradient to.
+    total += (_THROUGH if trains else _FORWARD) * sum(patches) * embedding
+    return total + _encoder_flops(vision, patches, patches, trains=trains)
+
+
+def _audio_flops(config: MegaMMConfig, frames: Sequence[int], *, trains: bool) -> int:
+    audio = config.audio_config
+    tokens = [audio_num_tokens(one) for one in frames]
+    window = audio_num_tokens(AUDIO_CHUNK_FRAMES) * (audio.n_window_infer // AUDIO_CHUNK_FRAMES)
+    windows = [piece for one in tokens for piece in [window] * (one // window) + ([one % window] if one % window else [])]
+    factor = _TRAINED if trains else _FORWARD
+    projector = audio.d_model * audio.d_model + audio.d_model * audio.output_dim
+    front, bands, length = 0, audio.num_mel_bins, AUDIO_CHUNK_FRAMES
+    channels = (1, *[audio.downsample_hidden_size] * 3)
+    for layer in range(3):
+        bands, length = (bands + 1) // 2, (length + 1) // 2
+        weights = 9 * channels[layer] * channels[layer + 1]
+        front += (factor - 2 * (trains and layer == 0)) * weights * bands * length
+    front += factor * audio.downsample_hidden_size * bands * audio.d_model * length
+    # The last chunk of a sound is convolved whole, but only its real share counts.
+    num_chunks = sum(frames) / AUDIO_CHUNK_FRAMES
+    return int(num_chunks * front) + _TRAINED * sum(tokens) * projector + _encoder_flops(audio, tokens, windows, trains=trains)
+
+
+def _encoder_flops(tower: PreTrainedConfig, tokens: Sequence[int], windows: Sequence[int], *, trains: bool) -> int:
+    """Blocks of a bidirectional tower with as many key as query heads and a two-matrix perceptron."""
+    matrices = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
+    attention = 4 * tower.hidden_size * _squares(windows)
+    factor = _TRAINED if trains else _FORWARD
+    return tower.num_hidden_layers * (factor * sum(tokens) * matrices + _passes(factor) * attention)
+
+
+def _passes(factor: int) -> int:
+    """Forwards' worth of attention: the backward, where there is one, costs two."""
+    return 1 if factor == _FORWARD else 3
+
+
+def _squares(lengths: Sequence[int]) -> int:
+    return sum(one * one for one in lengths)
+
+
+@lru_cache(maxsize=8)
+def _forward_flops(config_json: str, side: int) -> int:
+    """Forward of a fixed-size tower on one picture, counted by running it without data."""
+    values = json.loads(config_json)
+    with torch.device("meta"):
+        tower = AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            tower(pixel_values=torch.zeros(1, 3, side, side))
+    return counter.get_total_flops()
