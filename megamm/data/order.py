@@ -1,0 +1,142 @@
+"""The order of samples: a keyed permutation evaluated at a position, so that seeking costs nothing and nothing is stored.
+
+A Feistel network over a x b >= size numbers is a bijection whatever its round function does; numbers outside the range are
+sent through it again ("cycle walking"), which keeps it a bijection of the range.
+
+Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002), section 5.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+Number: TypeAlias = "np.ndarray | np.uint64"
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_HALF = np.uint64(32)
+_ROUND_KEYS = tuple(np.uint64((round_ + 1) * _GOLDEN & _MASK) for round_ in range(6))
+
+
+def derive_key(key: int, number: int) -> int:
+    """A 64-bit key that depends on `key` and `number` (the finaliser of splitmix64)."""
+    mixed = (key ^ (number + 1) * _GOLDEN) & _MASK
+    mixed = (mixed ^ mixed >> 30) * int(_MIX_1) & _MASK
+    mixed = (mixed ^ mixed >> 27) * int(_MIX_2) & _MASK
+    return mixed ^ mixed >> 31
+
+
+def permute(position: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
+    """Map positions to where a keyed permutation of [0, size) sends them.
+
+    Args:
+        position: int64[n], each below its size.
+        size: Size of the permuted range, at most 2**62; one for all or int64[n].
+        key: 64-bit key; one for all or uint64[n].
+
+    Returns:
+        int64[n].
+    """
+    rows, columns, limit = _grid(size)
+    round_key = np.uint64(key) if isinstance(key, int) else key
+    result = _feistel(position.astype(np.uint64), rows, columns, round_key)
+    while (outside := np.flatnonzero(result >= limit)).size:
+        parts = (value[outside] if isinstance(value, np.ndarray) else value for value in (rows, columns, round_key))
+        result[outside] = _feistel(result[outside], *parts)
+    return result.astype(np.int64)
+
+
+def _grid(size: np.ndarray | int) -> tuple[Number, Number, Number]:
+    """A grid of rows x columns that covers `size` numbers with few to spare, and `size` itself."""
+    if isinstance(size, int):
+        rows = math.isqrt(size) + 1
+        return np.uint64(rows), np.uint64(-(-size // rows)), np.uint64(size)
+    limit = size.astype(np.uint64)
+    rows = np.sqrt(limit.astype(np.float64)).astype(np.uint64) + np.uint64(1)
+    return rows, (limit + rows - np.uint64(1)) // rows, limit
+
+
+def sample_at(position: np.ndarray, *, num_samples: int, block: int, window: int, seed: int, epoch: int) -> np.ndarray:
+    """Which samples stand at some positions of an epoch.
+
+    Blocks of `block` neighbouring samples are permuted; then the samples of every `window` consecutive blocks are permuted
+    among themselves. Reading follows blocks, so one setting trades the quality of the shuffle against sequential reads.
+    Every epoch is another permutation of all samples, whether or not `block` divides them.
+
+    Args:
+        position: int64[n], each below `num_samples`.
+        num_samples: Samples of the dataset.
+        block: Neighbouring samples that stay together; 1 permutes single samples, which no window could mix further.
+        window: Blocks that are mixed with each other.
+        seed: 64-bit key of the dataset's order.
+        epoch: Pass over the dataset.
+
+    Returns:
+        int64[n], the samples.
+    """
+    key = derive_key(seed, epoch)
+    if block == 1:
+        return permute(position, num_samples, derive_key(key, 0))
+    blocks = _Blocks(num_samples, block, short_slot=derive_key(key, 1) % (num_samples // block + 1))
+    number = blocks.slot_of(position)[0] // window
+    start, end = blocks.start_of(number * window), blocks.start_of((number + 1) * window)
+    window_key = (number.astype(np.uint64) + np.uint64(1)) * _MIX_2 ^ np.uint64(derive_key(key, 2))
+    slot, offset = blocks.slot_of(start + permute(position - start, end - start, window_key))
+    return blocks.block_at(slot, derive_key(key, 3)) * block + offset
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Slots of an epoch, each filled by one block of samples.
+
+    The slot of the last block, which may be short, is drawn apart from the permutation of the others, so that no inverse
+    permutation is needed to know where the slots after it begin.
+    """
+
+    num_samples: int
+    block: int
+    short_slot: int
+
+    def slot_of(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slot and offset inside its block of a position."""
+        num_short = self.num_samples % self.block
+        if not num_short:
+            return np.divmod(position, self.block)
+        return np.divmod(position + (self.block - num_short) * (position >= self.short_slot * self.block + num_short), self.block)
+
+    def start_of(self, slot: np.ndarray) -> np.ndarray:
+        """Position where a slot begins; the end of the epoch for slots beyond it."""
+        missing = -self.num_samples % self.block
+        return np.minimum(slot * self.block - missing * (slot > self.short_slot), self.num_samples)
+
+    def block_at(self, slot: np.ndarray, key: int) -> np.ndarray:
+        """The block that fills a slot."""
+        num_full, num_short = divmod(self.num_samples, self.block)
+        if not num_short:
+            return permute(slot, num_full, key)
+        is_short = slot == self.short_slot
+        full = permute(np.where(is_short, 0, slot - (slot > self.short_slot)), max(num_full, 1), key)
+        return np.where(is_short, num_full, full)
+
+
+def _feistel(number: np.ndarray, rows: Number, columns: Number, key: Number) -> np.ndarray:
+    left = number // columns
+    right = number - left * columns
+    for round_key in range(0, len(_ROUND_KEYS), 2):
+        left = _shifted(left, right, rows, key ^ _ROUND_KEYS[round_key])
+        right = _shifted(right, left, columns, key ^ _ROUND_KEYS[round_key + 1])
+    return left * columns + right
+
+
+def _shifted(half: np.ndarray, other: np.ndarray, modulus: Number, key: Number) -> np.ndarray:
+    """`half` moved by a hash of `other`, modulo `modulus` (which is below 2**32)."""
+    hashed = (other ^ key) * _MIX_1
+    hashed = (hashed ^ hashed >> _HALF) * _MIX_2
+    moved = half + ((hashed >> _HALF) * modulus >> _HALF)
+    return moved - modulus * (moved >= modulus)
