@@ -64,7 +64,9 @@ def make_documents(document_lengths: Sequence[Sequence[int]], num_padding: Seque
             raise ValueError(f"document_lengths[{row}]={list(lengths)} must be positive and sum to the row's {row_tokens} tokens")
         if padded and lengths[-1] != padded:
             raise ValueError(f"num_padding[{row}]={padded} is not the row's last document ({lengths[-1]} tokens)")
-        real.append(tuple(lengths[:-1] if padded else lengths))
+        # A row without documents attends over one token of padding: queries and keys stay in the graph, so that the backward
+        # enters the same modules on every rank.
+        real.append(tuple(lengths[:-1] if padded else lengths) or (1,))
     if not _runs_varlen(embeds_BSE):
         return Documents(tuple(real), None, 0)
     pieces = [piece for lengths, padded in zip(real, padding, strict=True) for piece in (*lengths, *_padding_pieces(padded))]
