@@ -1,0 +1,275 @@
+"""The command line: one visible table of subcommands; each parses its words, then calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm import __version__
+from megamm.core import env
+from megamm.core.errors import ConfigError, MegaMMError
+
+Arguments = argparse.Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand: its words after `megamm`, one line of help, how it parses and what it calls."""
+
+    words: tuple[str, ...]
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Arguments], None]
+    takes_overrides: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        0 when it worked, 2 for words that do not parse, 1 for everything else. Errors are one line unless `--debug` is given.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    env.apply_defaults()
+    try:
+        command, arguments = _parse(words)
+        command.run(arguments)
+    except MegaMMError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"megamm: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of our output (a pager, head) is gone; nothing more to say to it.
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _parse(words: Sequence[str]) -> tuple[Command, Arguments]:
+    parser = argparse.ArgumentParser(prog="megamm", description="Train vision-audio-language models at scale.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"megamm {__version__}")
+    groups = {(): parser.add_subparsers(metavar="COMMAND", required=True)}
+    for command in COMMANDS:
+        *group, name = command.words
+        if tuple(group) not in groups:
+            between = groups[()].add_parser(group[0], help=_GROUP_HELP[group[0]], allow_abbrev=False)
+            groups[tuple(group)] = between.add_subparsers(metavar="COMMAND", required=True)
+        more = " RECIPE keys can be overridden: --optim.lr 3e-4" if command.takes_overrides else ""
+        one = groups[tuple(group)].add_parser(name, help=command.help, description=command.help + more, allow_abbrev=False)
+        command.arguments(one)
+        one.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        one.set_defaults(command=command)
+    arguments, rest = parser.parse_known_args(words)
+    if rest and not arguments.command.takes_overrides:
+        raise ConfigError(f"{rest[0]!r} is not an argument of `megamm {' '.join(arguments.command.words)}`; see its --help")
+    arguments.overrides = rest
+    return arguments.command, arguments
+
+
+def _recipe_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="name of a shipped recipe (see `megamm recipes`) or a TOML file")
+
+
+def _recipe(arguments: Arguments):  # noqa: ANN202, named in megamm.config
+    from megamm.config import load_recipe
+
+    return load_recipe(arguments.recipe, arguments.overrides)
+
+
+# --- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="kind of raw source: digits, words or text")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--seed", type=int, default=0, help="seeds the order and what is rendered")
+
+
+def _prepare(arguments: Arguments) -> None:
+    from megamm.prepare import SOURCES
+
+    if arguments.source not in SOURCES:
+        raise ConfigError(f"source {arguments.source!r} is not known; the sources are: {', '.join(sorted(SOURCES))}")
+    for line in SOURCES[arguments.source](arguments.output, arguments.seed):
+        print(line)
+
+
+def _tokenizer(arguments: Arguments) -> None:
+    from megamm.prepare.tokenizer import make_tokenizer
+
+    print(make_tokenizer(_recipe(arguments)))
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def _shards_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", type=Path, nargs="+", help="tar files")
+
+
+def _data_index(arguments: Arguments) -> None:
+    from megamm.data.index import write_index
+
+    for tar in arguments.shards:
+        index = write_index(tar)
+        print(f"{tar}: {index.num_samples} samples")
+
+
+def _data_verify(arguments: Arguments) -> None:
+    from megamm.data.index import load_index
+
+    for tar in arguments.shards:
+        index = load_index(tar, verify_digest=True)
+        print(f"{tar}: {index.num_samples} samples, digest {index.digest} holds")
+
+
+def _data_plan_lengths(arguments: Arguments) -> None:
+    from megamm.train.data import plan_all_lengths
+
+    for line in plan_all_lengths(_recipe(arguments)):
+        print(line)
+
+
+def _run_and_step_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_argument(parser)
+    parser.add_argument("--step", type=int, required=True, help="optimizer step, counted from 1")
+
+
+def _data_trace(arguments: Arguments) -> None:
+    from megamm.train.data import trace_step
+
+    for line in trace_step(arguments.run, arguments.step):
+        print(line)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_argument(parser)
+    parser.add_argument("--run", type=Path, default=None, help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--resume", default="auto", help="`auto` (default), `never`, or a checkpoint folder that must be used")
+
+
+def _pretrain(arguments: Arguments) -> None:
+    from megamm.train.pretrain import pretrain
+
+    recipe = _recipe(arguments)
+    pretrain(recipe, arguments.run or Path("runs") / recipe.name, resume=arguments.resume)
+
+
+def _recipes(arguments: Arguments) -> None:
+    from megamm.train.recipes import recipe_table
+
+    print(recipe_table())
+
+
+# --- after training --------------------------------------------------------------------------------------------------
+
+
+def _run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+
+
+def _source_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="run folder or exported folder")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_argument(parser)
+    parser.add_argument("--output", type=Path, default=None, help="folder for report.json and report.md (default: SOURCE/evaluation)")
+    parser.add_argument("--shards", action="append", default=[], metavar="NAME=GLOB", help="held-out shards instead of the recipe's")
+    parser.add_argument("--tasks", default="", help="comma-separated tasks to keep (default: all)")
+    parser.add_argument("--max-samples", type=int, default=0, help="first samples of each dataset (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64)
+
+
+def _evaluate(arguments: Arguments) -> None:
+    from megamm.evaluation import evaluate
+
+    pairs = [pair.partition("=") for pair in arguments.shards]
+    for name, equals, glob in pairs:
+        if not (name and equals and glob):
+            raise ConfigError(f"--shards {name}{equals}{glob} is not NAME=GLOB, such as --shards digits='data/digits/test-*.tar'")
+    report = evaluate(
+        arguments.source,
+        datasets={name: glob for name, _, glob in pairs} or None,
+        tasks=tuple(filter(None, arguments.tasks.split(","))),
+        output=arguments.output or arguments.source / "evaluation",
+        max_samples=arguments.max_samples or None,
+        batch_size=arguments.batch_size,
+    )
+    print(report.to_markdown())
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_argument(parser)
+    parser.add_argument("--text", default="", help="what to ask")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="picture to show before the text")
+    parser.add_argument("--audio", type=Path, action="append", default=[], help="sound to play before the text")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _generate(arguments: Arguments) -> None:
+    from megamm.inference import answer
+
+    print(
+        answer(
+            arguments.source,
+            text=arguments.text,
+            images=arguments.image,
+            audios=arguments.audio,
+            max_new_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+    )
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_argument(parser)
+    parser.add_argument("--output", type=Path, required=True, help="new Hugging Face folder")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--max-shard-size", default="4GB")
+
+
+def _export(arguments: Arguments) -> None:
+    from megamm.export import export
+
+    folder = export(arguments.run, arguments.output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
+    print(f"exported to {folder}")
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+_GROUP_HELP = {"data": "index, verify and trace shards"}
+
+COMMANDS = (
+    Command(("recipes",), "List the shipped recipes with their parameter counts.", _nothing, _recipes),
+    Command(("prepare",), "Write WebDataset shards from a raw source.", _prepare_arguments, _prepare),
+    Command(("tokenizer",), "Train the text tokenizer on the recipe's shards and lay out the vocabulary.", _recipe_argument, _tokenizer, True),
+    Command(("data", "index"), "Validate shards and write their sidecar indexes.", _shards_arguments, _data_index),
+    Command(("data", "verify"), "Check shards against their indexes, byte for byte.", _shards_arguments, _data_verify),
+    Command(("data", "plan-lengths"), "Plan the token length of every sample of a recipe.", _recipe_argument, _data_plan_lengths, True),
+    Command(("data", "trace"), "List the samples of one step of a run.", _run_and_step_arguments, _data_trace),
+    Command(("pretrain",), "Train a recipe, or resume it.", _pretrain_arguments, _pretrain, True),
+    Command(("evaluate",), "Run tasks over held-out samples.", _evaluate_arguments, _evaluate),
+    Command(("generate",), "Ask a run or an exported folder.", _generate_arguments, _generate),
+    Command(("export",), "Write a Hugging Face folder from a run, with proof that it matches.", _export_arguments, _export),
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

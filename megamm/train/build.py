@@ -1,0 +1,103 @@
+"""From a recipe to the things that a run needs, in the order in which they depend on each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamm.config import Recipe
+from megamm.data.deal import resolve_accumulation
+from megamm.engine import runtime, settings, weights
+from megamm.engine.distributed import World
+from megamm.models.build import config_from_recipe, parameter_groups
+from megamm.models.checkpointing import set_activation_checkpointing
+from megamm.models.configuration_megamm import MegaMMConfig
+from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
+from megamm.models.pretrained import pretrained_weights
+from megamm.tokenizers.text import TextTokenizer
+from megamm.tokenizers.vocabulary import CONTROL_NAMES, Vocabulary
+from megamm.train.schedule import lr_factor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What `build_trainer` made.
+
+    Attributes:
+        engine: The model under ZeRO.
+        config: Its configuration.
+        ds_config: DeepSpeed's merged settings.
+        dtype: Of the forward pass.
+        num_micro_steps: Micro-steps a step on this number of ranks.
+    """
+
+    engine: runtime.Engine
+    config: MegaMMConfig
+    ds_config: dict[str, Any]
+    dtype: torch.dtype
+    num_micro_steps: int
+
+
+def load_tokenizer(recipe: Recipe, archived: Path | None = None) -> TextTokenizer:
+    """The run's archived tokenizer where there is one, else the recipe's.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if archived is not None and archived.is_dir():
+        return TextTokenizer.load(archived)
+    return TextTokenizer.load(Path(recipe.tokenizer.folder))
+
+
+def model_config_for(recipe: Recipe, vocabulary: Vocabulary) -> MegaMMConfig:
+    """The composed model's configuration over this vocabulary."""
+    return config_from_recipe(recipe.model, vocab_size=vocabulary.size, control_ids={name: vocabulary.control_id(name) for name in CONTROL_NAMES})
+
+
+def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Trainer:
+    """Build the model partitioned over the ranks, warm-start what the recipe says, and put it under DeepSpeed.
+
+    Raises:
+        ConfigError: Batch arithmetic, towers or settings that do not fit together.
+    """
+    num_micro_steps = resolve_accumulation(recipe.batch, world.size)
+    ds_config = settings.deepspeed_config(
+        recipe.engine, batch=recipe.batch, optim=recipe.optim, world_size=world.size, accumulation=num_micro_steps
+    )
+    factor = lr_factor(recipe.schedule, recipe.train.steps)
+    config = model_config_for(recipe, tokenizer.vocabulary)
+    _seed(recipe, world)
+
+    def construct() -> MegaMMForConditionalGeneration:
+        return MegaMMForConditionalGeneration(config)
+
+    model = weights.partitioned(construct, ds_config, seed=recipe.engine.seed)
+    weights.load_weights(model, pretrained_weights(recipe.model))
+    model.loss_chunk_tokens = recipe.loss.chunk_tokens
+    # The modality contract: without it ranks that see different modalities hang or train on stale gradients.
+    model.model.run_every_tower = True
+    set_activation_checkpointing(model, recipe.engine.activation_checkpointing)
+    model.train()
+    engine = runtime.initialize(model, ds_config, _optimizer_groups(model, recipe), factor)
+    return Trainer(
+        engine=engine, config=config, ds_config=ds_config, dtype=DTYPES[recipe.engine.precision], num_micro_steps=num_micro_steps
+    )
+
+
+def _optimizer_groups(model: MegaMMForConditionalGeneration, recipe: Recipe) -> list[dict[str, Any]]:
+    optim = recipe.optim
+    common = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    return [{**group, **common} for group in parameter_groups(model, recipe.model, optim)]
+
+
+def _seed(recipe: Recipe, world: World) -> None:
+    """Everything random outside the data plan and the initial weights; ranks draw differently."""
+    torch.manual_seed(recipe.engine.seed * 100_003 + world.rank)
+    if recipe.engine.deterministic:
+        # Ops without a deterministic kernel warn instead of failing: none of the stock towers' forward paths needs them.
+        torch.use_deterministic_algorithms(True, warn_only=True)

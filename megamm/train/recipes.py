@@ -1,0 +1,30 @@
+"""The table of shipped recipes."""
+
+from __future__ import annotations
+
+from megamm.config import load_recipe, recipe_names
+from megamm.models.build import num_parameters
+from megamm.tokenizers.vocabulary import Vocabulary
+from megamm.train.build import model_config_for
+
+_PARTS = (("decoder", "language_model"), ("vision", "vision_tower"), ("audio", "audio_tower"))
+
+
+def recipe_table() -> str:
+    """One line a recipe: parameters (counted on the meta device, tied weights once), batch and description."""
+    rows = [("recipe", "parameters", "decoder", "vision", "audio", "tokens a step", "steps", "description")]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        counts = num_parameters(model_config_for(recipe, Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size)))
+        parts = [_short(counts[part]) if part in counts else "-" for _, part in _PARTS]
+        tokens = recipe.batch.row_tokens * recipe.batch.global_rows
+        rows.append((name, _short(counts["total"]), *parts, f"{tokens:,}", f"{recipe.train.steps:,}", recipe.description))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _short(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

@@ -1,0 +1,155 @@
+"""One optimizer step: the reduction that fixes the loss's scale, the micro-steps, the update.
+
+The loss of a step is Σ w·nll / Σ w over the supervised tokens of the global batch: each micro-step's Σ w·nll is scaled by
+1 / Σ w, and the engine sums over ranks and micro-steps. Bad samples have left the batch before Σ w is taken: all micro-batches
+of a step are decoded before its first forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megamm.core.types import Batch
+from megamm.engine import distributed
+from megamm.engine.distributed import World
+from megamm.engine.runtime import Engine
+from megamm.models.inputs import batch_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalCounts:
+    """What all ranks together hold of one step.
+
+    Attributes:
+        weight_sum: Σ w over supervised tokens.
+        task_weight_sums: The same a task, in the order of the task table.
+        num_tokens: Real tokens.
+        num_supervised: Supervised tokens.
+        num_slots: Token places, padding included.
+        num_skipped: Samples that entered the ledger instead of the batch.
+        stop_requested: Whether any rank was asked to stop.
+        flops: Model FLOPs of the real tokens, forward and backward.
+    """
+
+    weight_sum: float
+    task_weight_sums: list[float]
+    num_tokens: int
+    num_supervised: int
+    num_slots: int
+    num_skipped: int
+    stop_requested: bool
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: Σ w·nll / Σ w over the global batch; 0 where nothing was supervised.
+        task_losses: The same a task that had supervised tokens.
+        grad_norm: L2 norm of the global gradient before clipping; inf when the step was skipped.
+        lr: Learning rate of the first parameter group that this step used.
+        applied: False when the update was skipped because a gradient was not finite.
+    """
+
+    loss: float
+    task_losses: dict[str, float]
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+def count(batches: Sequence[Batch], *, num_skipped: int, stop_requested: bool, flops: float, num_tasks: int) -> GlobalCounts:
+    """Sum the facts of a step over all ranks: the one reduction that every step makes before its first forward."""
+    task_sums = np.zeros(num_tasks)
+    for batch in batches:
+        task_sums += _by_task(batch.task_ids, batch.weights, num_tasks)
+    facts = [
+        sum(batch.weight_sum for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(int((batch.weights > 0).sum()) for batch in batches),
+        sum(batch.input_ids.size for batch in batches),
+        num_skipped,
+        stop_requested,
+        flops,
+        *task_sums,
+    ]
+    total = distributed.all_reduce_sum([float(fact) for fact in facts])
+    return GlobalCounts(
+        weight_sum=total[0],
+        num_tokens=int(total[1]),
+        num_supervised=int(total[2]),
+        num_slots=int(total[3]),
+        num_skipped=int(total[4]),
+        stop_requested=total[5] > 0,
+        flops=total[6],
+        task_weight_sums=total[7:],
+    )
+
+
+def train_step(engine: Engine, batches: Sequence[Batch], counts: GlobalCounts, *, world: World, tasks: Sequence[str]) -> StepResult:
+    """Run all micro-steps of one step and update the weights.
+
+    Args:
+        engine: The ZeRO engine.
+        batches: This rank's micro-batches, one a micro-step, the same number on every rank.
+        counts: From `count`.
+        world: The ranks.
+        tasks: The task table that `Batch.task_ids` index.
+    """
+    lr = engine.learning_rates[0]
+    scale = 1.0 / counts.weight_sum if counts.weight_sum else 0.0
+    task_sums = np.zeros(len(tasks))
+    for batch in batches:
+        output = engine(**batch_inputs(batch, world.device))
+        engine.backward(output.loss, scale)
+        task_sums += _task_loss_sums(output.token_losses, batch, len(tasks))
+    applied = engine.step()
+    totals = distributed.all_reduce_sum(task_sums.tolist())
+    return StepResult(
+        loss=sum(totals) / counts.weight_sum if counts.weight_sum else 0.0,
+        task_losses=_means(totals, counts.task_weight_sums, tasks),
+        grad_norm=engine.grad_norm,
+        lr=lr,
+        applied=applied,
+    )
+
+
+def held_out_loss(engine: Engine, batches: Sequence[Batch], *, world: World, tasks: Sequence[str]) -> dict[str, float]:
+    """Loss over held-out micro-batches, without gradients; every rank brings the same number of them.
+
+    Returns:
+        `loss` over everything and `loss/TASK` for each task with supervised tokens.
+    """
+    sums, weights = np.zeros(len(tasks)), np.zeros(len(tasks))
+    with engine.evaluating():
+        for batch in batches:
+            output = engine(**batch_inputs(batch, world.device))
+            sums += _task_loss_sums(output.token_losses, batch, len(tasks))
+            weights += _by_task(batch.task_ids, batch.weights, len(tasks))
+    totals = distributed.all_reduce_sum([*sums, *weights])
+    sums_all, weights_all = totals[: len(tasks)], totals[len(tasks) :]
+    result = {f"loss/{task}": loss for task, loss in _means(sums_all, weights_all, tasks).items()}
+    if sum(weights_all):
+        result["loss"] = sum(sums_all) / sum(weights_all)
+    return result
+
+
+def _task_loss_sums(token_losses: torch.Tensor, batch: Batch, num_tasks: int) -> np.ndarray:
+    """float64[tasks]: Σ w·nll a task."""
+    weighted = token_losses.float().cpu().numpy().astype(np.float64) * batch.weights
+    return _by_task(batch.task_ids, weighted, num_tasks)
+
+
+def _by_task(task_ids: np.ndarray, values: np.ndarray, num_tasks: int) -> np.ndarray:
+    real = task_ids >= 0
+    return np.bincount(task_ids[real], weights=values[real].astype(np.float64), minlength=num_tasks)
+
+
+def _means(sums: Sequence[float], weights: Sequence[float], tasks: Sequence[str]) -> dict[str, float]:
+    return {task: total / weight for task, total, weight in zip(tasks, sums, weights, strict=True) if weight}

@@ -1,0 +1,53 @@
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted([*CHECKOUT.glob("launchers/*.sh"), *CHECKOUT.glob("slurm/*.sh"), CHECKOUT / ".ci" / "run"])
+LOCAL = str(CHECKOUT / "launchers" / "local.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_executable_and_pass_shellcheck(script):
+    assert os.access(script, os.X_OK)
+    result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_rank_learns_who_it_is():
+    result = subprocess.run([LOCAL, "3", "sh", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE"], capture_output=True, text=True, check=True)
+    assert sorted(result.stdout.split("\n")) == ["", "0 0 3", "1 1 3", "2 2 3"]
+
+
+def test_a_failing_rank_ends_the_others_and_its_code_is_the_result():
+    started = time.monotonic()
+    result = subprocess.run([LOCAL, "2", "sh", "-c", "[ $RANK = 1 ] && exit 7; exec sleep 60"], capture_output=True, check=False)
+    assert result.returncode == 7
+    assert time.monotonic() - started < 30
+
+
+def test_a_signal_reaches_every_rank(tmp_path):
+    script = f"trap 'touch {tmp_path}/term-$RANK; exit 0' TERM; touch {tmp_path}/up-$RANK; while :; do sleep 0.1; done"
+    process = subprocess.Popen([LOCAL, "2", "bash", "-c", script])
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("up-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+    assert sorted(path.name for path in tmp_path.glob("term-*")) == ["term-0", "term-1"]
+
+
+def test_local_without_a_number_says_how_it_is_used():
+    result = subprocess.run([LOCAL, "two", "true"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "NUM_RANKS" in result.stderr
+
+
+def test_srun_variables_become_ranks():
+    script = CHECKOUT / "launchers" / "node.sh"
+    variables = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "PATH": os.environ["PATH"]}
+    command = [str(script), "sh", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE $OMP_NUM_THREADS"]
+    assert subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout == "5 1 8 1\n"
