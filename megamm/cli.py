@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegaMMError as error:
         if debug:
             traceback.print_exc()
-        print(f"megamm: {error}", file=sys.stderr)
+        rank = env.rank_info().rank
+        if rank == 0 or not error.on_all_ranks:
+            print(f"megamm: {error}" if rank == 0 else f"megamm (rank {rank}): {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of our output (a pager, head) is gone; nothing more to say to it.
@@ -159,10 +161,15 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(arguments: Arguments) -> None:
-    from megamm.train.pretrain import pretrain
+    from megamm.train.interruption import StopRequest
 
     recipe = _recipe(arguments)
-    pretrain(recipe, arguments.run or Path("runs") / recipe.name, resume=arguments.resume)
+    folder = arguments.run or Path("runs") / recipe.name
+    # Before the slow imports: a signal that comes meanwhile must not kill the rank.
+    with StopRequest(folder / "STOP") as stop:
+        from megamm.train.pretrain import pretrain
+
+        pretrain(recipe, folder, resume=arguments.resume, stop=stop)
 
 
 def _recipes(arguments: Arguments) -> None:

@@ -2,7 +2,13 @@
 
 
 class MegaMMError(Exception):
-    """Base of all errors that the command line prints as one line."""
+    """Base of all errors that the command line prints as one line.
+
+    Attributes:
+        on_all_ranks: Every rank raises it, so that it is enough when one of them prints it.
+    """
+
+    on_all_ranks = False
 
 
 class ConfigError(MegaMMError):

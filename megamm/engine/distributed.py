@@ -186,10 +186,12 @@ def fail_together() -> Iterator[None]:
         failure = error
     reports = gather_json(None if failure is None else [type(failure).__name__, str(failure)])
     if failure is not None:
+        if isinstance(failure, MegaMMError):
+            failure.on_all_ranks = True
         raise failure
     for rank, report in enumerate(reports):
         if report is not None:
             name, message = report
-            if name in _ERROR_CLASSES:
-                raise _ERROR_CLASSES[name](message)
-            raise MegaMMError(f"rank {rank} failed with {name}: {message}")
+            error = _ERROR_CLASSES[name](message) if name in _ERROR_CLASSES else MegaMMError(f"rank {rank} failed with {name}: {message}")
+            error.on_all_ranks = True
+            raise error
