@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
@@ -238,8 +239,8 @@ def _tower_config(name: str, tower: Tower, values: dict[str, Any]) -> PreTrained
             raise ConfigError(f"model.{name}.config.{key} is not a key of {kind.__name__}{hint}")
     try:
         return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.{name}.config is not valid for {kind.__name__}: {' '.join(str(error).split())}") from None
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConfigError(f"model.{name}.config is not valid for {kind.__name__}: {' '.join(str(error).split())}; correct it") from None
 
 
 def _pretrained_config(name: str, tower: Tower) -> PreTrainedConfig:

@@ -89,13 +89,12 @@ def _decoder_flops(config: MegaMMConfig, sizes: BatchSizes, factor: int) -> int:
 
 def _vision_flops(config: MegaMMConfig, patches: Sequence[int], *, trains: bool) -> int:
     merged = config.vision_hidden_size * config.image_features["merge"] ** 2
-    projector = merged * config.projector_hidden_size + config.projector_hidden_size * config.text_config.hidden_size
+    is_first = not trains and not config.projector_use_layernorm
     num_tokens = sum(patches) // config.image_features["merge"] ** 2
-    total = _TRAINED * num_tokens * projector
+    total = num_tokens * _projector_flops(merged, config.projector_hidden_size, config.text_config.hidden_size, is_first=is_first)
     vision = config.vision_config
     if not config.is_patch_tower:
-        forward = _forward_flops(vision.to_json_string(), config.image_features["size"])
-        return total + len(patches) * forward * (_TRAINED if trains else _FORWARD) // _FORWARD
+        return total + len(patches) * _square_flops(vision.to_json_string(), config.image_features["size"], trains)
     embedding = 3 * vision.patch_size**2 * vision.hidden_size
     # The first matrix has no input to pass a gradient to.
     total += (_THROUGH if trains else _FORWARD) * sum(patches) * embedding
@@ -108,7 +107,7 @@ def _audio_flops(config: MegaMMConfig, frames: Sequence[int], *, trains: bool) -
     window = audio_num_tokens(AUDIO_CHUNK_FRAMES) * (audio.n_window_infer // AUDIO_CHUNK_FRAMES)
     windows = [piece for one in tokens for piece in [window] * (one // window) + ([one % window] if one % window else [])]
     factor = _TRAINED if trains else _FORWARD
-    projector = audio.d_model * audio.d_model + audio.d_model * audio.output_dim
+    projector = _projector_flops(audio.d_model, audio.d_model, audio.output_dim, is_first=not trains)
     front, bands, length = 0, audio.num_mel_bins, AUDIO_CHUNK_FRAMES
     channels = (1, *[audio.downsample_hidden_size] * 3)
     for layer in range(3):
@@ -118,7 +117,12 @@ def _audio_flops(config: MegaMMConfig, frames: Sequence[int], *, trains: bool) -
     front += factor * audio.downsample_hidden_size * bands * audio.d_model * length
     # The last chunk of a sound is convolved whole, but only its real share counts.
     num_chunks = sum(frames) / AUDIO_CHUNK_FRAMES
-    return int(num_chunks * front) + _TRAINED * sum(tokens) * projector + _encoder_flops(audio, tokens, windows, trains=trains)
+    return int(num_chunks * front) + sum(tokens) * projector + _encoder_flops(audio, tokens, windows, trains=trains)
+
+
+def _projector_flops(width: int, hidden: int, out: int, *, is_first: bool) -> int:
+    """A token through a projector, whose first matrix passes no gradient on where nothing before it trains."""
+    return (_THROUGH if is_first else _TRAINED) * width * hidden + _TRAINED * hidden * out
 
 
 def _encoder_flops(tower: PreTrainedConfig, tokens: Sequence[int], windows: Sequence[int], *, trains: bool) -> int:
@@ -139,11 +143,13 @@ def _squares(lengths: Sequence[int]) -> int:
 
 
 @lru_cache(maxsize=8)
-def _forward_flops(config_json: str, side: int) -> int:
-    """Forward of a fixed-size tower on one picture, counted by running it without data."""
+def _square_flops(config_json: str, side: int, trains: bool) -> int:
+    """A picture through a fixed-size tower, counted by running it, and its backward where it trains, without data."""
     values = json.loads(config_json)
     with torch.device("meta"):
-        tower = AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            tower(pixel_values=torch.zeros(1, 3, side, side))
+        tower = AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).requires_grad_(trains)
+        with FlopCounterMode(display=False) as counter:
+            hidden = tower(pixel_values=torch.zeros(1, 3, side, side)).last_hidden_state
+            if trains:
+                hidden.sum().backward()
     return counter.get_total_flops()

@@ -63,32 +63,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_NE, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        supervised_T = (labels_N != IGNORE_LABEL).nonzero().squeeze(1)
+        weights_N = torch.ones_like(labels_N, dtype=exact) if weights is None else weights.reshape(-1).to(exact)
         # fp16 gradients before loss scaling would underflow: multiply them in the exact type.
         product = exact if hidden.dtype == torch.float16 else hidden.dtype
         grad_hidden = torch.zeros_like(hidden_NE, dtype=product) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=exact, device=hidden.device)
-        token_losses = torch.zeros(labels_N.shape, dtype=exact, device=hidden.device)
-        for index_C in supervised_T.split(chunk_tokens):
-            hidden_CE, label_C1 = hidden_NE[index_C], labels_N[index_C].unsqueeze(1)
-            weight_C1 = None if weights is None else weights.reshape(-1)[index_C].to(exact).unsqueeze(1)
+        token_losses_N = torch.zeros_like(weights_N)
+        for index_C in (labels_N != IGNORE_LABEL).nonzero().squeeze(1).split(chunk_tokens):
+            hidden_CE, weights_C = hidden_NE[index_C], weights_N[index_C]
             log_probs_CV = torch.log_softmax((hidden_CE @ weight.T).to(exact), dim=-1)
-            nll_C1 = -log_probs_CV.gather(1, label_C1)
-            token_losses[index_C] = nll_C1.squeeze(1)
-            loss += (nll_C1 if weight_C1 is None else nll_C1 * weight_C1).sum()
+            label_C1 = labels_N[index_C].unsqueeze(1)
+            nll_C = -log_probs_CV.gather(1, label_C1).squeeze(1)
+            token_losses_N[index_C] = nll_C
+            loss += nll_C @ weights_C
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad_CV = log_probs_CV.exp_()
-            grad_CV.scatter_add_(1, label_C1, torch.full_like(nll_C1, -1.0))
-            grad_CV = (grad_CV if weight_C1 is None else grad_CV.mul_(weight_C1)).to(product)
+            grad_CV = log_probs_CV.exp_().scatter_add_(1, label_C1, torch.full_like(label_C1, -1, dtype=exact))
+            grad_CV = grad_CV.mul_(weights_C.unsqueeze(1)).to(product)
             if grad_hidden is not None:
                 grad_hidden[index_C] = grad_CV @ weight.to(product)
             if grad_weight is not None:
                 grad_weight += grad_CV.T @ hidden_CE.to(product)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(product))
         ctx.hidden_shape, ctx.hidden_dtype, ctx.weight_dtype = hidden.shape, hidden.dtype, weight.dtype
-        token_losses = token_losses.view(labels.shape)
+        token_losses = token_losses_N.view(labels.shape)
         ctx.mark_non_differentiable(token_losses)
         return loss, token_losses
 

@@ -28,8 +28,8 @@ _HEAD = "lm_head.weight"
 def pretrained_weights(model: Model, config: MegaMMConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights of all pretrained towers, in the folders' own types, reading one tensor at a time.
 
-    Token embeddings and an untied head may have fewer rows than the parameter: the folder's ids come first in the
-    vocabulary, and rows behind them keep their initial values.
+    The folder's ids come first in the vocabulary. Rows of the token embedding and of an untied head behind them start as
+    the mean of the folder's, so that a token that was never seen begins with ordinary logits.
 
     Args:
         model: The recipe's model: which towers start from which folders.
@@ -87,13 +87,12 @@ def _read(path: Path, key: str) -> torch.Tensor:
 
 
 def _checked(name: str, own: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if own in (_EMBEDDING, _HEAD):
-        # Hugging Face folders pad the vocabulary; ids beyond ours belong to no token.
-        value = value[: shape[0]]
-        fits = value.shape[1:] == shape[1:]
-    else:
-        fits = tuple(value.shape) == shape
-    if not fits:
+    if own in (_EMBEDDING, _HEAD) and value.shape[1:] == shape[1:]:
+        # Folders pad their vocabulary: it may be longer than ours as well.
+        num_new = max(0, shape[0] - value.shape[0])
+        mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
+        value = torch.cat([value[: shape[0]], mean.expand(num_new, -1)])
+    if tuple(value.shape) != shape:
         raise ConfigError(
             f"model.{name}.pretrained: {own} has the shape {list(value.shape)}, the model's is {list(shape)}; check config.json"
         )
