@@ -1,0 +1,42 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megamm.config import Data, Dataset, Model, Recipe, Tokenizer, Tower
+from megamm.core.errors import ConfigError, DataError
+from megamm.prepare import make_tokenizer, text
+from megamm.tokenizers.text import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    text.prepare(root / "text")
+    return Recipe(
+        name="test",
+        model=Model(text=Tower(type="qwen3")),
+        tokenizer=Tokenizer(folder=str(root / "tokenizer"), text_size=400, location_bins=10),
+        data=Data(root=str(root), train={"text": Dataset("text/train-*.tar")}, held_out={"text": Dataset("text/absent-*.tar")}),
+    )
+
+
+def test_the_folder_is_trained_from_training_shards(recipe):
+    line = make_tokenizer(recipe)
+    tokenizer = TextTokenizer.load(Path(recipe.tokenizer.folder))
+    assert line.startswith(f"{recipe.tokenizer.folder}: 512 ids (text 400, control 64, location 10, spare 38)")
+    assert tokenizer.fingerprint in line
+    assert len(tokenizer.encode("The word seven names the digit 7.")) < 16
+    assert make_tokenizer(recipe) == line
+
+
+def test_adopting_reads_no_shards(recipe, tmp_path):
+    adopting = replace(
+        recipe,
+        tokenizer=replace(recipe.tokenizer, folder=str(tmp_path / "adopted"), adopt=str(tmp_path / "absent")),
+        data=replace(recipe.data, train={"text": Dataset("absent-*.tar")}),
+    )
+    with pytest.raises(ConfigError, match=r"tokenizer\.adopt=.*absent has no tokenizer\.json"):
+        make_tokenizer(adopting)
+    with pytest.raises(DataError, match=r"no shard matches .*absent-\*\.tar"):
+        make_tokenizer(replace(adopting, tokenizer=replace(adopting.tokenizer, adopt="")))
