@@ -32,7 +32,7 @@ class Documents:
     """Where the documents of a batch of packed rows lie; made once a forward and handed to every layer.
 
     Attributes:
-        lengths: For each row the lengths of its real documents in order, in tokens. What is left of a row is padding.
+        lengths: For each row the lengths in tokens of the documents to attend in, in order; what is left of a row is padding.
         boundaries: int32[number of documents + 1], first token of every document in the flattened batch, padding
             included; on the device of the model. None where the variable-length kernel does not run.
         longest: Length of the longest entry of `boundaries`, in tokens.
@@ -69,7 +69,7 @@ def make_documents(document_lengths: Sequence[Sequence[int]], num_padding: Seque
         real.append(tuple(lengths[:-1] if padded else lengths) or (1,))
     if not _runs_varlen(embeds_BSE):
         return Documents(tuple(real), None, 0)
-    pieces = [piece for lengths, padded in zip(real, padding, strict=True) for piece in (*lengths, *_padding_pieces(padded))]
+    pieces = [piece for lengths in real for piece in (*lengths, *_padding_pieces(row_tokens - sum(lengths)))]
     boundaries = torch.tensor([0, *pieces], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Documents(tuple(real), boundaries.to(embeds_BSE.device, non_blocking=True), max(pieces))
 
