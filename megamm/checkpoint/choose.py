@@ -50,7 +50,9 @@ def require_good(folder: Path, world: World) -> Path:
     """
     problem = problem_of(folder, world)
     if problem is not None:
-        raise CheckpointError(problem)
+        error = CheckpointError(problem)
+        error.on_all_ranks = True
+        raise error
     return folder
 
 

@@ -6,9 +6,10 @@ and is removed by the next save of that step.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megamm.checkpoint.manifest import (
     step_folder,
 )
 from megamm.checkpoint.shards import FileFacts, write_bytes, write_shard
+from megamm.core.errors import CheckpointError
 from megamm.core.files import canonical_json, sync_folder
 from megamm.engine import partitions
 from megamm.engine.distributed import World, fail_together, gather_json
@@ -66,15 +68,30 @@ def save(folder: Path, engine: Engine, world: World, progress: Progress) -> Path
         The committed folder.
 
     Raises:
-        OSError: A rank could not write; nothing was committed and older checkpoints are as they were.
+        CheckpointError: A rank could not write (on every rank); nothing was committed, older checkpoints are as they were.
     """
     final = folder / step_folder(progress.step)
     temporary = folder / f".{final.name}.tmp"
-    with fail_together():
+    try:
+        _write(temporary, final, engine, world, progress)
+    except Exception:
+        if world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def fence_from_environment() -> Fence:
+    """The scheduler's job id and restart count; empty outside Slurm."""
+    return Fence(os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+
+
+def _write(temporary: Path, final: Path, engine: Engine, world: World, progress: Progress) -> None:
+    with _writing_together(final):
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-    with fail_together():
+    with _writing_together(final):
         # A network file system may show rank 0's folder late.
         temporary.mkdir(exist_ok=True)
         state = partitions.local_state(engine, rank=world.rank) | random_states.capture(world.device)
@@ -82,15 +99,18 @@ def save(folder: Path, engine: Engine, world: World, progress: Progress) -> Path
         # The names of the files must be on disk before rank 0 vouches for them.
         sync_folder(temporary)
     shards = [FileFacts(**facts) for facts in gather_json(asdict(own))]
-    with fail_together():
+    with _writing_together(final):
         if world.rank == 0:
             _commit(temporary, final, _manifest(temporary, engine, world, progress, shards))
-    return final
 
 
-def fence_from_environment() -> Fence:
-    """The scheduler's job id and restart count; empty outside Slurm."""
-    return Fence(os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+@contextlib.contextmanager
+def _writing_together(final: Path) -> Iterator[None]:
+    with fail_together():
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {final} was not written: {error}; the older ones are as they were") from error
 
 
 def _manifest(temporary: Path, engine: Engine, world: World, progress: Progress, shards: list[FileFacts]) -> Manifest:

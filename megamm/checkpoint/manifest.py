@@ -68,8 +68,7 @@ class Manifest:
 
     def to_text(self) -> str:
         """JSON with a digest of itself, so that a flipped bit in the manifest is found as well."""
-        body = {"format": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps(body | {"digest": digest_text(canonical_json(body))}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        return _sealed({"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def rank_file(rank: int) -> str:
@@ -107,11 +106,12 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {folder} has no {MANIFEST}: it was never committed; use another one")
     try:
-        body = json.loads(path.read_bytes().decode("utf-8"))
-        digest = body.pop("digest")
-    except (ValueError, AttributeError, KeyError) as error:
+        text = path.read_bytes().decode("utf-8")
+        body = json.loads(text)
+        body.pop("digest")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({error}); use another one") from None
-    if digest != digest_text(canonical_json(body)):
+    if text != _sealed(body):
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged (its digest does not match); use another one")
     if body.pop("format") != FORMAT:
         raise CheckpointError(f"checkpoint {folder} has another format than {FORMAT}; load it with the version that wrote it")
@@ -119,6 +119,10 @@ def read_manifest(folder: Path) -> Manifest:
     body["parameters"] = tuple(ParameterEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in body["parameters"])
     body["fence"] = Fence(**body["fence"])
     return Manifest(**body)
+
+
+def _sealed(body: dict[str, Any]) -> str:
+    return json.dumps(body | {"digest": digest_text(canonical_json(body))}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def check_file(folder: Path, name: str, facts: FileFacts) -> None:

@@ -40,8 +40,7 @@ def retain(folder: Path, settings: Checkpointing, world: World) -> list[str]:
     deleted = [names[step] for step in surplus]
     with fail_together():
         if world.rank == 0:
-            for name in deleted:
-                _delete(folder / name)
+            _delete(folder, deleted)
     return deleted
 
 
@@ -51,10 +50,10 @@ def superseded(steps: list[int], settings: Checkpointing) -> list[int]:
     return [step for step in candidates if not settings.keep_every or step % settings.keep_every]
 
 
-def _delete(folder: Path) -> None:
-    # Renamed first: a deletion that is cut short must not look like a damaged checkpoint.
-    doomed = folder.with_name(f".{folder.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    sync_folder(folder.parent)
-    shutil.rmtree(doomed)
+def _delete(folder: Path, names: list[str]) -> None:
+    # Renamed first: a deletion that is cut short must not look like a damaged checkpoint. The next one finishes it.
+    for name in names:
+        (folder / name).rename(folder / f".{name}.deleted")
+    sync_folder(folder)
+    for doomed in [*folder.glob(".step_*.deleted"), *folder.glob(".step_*.replaced")]:
+        shutil.rmtree(doomed)

@@ -59,7 +59,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileFacts:
             state.update(block)
             num_bytes += file.write(block)
         for name in names:
-            block = memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            block = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             state.update(block)
             num_bytes += file.write(block)
         file.flush()

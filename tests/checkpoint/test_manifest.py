@@ -1,0 +1,87 @@
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megamm.checkpoint.manifest import MANIFEST, committed, read_manifest, verify
+from megamm.core.errors import CheckpointError
+from tests.support.checkpoints import some_tensors, write_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path, 100, some_tensors())
+
+
+def test_a_good_checkpoint_verifies(checkpoint):
+    manifest = verify(checkpoint)
+    assert (manifest.step, manifest.world_size, len(manifest.files)) == (100, 2, 4)
+    assert manifest.parameters[0].shape == (3, 7)
+
+
+def test_the_manifest_round_trips(checkpoint):
+    manifest = read_manifest(checkpoint)
+    (checkpoint / MANIFEST).write_text(manifest.to_text())
+    assert read_manifest(checkpoint) == manifest
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_bit_in_any_file_is_found(checkpoint, data):
+    path = data.draw(st.sampled_from(sorted(checkpoint.iterdir())))
+    original = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(original) - 1))
+    damaged = bytearray(original)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+        with pytest.raises(CheckpointError, match=path.name):
+            verify(checkpoint)
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize("keep", [0, 1, -1])
+@pytest.mark.parametrize("name", ["rank_00001.safetensors", "data_state.json", MANIFEST])
+def test_a_cut_file_is_found(checkpoint, name, keep):
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=name):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "ledger.jsonl", MANIFEST])
+def test_a_missing_file_is_found(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        verify(checkpoint)
+
+
+def test_a_shard_of_another_step_is_found(checkpoint, tmp_path):
+    other = write_checkpoint(tmp_path, 200, some_tensors(), fill=1.0)
+    (checkpoint / "rank_00001.safetensors").write_bytes((other / "rank_00001.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="rank_00001"):
+        verify(checkpoint)
+
+
+def test_a_manifest_edited_by_hand_is_refused(checkpoint):
+    body = json.loads((checkpoint / MANIFEST).read_text())
+    body["step"] = 101
+    (checkpoint / MANIFEST).write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match="digest"):
+        read_manifest(checkpoint)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="step_00000007 does not exist"):
+        read_manifest(tmp_path / "step_00000007")
+
+
+def test_only_folders_with_a_steps_name_count(tmp_path):
+    for step in (20, 3, 100):
+        write_checkpoint(tmp_path, step, some_tensors())
+    for name in (".step_00000200.tmp", "step_00000300.bak", ".step_00000003.deleted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000400").write_text("a file")
+    assert [step for step, _ in committed(tmp_path)] == [3, 20, 100]

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megamm.checkpoint.shards import write_bytes, write_shard
+from megamm.core.files import digest_file
+
+
+def test_the_library_reads_what_was_written(tmp_path):
+    tensors = {
+        "half": torch.randn(3, 5).to(torch.bfloat16),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "wide": torch.randn(2, 2, dtype=torch.float64),
+        "flag": torch.tensor([True, False]),
+        "empty": torch.empty(0),
+        "turned": torch.randn(4, 6).t(),
+    }
+    write_shard(tmp_path / "x.safetensors", tensors)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    facts = write_shard(path, {"a": torch.randn(1000), "b": torch.arange(3)})
+    assert facts.digest == digest_file(path)
+    assert facts.num_bytes == path.stat().st_size
+
+
+def test_wide_elements_stay_aligned_beside_odd_ones(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_shard(path, {"a": torch.arange(3, dtype=torch.uint8), "b": torch.randn(4, dtype=torch.float64), "c": torch.randn(3)})
+    data = path.read_bytes()
+    header_bytes = int.from_bytes(data[:8], "little")
+    assert header_bytes % 8 == 0
+    assert data[8 : 8 + header_bytes].index(b'"b"') < data[8 : 8 + header_bytes].index(b'"c"') < data[8 : 8 + header_bytes].index(b'"a"')
+
+
+def test_small_files_are_hashed_too(tmp_path):
+    facts = write_bytes(tmp_path / "x", b"abc")
+    assert (facts.num_bytes, facts.digest) == (3, digest_file(tmp_path / "x"))
+
+
+def test_a_full_disk_is_an_error():
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(Path("/dev/full"), b"x" * (1 << 20))

@@ -1,0 +1,41 @@
+"""Checkpoints in the real format without an engine, for tests of what happens to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, Manifest, ParameterEntry, rank_file, step_folder
+from megamm.checkpoint.shards import write_bytes, write_shard
+from megamm.checkpoint.slicing import slice_bounds
+
+
+def write_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], num_ranks: int = 2, fill: float = 0.0) -> Path:
+    """Commit `tensors` (trainable, plus a buffer `steps_seen`) as `num_ranks` ranks would; moments are `fill`."""
+    path = folder / step_folder(step)
+    path.mkdir(parents=True)
+    files = {}
+    for rank in range(num_ranks):
+        state = {}
+        for name, tensor in tensors.items():
+            start, stop = slice_bounds(tensor.numel(), num_ranks, rank)
+            state[f"weight/{name}"] = tensor.reshape(-1)[start:stop]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[f"{moment}/{name}"] = torch.full((stop - start,), fill)
+        if rank == 0:
+            state["buffer/steps_seen"] = torch.tensor([step])
+        files[rank_file(rank)] = write_shard(path / rank_file(rank), state)
+    files[DATA_STATE] = write_bytes(path / DATA_STATE, b'{"row":3}')
+    files[LEDGER] = write_bytes(path / LEDGER, b'{"key":"a"}\n{"key":"b"}\n')
+    parameters = [ParameterEntry(name, tuple(tensor.shape), "bfloat16", "trainable") for name, tensor in tensors.items()]
+    parameters.append(ParameterEntry("steps_seen", (1,), "int64", "buffer"))
+    manifest = Manifest(step=step, world_size=num_ranks, files=files, parameters=tuple(parameters), engine={})
+    write_bytes(path / MANIFEST, manifest.to_text().encode())
+    return path
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    """Sizes that ranks do not divide: a matrix, a vector, a scalar's worth."""
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.randn(shape, generator=generator) for name, shape in {"a.weight": (3, 7), "a.bias": (5,), "b.scale": (1,)}.items()}
