@@ -1,21 +1,19 @@
+from importlib import resources
+
 import pytest
 
 from megamm.config.read import load_recipe
 from megamm.models.build import config_from_recipe, num_parameters
+from megamm.tokenizers.vocabulary import Vocabulary
 from tests.support.multimodal import CONTROL_IDS
-
-
-def _vocab_size(recipe) -> int:
-    tokenizer = recipe.tokenizer
-    codes = tokenizer.image_codes + tokenizer.audio_levels * tokenizer.audio_codes + tokenizer.item_levels * tokenizer.item_codes
-    ids = tokenizer.text_size + 64 + tokenizer.location_bins + codes + tokenizer.spare
-    return -(-ids // 128) * 128
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("tiny", 0.7e6, 1.3e6), ("small", 55e6, 65e6), ("1b", 1.0e9, 1.1e9)])
 def test_shipped_recipes_build_and_have_the_size_that_they_say(name, least, most):
     recipe = load_recipe(name)
-    config = config_from_recipe(recipe.model, vocab_size=_vocab_size(recipe), control_ids=CONTROL_IDS)
+    config = config_from_recipe(
+        recipe.model, vocab_size=Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size).size, control_ids=CONTROL_IDS
+    )
     assert least <= num_parameters(config)["total"] <= most
 
 
@@ -28,6 +26,4 @@ def test_recipes_state_their_tokens(name):
 
 
 def _head(name: str) -> str:
-    from importlib import resources
-
     return resources.files("megamm.recipes").joinpath(f"{name}.toml").read_text().split("name =")[0]
