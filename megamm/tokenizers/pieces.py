@@ -10,7 +10,6 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 
 from megamm.core.errors import ConfigError
 
@@ -82,18 +81,20 @@ def to_tokenizers(model: bytes) -> dict[str, Any]:
     sentencepiece joins the two neighbours whose union has the best score; `tokenizers` joins by a ranked list of pairs. So every way to
     split a piece into two pieces becomes a pair, ranked by the score of the union.
     """
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
-    known = {piece.piece for piece in normal}
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    spellings = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    normal = [index for index in range(len(spellings)) if not (processor.is_unknown(index) or processor.is_byte(index))]
+    known = {spellings[index] for index in normal}
     merges = [
-        (piece.piece[:cut], piece.piece[cut:])
-        for piece in sorted(normal, key=lambda piece: -piece.score)
-        for cut in range(1, len(piece.piece))
-        if piece.piece[:cut] in known and piece.piece[cut:] in known
+        (piece[:cut], piece[cut:])
+        for piece in (spellings[index] for index in sorted(normal, key=lambda index: -processor.get_score(index)))
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
     ]
+    vocab = {spelling: index for index, spelling in enumerate(spellings)}
+    unknown = spellings[processor.unk_id()]
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab=ids, merges=merges, unk_token=proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=True)
+        tokenizers.models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
     tokenizer.decoder = tokenizers.decoders.Sequence(
