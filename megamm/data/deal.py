@@ -22,7 +22,7 @@ class HasCost(Protocol):
 Row = TypeVar("Row", bound=HasCost)
 
 
-def micro_steps(batch: Batching, world_size: int) -> int:
+def resolve_accumulation(batch: Batching, world_size: int) -> int:
     """Micro-steps a step: `batch.accumulation`, or where that is 0 the least that holds all rows.
 
     Raises:

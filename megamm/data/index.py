@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from megamm.core.errors import DataError
+from megamm.core.files import digest_file
 from megamm.core.types import MediaFacts
 from megamm.data.arrays import load_arrays, read_facts, write_arrays
 from megamm.data.media import FileRange, MediaError, media_type
@@ -52,7 +53,7 @@ class ShardIndex:
 
     Attributes:
         tar_size: Bytes of the tar.
-        tar_digest: xxh3-128 of the tar, 32 hexadecimal digits.
+        digest: xxh3-128 of the tar, 32 hexadecimal digits.
         suffixes: The distinct member suffixes that `member_suffixes` indexes.
         problems: Sample number -> why it cannot be used.
         key_offsets: int64[N + 1] into `key_bytes`.
@@ -68,7 +69,7 @@ class ShardIndex:
     """
 
     tar_size: int
-    tar_digest: str
+    digest: str
     suffixes: tuple[str, ...]
     problems: dict[int, str]
     key_offsets: np.ndarray
@@ -145,7 +146,7 @@ def write_index(tar: Path, index: ShardIndex | None = None) -> ShardIndex:
         "version": INDEX_VERSION,
         "num_samples": index.num_samples,
         "tar_size": index.tar_size,
-        "tar_digest": index.tar_digest,
+        "digest": index.digest,
         "suffixes": list(index.suffixes),
         "problems": {str(sample): reason for sample, reason in index.problems.items()},
     }
@@ -166,11 +167,11 @@ def load_index(tar: Path, verify_digest: bool = False) -> ShardIndex:
     check_unchanged(tar, read_shard_facts(tar))
     file = load_arrays(index_path(tar), subject=f"shard {tar}", fix=_fix(tar))
     facts = file.facts
-    if verify_digest and (found := _digest_of(tar)) != facts["tar_digest"]:
-        raise DataError(f"shard {tar} changed since it was indexed: digest {found}, indexed {facts['tar_digest']}; {_fix(tar)}")
+    if verify_digest and (found := digest_file(tar)) != facts["digest"]:
+        raise DataError(f"shard {tar} changed since it was indexed: digest {found}, indexed {facts['digest']}; {_fix(tar)}")
     return ShardIndex(
         tar_size=facts["tar_size"],
-        tar_digest=facts["tar_digest"],
+        digest=facts["digest"],
         suffixes=tuple(facts["suffixes"]),
         problems={int(sample): reason for sample, reason in facts["problems"].items()},
         **{name: file.arrays[name] for name in _ARRAYS},
@@ -183,7 +184,7 @@ class ShardFacts:
 
     num_samples: int
     tar_size: int
-    tar_digest: str
+    digest: str
 
 
 def read_shard_facts(tar: Path) -> ShardFacts:
@@ -197,7 +198,7 @@ def read_shard_facts(tar: Path) -> ShardFacts:
         facts, _ = read_facts(path)
         if facts["version"] != INDEX_VERSION:
             raise DataError(f"shard {tar}: its index has version {facts['version']}, this is {INDEX_VERSION}; {_fix(tar)}")
-        return ShardFacts(int(facts["num_samples"]), int(facts["tar_size"]), str(facts["tar_digest"]))
+        return ShardFacts(int(facts["num_samples"]), int(facts["tar_size"]), str(facts["digest"]))
     except FileNotFoundError:
         if not tar.exists():
             raise DataError(f"shard {tar} does not exist; check data.root and the dataset's shards") from None
@@ -224,14 +225,6 @@ def _fix(tar: Path) -> str:
     return f"run `megamm data index {tar}`"
 
 
-def _digest_of(tar: Path) -> str:
-    state = xxhash.xxh3_128()
-    with tar.open("rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
-
-
 @dataclass
 class _Columns:
     """The columns of an index while it grows."""
@@ -249,10 +242,10 @@ class _Columns:
 
 
 def _build(descriptor: int, tar_size: int) -> ShardIndex:
-    columns, tar_digest = _Columns(), xxhash.xxh3_128()
+    columns, digest = _Columns(), xxhash.xxh3_128()
     seen: set[str] = set()
     key, suffixes = None, dict[str, str]()
-    for member, stream in scan(descriptor, tar_size, tar_digest.update):
+    for member, stream in scan(descriptor, tar_size, digest.update):
         new_key, suffix = _split(member.name)
         if new_key != key:
             _close_sample(columns, key, suffixes)
@@ -267,7 +260,7 @@ def _build(descriptor: int, tar_size: int) -> ShardIndex:
         suffixes[suffix.lower()] = suffix
         _add_member(columns, member, suffix, stream(), descriptor)
     _close_sample(columns, key, suffixes)
-    return _finished(columns, tar_size, tar_digest.hexdigest())
+    return _finished(columns, tar_size, digest.hexdigest())
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -321,11 +314,11 @@ def _check_json(text: io.BytesIO | None, size: int) -> None:
         raise MediaError("not a JSON object")
 
 
-def _finished(columns: _Columns, tar_size: int, tar_digest: str) -> ShardIndex:
+def _finished(columns: _Columns, tar_size: int, digest: str) -> ShardIndex:
     encoded = [key.encode() for key in columns.keys]
     return ShardIndex(
         tar_size=tar_size,
-        tar_digest=tar_digest,
+        digest=digest,
         suffixes=tuple(columns.suffix_numbers),
         problems=columns.problems,
         key_offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import struct
-import warnings
 from typing import BinaryIO
 
+from megamm.core.errors import DataError
 from megamm.core.types import MediaFacts
 
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -18,7 +18,7 @@ _EXIF_ORIENTATION = 0x0112
 _TURNED = frozenset({5, 6, 7, 8})
 
 
-class MediaError(ValueError):
+class MediaError(DataError):
     """A picture or a sound that cannot be used, and why."""
 
 
@@ -48,10 +48,7 @@ def open_image(file: BinaryIO):
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 M pixels on; our own limit is checked on the size that the header states.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(file, formats=IMAGE_FORMATS)
+        return Image.open(file, formats=IMAGE_FORMATS)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, struct.error) as error:
         raise MediaError(f"the picture's header cannot be read ({_brief(error)})") from None
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megamm.config import Batching
 from megamm.core.errors import ConfigError
-from megamm.data.deal import deal, micro_steps
+from megamm.data.deal import deal, resolve_accumulation
 from megamm.data.packing import pack
 
 
@@ -75,13 +75,13 @@ def test_impossible_deals_are_refused():
     ("global_rows", "micro_rows", "world_size", "expected"), [(8, 1, 1, 8), (8, 2, 2, 2), (9, 2, 2, 3), (8, 4, 3, 1), (3, 1, 3, 1)]
 )
 def test_accumulation_is_derived(global_rows, micro_rows, world_size, expected):
-    assert micro_steps(Batching(global_rows=global_rows, micro_rows=micro_rows), world_size) == expected
+    assert resolve_accumulation(Batching(global_rows=global_rows, micro_rows=micro_rows), world_size) == expected
 
 
 def test_given_accumulation_must_make_up_the_batch():
-    assert micro_steps(Batching(global_rows=16, micro_rows=2, accumulation=4), 2) == 4
+    assert resolve_accumulation(Batching(global_rows=16, micro_rows=2, accumulation=4), 2) == 4
     with pytest.raises(ConfigError) as error:
-        micro_steps(Batching(global_rows=250, micro_rows=4, accumulation=8), 8)
+        resolve_accumulation(Batching(global_rows=250, micro_rows=4, accumulation=8), 8)
     assert str(error.value).startswith(
         "batch.global_rows=250 is not micro_rows 4 × accumulation 8 × world 8 = 256; set batch.global_rows to 256"
     )
@@ -89,4 +89,4 @@ def test_given_accumulation_must_make_up_the_batch():
 
 def test_less_than_one_row_a_rank_is_refused():
     with pytest.raises(ConfigError, match=r"batch\.global_rows=3 is less than one row a rank at world size 4"):
-        micro_steps(Batching(global_rows=3), 4)
+        resolve_accumulation(Batching(global_rows=3), 4)

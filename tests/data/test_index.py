@@ -54,7 +54,7 @@ def test_index_agrees_with_the_bytes_and_with_webdataset(shard):
     index = build_index(shard)
     content = shard.read_bytes()
     assert index.tar_size == len(content)
-    assert index.tar_digest == xxhash.xxh3_128_hexdigest(content)
+    assert index.digest == xxhash.xxh3_128_hexdigest(content)
     expected = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     assert [index.key(sample) for sample in range(index.num_samples)] == [entry["__key__"] for entry in expected] == list(samples())
     for sample, entry in enumerate(expected):

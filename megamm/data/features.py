@@ -1,0 +1,98 @@
+"""How much of a row a picture or a sound takes, from its header's facts alone: the arithmetic that planning and decoding share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megamm.config import AudioFeatures, Data, ImageFeatures, Model
+from megamm.core.files import canonical_json, digest_text
+from megamm.core.lengths import audio_num_mel_frames, audio_num_tokens, image_num_tokens, patch_grid
+from megamm.core.types import MediaFacts
+from megamm.data.media import MediaError
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What one picture or sound takes: placeholder tokens, vision-tower patches, mel frames."""
+
+    tokens: int
+    patches: int = 0
+    frames: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRules:
+    """How media become tower inputs, and what is refused.
+
+    Attributes:
+        image: None where the model has no vision tower.
+        audio: None where the model has no audio tower.
+        max_pixels: Larger pictures are refused.
+    """
+
+    image: ImageFeatures | None
+    audio: AudioFeatures | None
+    max_pixels: int
+
+    @classmethod
+    def of(cls, model: Model, data: Data) -> MediaRules:
+        """The rules that a recipe states."""
+        return cls(model.image_features if model.vision else None, model.audio_features if model.audio else None, data.max_pixels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything here that a planned length depends on."""
+        return digest_text(canonical_json(dataclasses.asdict(self)))
+
+    def footprint(self, facts: MediaFacts) -> Footprint:
+        """What a picture or a sound takes.
+
+        Raises:
+            MediaError: It is beyond a limit, or the model has no tower for it.
+        """
+        if facts.type == "image":
+            if self.image is None:
+                raise MediaError("the model has no vision tower for a picture; set model.vision or leave the dataset out")
+            check_pixels(facts.width, facts.height, self.max_pixels)
+            grid = image_grid(facts.width, facts.height, self.image)
+            tokens = image_num_tokens(grid, self.image.merge)
+            return Footprint(tokens, patches=grid[0] * grid[1] if self.image.kind == "naflex" else tokens)
+        if self.audio is None:
+            raise MediaError("the model has no audio tower for a sound; set model.audio or leave the dataset out")
+        check_seconds(facts.num_frames, facts.rate_hz, self.audio.max_seconds)
+        num_samples = resampled_length(facts.num_frames, facts.rate_hz, self.audio.rate_hz)
+        frames = audio_num_mel_frames(num_samples, self.audio.hop_length, self.audio.min_samples)
+        return Footprint(audio_num_tokens(frames), frames=frames)
+
+
+def image_grid(width: int, height: int, features: ImageFeatures) -> tuple[int, int]:
+    """Rows and columns of the tower's feature map for a picture of `width` x `height` pixels."""
+    if features.kind == "fixed":
+        return features.size // features.stride, features.size // features.stride
+    return patch_grid(height, width, patch_size=features.patch_size, max_patches=features.max_patches, merge=features.merge)
+
+
+def resampled_length(num_frames: int, rate_hz: int, target_hz: int) -> int:
+    """Samples of a sound after resampling, rounded up so that no sound becomes empty."""
+    return -(-num_frames * target_hz // rate_hz)
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Refuse pictures beyond the limit.
+
+    Raises:
+        MediaError: The picture has more pixels.
+    """
+    if width * height > max_pixels:
+        raise MediaError(f"the picture has {width} x {height} pixels, data.max_pixels is {max_pixels}")
+
+
+def check_seconds(num_frames: int, rate_hz: int, max_seconds: float) -> None:
+    """Refuse sounds beyond the limit.
+
+    Raises:
+        MediaError: The sound is longer.
+    """
+    if num_frames > max_seconds * rate_hz:
+        raise MediaError(f"the sound lasts {num_frames / rate_hz:.1f} s, model.audio_features.max_seconds is {max_seconds}")
