@@ -16,7 +16,7 @@ from megamm.config.schema import ImageFeatures, Model, Optimizer, Tower
 from megamm.core.errors import ConfigError
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
 from megamm.models.configuration_megamm import MegaMMConfig
-from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
+from megamm.models.modeling_megamm import FrozenBatchNorm2d, MegaMMForConditionalGeneration
 
 _PATCH_TOWER = "siglip2_vision_model"
 _AUDIO_TOWER = "qwen3_asr_encoder"
@@ -89,12 +89,12 @@ def parameter_groups(model: MegaMMForConditionalGeneration, recipe: Model, optim
     """
     towers = {"text": recipe.text, "vision": recipe.vision, "audio": recipe.audio}
     scales = {name: tower.lr_scale for name, tower in towers.items() if tower is not None} | {"projector": recipe.projector_lr_scale}
+    frozen = {id(one) for module in model.modules() if isinstance(module, FrozenBatchNorm2d) for one in module.parameters()}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {(owner, decays): [] for owner in scales for decays in (True, False)}
     for name, parameter in model.named_parameters():
         owner = _owner(name)
         tower = towers.get(owner)
-        # Batch norms were frozen when the model was built and stay so.
-        parameter.requires_grad_(parameter.requires_grad and (tower is None or tower.trainable))
+        parameter.requires_grad_(id(parameter) not in frozen and (tower is None or tower.trainable))
         if parameter.requires_grad:
             members[owner, _decays(name, parameter)].append(parameter)
     groups = [

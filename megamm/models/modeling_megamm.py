@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -78,6 +79,20 @@ class AudioProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm that always uses its stored statistics and whose affine weights do not train.
+
+    Statistics of a rank's own pictures would make a row's result depend on its batch and differ between ranks. Statistics
+    may be in fp32 beside weights and pictures in bf16.
+    """
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float[N, C, H, W] to the same shape."""
+        # Detached, because loading a folder replaces parameters by ones that require gradients.
+        weight, bias = (one.detach().to(self.running_mean.dtype) for one in (self.weight, self.bias))
+        return F.batch_norm(pixels, self.running_mean, self.running_var, weight, bias, eps=self.eps)
+
+
 class MegaMMPreTrainedModel(PreTrainedModel):
     """What the two model classes share: configuration class and abilities."""
 
@@ -86,6 +101,8 @@ class MegaMMPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "audio", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Rounded variances of a convolutional tower would be lost for good: they do not train.
+    _keep_in_fp32_modules_strict = {"running_mean", "running_var"}  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -125,14 +142,6 @@ class MegaMMModel(MegaMMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the decoder's token embedding."""
         self.language_model.set_input_embeddings(value)
-
-    def train(self, mode: bool = True) -> MegaMMModel:
-        """Switch modes; batch norms keep their stored statistics, so that a row's result never depends on its batch."""
-        super().train(mode)
-        if self.vision_tower is not None:
-            for module in batch_norms(self.vision_tower):
-                module.eval()
-        return self
 
     def get_image_features(
         self,
@@ -455,19 +464,12 @@ def nothing_of(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (features * 0.0).sum().to(like.dtype)
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """All batch normalisations inside `module`."""
-    return [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
-
-
 def freeze_batch_norms(module: nn.Module) -> None:
-    """Make batch norms use their stored statistics and keep their affine weights.
-
-    Statistics of a rank's own pictures would differ between ranks and between packings.
-    """
-    for norm in batch_norms(module):
-        norm.eval()
-        norm.requires_grad_(False)
+    """Turn every batch norm inside `module` into a frozen one; names and values stay."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.__class__ = FrozenBatchNorm2d
+            norm.requires_grad_(False)
 
 
 AutoModel.register(MegaMMConfig, MegaMMModel, exist_ok=True)

@@ -5,7 +5,7 @@ import torch
 from megamm.core.types import Batch
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.inputs import batch_inputs
-from megamm.models.modeling_megamm import MegaMMForConditionalGeneration, batch_norms, merge_neighbours
+from megamm.models.modeling_megamm import FrozenBatchNorm2d, MegaMMForConditionalGeneration, merge_neighbours
 from tests.support.multimodal import AUDIO, CONTROL_IDS, IMAGE, Document, document, pack, tiny_model
 
 DOUBLE = torch.float64
@@ -192,8 +192,8 @@ def test_beams_keep_each_rows_own_media():
 
 def test_resnet_tower_keeps_its_statistics_and_affine_weights():
     model = tiny_model(vision="resnet", audio=False).train()
-    norms = batch_norms(model.model.vision_tower)
-    assert norms and not any(norm.training or norm.weight.requires_grad or norm.bias.requires_grad for norm in norms)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     batch = pack([[document(0, 4, grid=(4, 4), side=32), document(1, 4, grid=(4, 4), side=32)]], 50)
     _, grads = _run(model, [batch], torch.float32)
@@ -201,6 +201,28 @@ def test_resnet_tower_keeps_its_statistics_and_affine_weights():
         assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, variance)
     frozen = {name for name, grad in grads.items() if grad is None}
     assert frozen == {name for name in grads if ".normalization." in name}
+
+
+def test_frozen_norm_equals_a_norm_in_evaluation_and_keeps_fp32_statistics_beside_bf16_weights(tmp_path):
+    model = tiny_model(vision="resnet")
+    norm = next(module for module in model.modules() if isinstance(module, FrozenBatchNorm2d))
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    plain = torch.nn.BatchNorm2d(norm.num_features).eval()
+    plain.load_state_dict(norm.state_dict())
+    pixels = torch.randn(2, norm.num_features, 3, 3)
+    assert torch.equal(norm.train()(pixels), plain(pixels))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    expected = plain.bfloat16().float()(pixels.bfloat16().float())
+    torch.testing.assert_close(norm(pixels.bfloat16()).float(), expected, rtol=2**-7, atol=2**-6)
+    model.save_pretrained(tmp_path)
+    loaded = MegaMMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    again = next(module for module in loaded.modules() if isinstance(module, FrozenBatchNorm2d))
+    assert torch.equal(again.running_var, norm.running_var) and again.running_var.dtype == torch.float32
+    batch = pack([[document(0, 4, grid=(4, 4), side=32)]], 30)
+    loaded(**batch_inputs(batch, torch.device("cpu"), torch.bfloat16)).loss.backward()
+    assert again.weight.grad is None
 
 
 @pytest.mark.parametrize("merge", [1, 2])
