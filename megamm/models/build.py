@@ -16,7 +16,8 @@ from megamm.config.schema import ImageFeatures, Model, Optimizer, Tower
 from megamm.core.errors import ConfigError
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
 from megamm.models.configuration_megamm import MegaMMConfig
-from megamm.models.modeling_megamm import FrozenBatchNorm2d, MegaMMForConditionalGeneration
+from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
+from megamm.models.parts import FrozenBatchNorm2d
 
 _PATCH_TOWER = "siglip2_vision_model"
 _AUDIO_TOWER = "qwen3_asr_encoder"

@@ -5,7 +5,8 @@ import torch
 from megamm.core.types import Batch
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.inputs import batch_inputs
-from megamm.models.modeling_megamm import FrozenBatchNorm2d, MegaMMForConditionalGeneration, merge_neighbours
+from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
+from megamm.models.parts import FrozenBatchNorm2d, merge_neighbours
 from tests.support.multimodal import AUDIO, CONTROL_IDS, IMAGE, Document, document, pack, tiny_model
 
 DOUBLE = torch.float64
