@@ -1,0 +1,226 @@
+"""The proof that an exported folder is the trained model: the same questions, put to both.
+
+One side is the model as the training checkpoint gives it, the other a fresh process that can import transformers and not
+megamm. Compared are the logits on equal inputs, what the exported processor makes of raw text, pictures and sounds, and
+the first tokens of a greedy answer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megamm.core.errors import ExportError
+from megamm.core.files import write_json
+from megamm.core.types import Message
+from megamm.export.probes import Probe, make_probes
+from megamm.inference.generate import Sampling, generate
+from megamm.inference.load import Loaded
+from megamm.inference.prompt import left_padded, make_prompt
+
+REPORT = "parity.json"
+MAX_FEATURE_DIFFERENCE = 1e-4
+"""Between our log-mel or pixels and the exported processor's: two implementations of one float32 formula."""
+
+_SCRIPT = Path(__file__).with_name("fresh_process.py")
+_TOLERANCES = {torch.float32: 1e-5, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+_TOLERANCE_REASON = (
+    "a share of the largest logit: both sides run the same operations on the same weights, so only the order of sums inside kernels may "
+    "differ; float32 then differs by up to 1e-5 over dozens of layers, float16 and bfloat16 by up to 4 units in the last place"
+)
+_FEATURES = ("pixel_values", "input_features")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the trained model does with a probe.
+
+    Attributes:
+        probe: The question.
+        inputs: Arguments of the model's forward, a batch of one.
+        logits: float32[T, V].
+        answer: First token ids of the greedy answer.
+    """
+
+    probe: Probe
+    inputs: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    answer: tuple[int, ...]
+
+
+def expected(loaded: Loaded) -> list[Expected]:
+    """Put the probes to the trained model."""
+    results = []
+    for probe in make_probes(loaded.config):
+        prompt = make_prompt(loaded, [probe.message], probe.media)
+        inputs = left_padded([prompt], loaded.config.pad_token_id, loaded.device)
+        (answer,) = generate(loaded, [prompt], Sampling(max_new_tokens=8))
+        results.append(Expected(probe, inputs, logits_of(loaded.model, inputs), answer.token_ids))
+    return results
+
+
+@torch.no_grad()
+def logits_of(forward: Callable[..., Any], inputs: dict[str, Any]) -> torch.Tensor:
+    """float32[T, V] of one prompt; `forward` is a model or the training engine."""
+    return forward(**inputs).logits[0].float().cpu()
+
+
+def compare(folder: Path, references: Sequence[Expected]) -> dict[str, Any]:
+    """Put the probes to a fresh process on `folder` and measure the differences.
+
+    Returns:
+        The parity report: versions, tolerance and a row a probe, with `holds` for the whole.
+
+    Raises:
+        ExportError: The fresh process fails.
+    """
+    results, facts = fresh_results(folder, references)
+    rows = [_row(reference, results, getattr(torch, facts["dtype"])) for reference in references]
+    return {
+        "holds": all(row["holds"] for row in rows),
+        "dtype": facts["dtype"],
+        "versions": {"python": sys.version.split()[0], "torch": facts["torch"], "transformers": facts["transformers"]},
+        "tolerance": _TOLERANCE_REASON,
+        "probes": rows,
+    }
+
+
+def prove(folder: Path, references: Sequence[Expected], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write `parity.json` into `folder` and insist that it holds.
+
+    Args:
+        folder: The exported folder.
+        references: From `expected`, with weights of the exported type.
+        facts: Further entries of the report.
+
+    Raises:
+        ExportError: The exported folder answers differently.
+    """
+    report = compare(folder, references) | facts
+    write_json(folder / REPORT, report)
+    for row in report["probes"]:
+        if not row["holds"]:
+            raise ExportError(
+                f"the exported folder differs from the trained model on probe {row['probe']!r}: largest logit difference "
+                f"{row['max_logit_difference']} (tolerance {row['tolerance']}), equal prompt tokens {row['equal_prompt_tokens']}, "
+                f"largest feature differences {row['max_feature_differences']} (tolerance {MAX_FEATURE_DIFFERENCE}); "
+                f"compare transformers {report['versions']['transformers']} with the version in the run's environment.json"
+            )
+    return report
+
+
+def rounding(loaded: Loaded, references: Sequence[Expected]) -> dict[str, Any]:
+    """How far the references, in the exported type, are from the same checkpoint in `loaded`'s wider type.
+
+    Returns:
+        A table a probe: `max_logit_difference` and `equal_argmax_share` of the positions.
+    """
+    table = {}
+    for one in references:
+        wide = logits_of(loaded.model, one.inputs)
+        equal = (wide.argmax(-1) == one.logits.argmax(-1)).float().mean()
+        table[one.probe.name] = {"max_logit_difference": _max_difference(wide, one.logits), "equal_argmax_share": float(equal)}
+    return table
+
+
+def fresh_results(folder: Path, references: Sequence[Expected]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Run `fresh_process.py` on the probes: its tensors by `PROBE/name`, and its versions.
+
+    Raises:
+        ExportError: It fails; the message ends with the last line of its standard error.
+    """
+    with tempfile.TemporaryDirectory(prefix="megamm-parity-") as name:
+        scratch = Path(name)
+        save_file(
+            _tensors(references), scratch / "probes.safetensors", metadata={"probes": json.dumps([_chat(one.probe) for one in references])}
+        )
+        # Its own cache of modelling code: code of an earlier export must not run in place of this one's.
+        own = {"HF_HOME": str(scratch / "hub"), "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+        # As many threads as here, because they decide the order of sums.
+        environment = os.environ | own | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        # As text, because a script's own folder would come first on its path.
+        command = [
+            sys.executable,
+            "-c",
+            _SCRIPT.read_text(encoding="utf-8"),
+            str(folder.resolve()),
+            "probes.safetensors",
+            "results.safetensors",
+        ]
+        run = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
+        if run.returncode:
+            last = run.stderr.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
+            raise ExportError(f"a fresh process cannot use {folder}: {last[0]}")
+        with safe_open(scratch / "results.safetensors", framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def _tensors(references: Sequence[Expected]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for one in references:
+        tensors |= {f"{one.probe.name}/input/{name}": value.cpu().contiguous() for name, value in one.inputs.items()}
+        raw = {"picture": one.probe.picture, "sound": one.probe.sound}
+        tensors |= {f"{one.probe.name}/{name}": torch.from_numpy(value) for name, value in raw.items() if value is not None}
+    return tensors
+
+
+def _chat(probe: Probe) -> dict[str, Any]:
+    return {"name": probe.name, "messages": [_message(probe.message)]}
+
+
+def _message(message: Message) -> dict[str, Any]:
+    parts = [{"type": "text", "text": part.text} if part.type == "text" else {"type": part.type} for part in message.content]
+    return {"role": message.role, "content": parts}
+
+
+def _row(reference: Expected, results: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    own = {
+        key.removeprefix(f"{reference.probe.name}/"): value for key, value in results.items() if key.startswith(f"{reference.probe.name}/")
+    }
+    largest = float(reference.logits.abs().max())
+    tolerance = _TOLERANCES[dtype] * max(1.0, largest)
+    difference = _max_difference(own["logits"][0], reference.logits)
+    features = [_feature_difference(own[f"processed/{key}"], reference.inputs[key]) for key in _FEATURES if key in reference.inputs]
+    equal_prompt = torch.equal(own["processed/input_ids"], reference.inputs["input_ids"].cpu())
+    within = difference is not None and difference <= tolerance
+    same_features = all(feature is not None and feature <= MAX_FEATURE_DIFFERENCE for feature in features)
+    return {
+        "probe": reference.probe.name,
+        "num_tokens": len(reference.logits),
+        "max_logit": largest if math.isfinite(largest) else None,
+        "max_logit_difference": difference,
+        "tolerance": tolerance if math.isfinite(tolerance) else None,
+        "equal_prompt_tokens": equal_prompt,
+        "max_feature_differences": features,
+        "max_logit_difference_from_raw_media": _max_difference(own["processed_logits"][0], reference.logits),
+        "equal_answer": tuple(own["answer"][0].tolist()[: len(reference.answer)]) == reference.answer,
+        "holds": within and equal_prompt and same_features,
+    }
+
+
+def _max_difference(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    """Largest absolute difference; None where shapes differ or something is not finite, which is never within a tolerance."""
+    if one.shape != other.shape:
+        return None
+    difference = float((one.float() - other.float()).abs().max())
+    return difference if math.isfinite(difference) else None
+
+
+def _feature_difference(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    """Of one picture's or sound's features, which both sides may pad to another length."""
+    if one.ndim != other.ndim:
+        return None
+    common = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+    return _max_difference(one[common], other.cpu()[common])
