@@ -20,6 +20,7 @@ from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.parts import FrozenBatchNorm2d
 
 _PATCH_TOWER = "siglip2_vision_model"
+_TOWERS_WITH_HEAD = (_PATCH_TOWER, "siglip_vision_model")
 _AUDIO_TOWER = "qwen3_asr_encoder"
 # Older names that every text configuration translates.
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -152,10 +153,12 @@ def _vision_config(tower: Tower, features: ImageFeatures) -> PreTrainedConfig:
             f"model.vision.type={tower.type!r} does not take model.image_features.kind={features.kind!r}; "
             f"use 'naflex' with {_PATCH_TOWER!r} and 'fixed' with every other tower"
         )
-    config = _tower_config("vision", tower, dict(tower.config))
-    if hasattr(config, "vision_use_head"):
-        if tower.config.get("vision_use_head"):
-            raise ConfigError("model.vision.config.vision_use_head=true adds a pooling head that no token reads; set it to false")
+    values = dict(tower.config)
+    if values.pop("vision_use_head", False):
+        raise ConfigError("model.vision.config.vision_use_head=true adds a pooling head that no token reads; set it to false")
+    config = _tower_config("vision", tower, values)
+    if tower.type in _TOWERS_WITH_HEAD:
+        # An attribute that transformers reads in all versions and lists as a field only in newer ones.
         config.vision_use_head = False
     if features.kind == "fixed":
         _check_fixed_tower(config, features)

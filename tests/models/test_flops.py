@@ -36,7 +36,8 @@ def test_formula_equals_what_torch_counts(vision, frozen):
     text = model.config.text_config
     hidden_half = 3 * text.num_hidden_layers * 2 * text.num_attention_heads * text.head_dim * len(one.ids) ** 2
     expected = train_flops(model.config, sizes, recipe) + hidden_half
-    assert _counted(model, inputs) == expected
+    # Older transformers make the rotary angles by a matrix product.
+    assert _counted(model, inputs) - expected in (0, text.head_dim * len(one.ids))
 
 
 def test_padding_dummies_and_checkpointing_count_nothing():

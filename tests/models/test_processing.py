@@ -138,9 +138,3 @@ def test_saved_processor_loads_alike(make, tmp_path, vision):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert set(ours) <= set(processor.model_input_names)
-
-
-def test_media_without_placeholders_are_refused(make):
-    _, processor = make()
-    with pytest.raises(ValueError, match=r"<\|image\|>"):
-        processor(images=[_picture(8, 8)], text="one")
