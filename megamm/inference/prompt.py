@@ -73,12 +73,23 @@ def left_padded(prompts: Sequence[Prompt], pad_id: int, device: torch.device) ->
         input_ids[row, num_tokens - len(prompt.input_ids) :] = prompt.input_ids
         mask[row, num_tokens - len(prompt.input_ids) :] = 1
     arrays = {"input_ids": input_ids, "attention_mask": mask}
-    arrays |= _image_arrays([image for prompt in prompts for image in prompt.images])
-    arrays |= _audio_arrays([audio for prompt in prompts for audio in prompt.audios])
+    arrays |= media_arrays(
+        [image for prompt in prompts for image in prompt.images], [audio for prompt in prompts for audio in prompt.audios]
+    )
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def _image_arrays(images: list[ImageInput]) -> dict[str, np.ndarray]:
+def media_arrays(images: Sequence[ImageInput], audios: Sequence[AudioInput]) -> dict[str, np.ndarray]:
+    """Tower inputs as the model's forward takes them, padded to a common size; what is not there is left out.
+
+    Args:
+        images: In the order of their placeholders, row after row.
+        audios: Likewise.
+    """
+    return _image_arrays(images) | _audio_arrays(audios)
+
+
+def _image_arrays(images: Sequence[ImageInput]) -> dict[str, np.ndarray]:
     if not images:
         return {}
     if images[0].pixels.ndim == 3:
@@ -93,7 +104,7 @@ def _image_arrays(images: list[ImageInput]) -> dict[str, np.ndarray]:
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-def _audio_arrays(audios: list[AudioInput]) -> dict[str, np.ndarray]:
+def _audio_arrays(audios: Sequence[AudioInput]) -> dict[str, np.ndarray]:
     if not audios:
         return {}
     longest = max(audio.mel.shape[1] for audio in audios)

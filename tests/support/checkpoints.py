@@ -11,8 +11,16 @@ from megamm.checkpoint.shards import write_bytes, write_shard
 from megamm.checkpoint.slicing import slice_bounds
 
 
-def write_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], num_ranks: int = 2, fill: float = 0.0) -> Path:
-    """Commit `tensors` (trainable, plus a buffer `steps_seen`) as `num_ranks` ranks would; moments are `fill`."""
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    num_ranks: int = 2,
+    fill: float = 0.0,
+    buffers: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Commit `tensors` (trainable) and `buffers` (None for one, `steps_seen`) as `num_ranks` ranks would; moments are `fill`."""
+    buffers = {"steps_seen": torch.tensor([step])} if buffers is None else buffers
     path = folder / step_folder(step)
     path.mkdir(parents=True)
     files = {}
@@ -24,12 +32,12 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], 
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{moment}/{name}"] = torch.full((stop - start,), fill)
         if rank == 0:
-            state["buffer/steps_seen"] = torch.tensor([step])
+            state |= {f"buffer/{name}": tensor.reshape(-1) for name, tensor in buffers.items()}
         files[rank_file(rank)] = write_shard(path / rank_file(rank), state)
     files[DATA_STATE] = write_bytes(path / DATA_STATE, b'{"row":3}')
     files[LEDGER] = write_bytes(path / LEDGER, b'{"key":"a"}\n{"key":"b"}\n')
     parameters = [ParameterEntry(name, tuple(tensor.shape), "bfloat16", "trainable") for name, tensor in tensors.items()]
-    parameters.append(ParameterEntry("steps_seen", (1,), "int64", "buffer"))
+    parameters += [ParameterEntry(name, tuple(tensor.shape), str(tensor.dtype)[6:], "buffer") for name, tensor in buffers.items()]
     manifest = Manifest(step=step, world_size=num_ranks, files=files, parameters=tuple(parameters), engine={})
     write_bytes(path / MANIFEST, manifest.to_text().encode())
     return path

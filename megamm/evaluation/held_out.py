@@ -1,0 +1,109 @@
+"""Held-out samples in a fixed order, each once: what an evaluation reads and what it has to skip."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm.config import Recipe
+from megamm.core.errors import ConfigError
+from megamm.core.types import Sample
+from megamm.data.encode import parse_document
+from megamm.data.index import read_shard_facts
+from megamm.data.ledger import BadSample
+from megamm.data.reader import LocalReader, ShardPool
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a held-out sample lies: dataset, shard and number inside the shard."""
+
+    dataset: str
+    tar: Path
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedSample:
+    """A sample that could not be evaluated, and why."""
+
+    dataset: str
+    shard: str
+    key: str
+    reason: str
+
+
+def held_out_patterns(recipe: Recipe | None) -> dict[str, str]:
+    """Dataset name -> path or glob of the held-out datasets that a recipe names.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if recipe is None:
+        raise ConfigError("an exported folder names no held-out data; give them with --shards NAME=GLOB")
+    if not recipe.data.held_out:
+        raise ConfigError("the run's recipe has no data.held_out; give held-out shards with --shards NAME=GLOB")
+    return {name: os.path.join(recipe.data.root, dataset.shards) for name, dataset in recipe.data.held_out.items()}  # noqa: PTH118, a glob
+
+
+def list_places(patterns: Mapping[str, str], max_samples: int | None = None) -> list[Place]:
+    """All samples of all datasets, by dataset, shard name and number.
+
+    Args:
+        patterns: Dataset name -> path or glob of tar files.
+        max_samples: At most so many of each dataset, spread evenly over it, because neighbours in a shard are often alike.
+
+    Raises:
+        ConfigError: A pattern matches nothing.
+        DataError: A shard has no usable index.
+    """
+    places = []
+    for dataset, pattern in patterns.items():
+        tars = [Path(path) for path in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207, patterns may be absolute
+        if not tars:
+            raise ConfigError(
+                f"no shard of held-out dataset {dataset!r} matches {pattern}; check data.root or give --shards {dataset}=GLOB"
+            )
+        own = [Place(dataset, tar, number) for tar in tars for number in range(read_shard_facts(tar).num_samples)]
+        places += own if max_samples is None else _spread(own, max_samples)
+    return places
+
+
+def read_samples(places: Sequence[Place]) -> Iterator[tuple[Place, Sample | SkippedSample]]:
+    """Each sample with its media, or why it is skipped.
+
+    Raises:
+        DataError: A shard is missing, or changed since it was indexed.
+    """
+    pool = ShardPool(LocalReader())
+    try:
+        for place in places:
+            yield place, _read(pool, place)
+    finally:
+        pool.close()
+
+
+def skipped(place: Place, key: str, reason: object) -> SkippedSample:
+    """The entry of a sample that cannot be evaluated."""
+    return SkippedSample(place.dataset, place.tar.name, key, str(reason))
+
+
+def _read(pool: ShardPool, place: Place) -> Sample | SkippedSample:
+    shard = pool.shard(place.tar)
+    key = shard.index.key(place.number)
+    if place.number in shard.index.problems:
+        return skipped(place, key, shard.index.problems[place.number])
+    try:
+        files = shard.sample(place.number)
+        return parse_document(key, files["json"], shard=place.tar.name, media=files)
+    except BadSample as error:
+        return skipped(place, key, error)
+
+
+def _spread(places: list[Place], num_wanted: int) -> list[Place]:
+    if num_wanted >= len(places):
+        return places
+    return [places[index * len(places) // num_wanted] for index in range(num_wanted)]

@@ -1,0 +1,170 @@
+"""From held-out samples to what the model did with each: an answer to compare, or the likelihood of a document."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megamm.core.errors import DataError
+from megamm.core.types import IGNORE_LABEL, Sample, TokenSequence
+from megamm.data.encode import SampleEncoder
+from megamm.evaluation.held_out import Place, SkippedSample, skipped
+from megamm.inference.generate import Sampling, generate
+from megamm.inference.load import Loaded
+from megamm.inference.prompt import Prompt, make_prompt
+from megamm.inference.score import token_losses
+from megamm.tasks import template
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A sample that counts.
+
+    Attributes:
+        dataset: Name of its dataset.
+        task: Name of its task.
+        shard: File name of its shard.
+        number: Its number in the shard.
+        key: Its key.
+    """
+
+    dataset: str
+    task: str
+    shard: str
+    number: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answered(Record):
+    """A chat whose last answer the model gave anew.
+
+    Attributes:
+        reference: The stored answer.
+        answer: The model's.
+        is_finished: Whether the model ended it.
+    """
+
+    reference: str
+    answer: str
+    is_finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scored(Record):
+    """A document whose tokens the model predicted one by one.
+
+    Attributes:
+        nats: Sum of the negative log likelihoods.
+        num_tokens: Supervised tokens.
+        num_bytes: Length of the text in UTF-8.
+        token_counts: Supervised token id -> how often.
+    """
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+    token_counts: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    place: Place
+    sample: Sample
+    prompt: Prompt
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    place: Place
+    sample: Sample
+    sequence: TokenSequence
+
+
+def judge(
+    loaded: Loaded,
+    samples: Iterable[tuple[Place, Sample | SkippedSample]],
+    *,
+    tasks: Collection[str],
+    batch_size: int,
+    max_new_tokens: int,
+) -> Iterator[Record | SkippedSample]:
+    """Answer or score each sample once; of every sample of `tasks` comes one record or one reason to skip it.
+
+    The order is that of full batches. Samples of other tasks are left out; a sample that cannot be read has no known task
+    and is reported.
+
+    Args:
+        loaded: The model.
+        samples: From `read_samples`.
+        tasks: Names of the tasks that count.
+        batch_size: Samples that run at once.
+        max_new_tokens: Bound on an answer.
+    """
+    encoder = SampleEncoder(loaded.tokenizer, loaded.media)
+    questions: list[_Question] = []
+    documents: list[_Document] = []
+    for place, sample in samples:
+        if isinstance(sample, SkippedSample):
+            yield sample
+            continue
+        if sample.task not in tasks:
+            continue
+        try:
+            item = _prepare(loaded, encoder, place, sample, max_new_tokens)
+        except DataError as error:
+            yield skipped(place, sample.key, error)
+            continue
+        if isinstance(item, _Question):
+            questions.append(item)
+        else:
+            documents.append(item)
+        if len(questions) == batch_size:
+            yield from _answer(loaded, questions, max_new_tokens)
+            questions = []
+        if len(documents) == batch_size:
+            yield from _score(loaded, documents)
+            documents = []
+    if questions:
+        yield from _answer(loaded, questions, max_new_tokens)
+    if documents:
+        yield from _score(loaded, documents)
+
+
+def _prepare(loaded: Loaded, encoder: SampleEncoder, place: Place, sample: Sample, max_new_tokens: int) -> _Question | _Document:
+    limit = loaded.config.text_config.max_position_embeddings
+    if template.is_document(sample.messages):
+        sequence, _ = encoder.encode(place.dataset, sample)
+        num_tokens = len(sequence.input_ids)
+        item: _Question | _Document = _Document(place, sample, sequence)
+    else:
+        messages, reference = template.split_answer(sample.messages)
+        prompt = make_prompt(loaded, messages, sample.media)
+        num_tokens = len(prompt.input_ids) + max_new_tokens
+        item = _Question(place, sample, prompt, reference)
+    if num_tokens > limit:
+        raise DataError(f"the sample takes {num_tokens} tokens, answer included; the decoder has {limit} positions")
+    return item
+
+
+def _answer(loaded: Loaded, questions: list[_Question], max_new_tokens: int) -> Iterator[Answered]:
+    answers = generate(loaded, [question.prompt for question in questions], Sampling(max_new_tokens=max_new_tokens))
+    for question, answer in zip(questions, answers, strict=True):
+        yield Answered(*_identity(question.place, question.sample), question.reference, answer.text, answer.is_finished)
+
+
+def _score(loaded: Loaded, documents: list[_Document]) -> Iterator[Scored]:
+    losses = token_losses(loaded, [document.sequence for document in documents])
+    for document, nats in zip(documents, losses, strict=True):
+        labels = document.sequence.labels[document.sequence.labels != IGNORE_LABEL]
+        num_bytes = sum(len(part.text.encode()) for part in document.sample.messages[0].content)
+        counts = dict(Counter(labels.tolist()))
+        yield Scored(*_identity(document.place, document.sample), float(nats.sum(dtype=np.float64)), len(labels), num_bytes, counts)
+
+
+def _identity(place: Place, sample: Sample) -> tuple[str, str, str, int, str]:
+    return place.dataset, sample.task, place.tar.name, place.number, sample.key
