@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoProcessor, Qwen3ASRFeatureExtractor, Siglip2ImageProcessorPil, ViTImageProcessorPil
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
@@ -88,6 +89,10 @@ class MegaMMProcessor(ProcessorMixin):
         """The placeholders of one sound."""
         return self.audio_token * audio_num_tokens(int(audio_inputs["input_features_mask"][audio_idx].sum()))
 
+    def prepare_inputs_layout(self, images: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        """Open picture files as training does; transformers would drop their transparency instead of laying them on white."""
+        return super().prepare_inputs_layout(images=_opened(images), **kwargs)
+
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         # Pictures are resized here, always by Pillow: the stock processors know no merging of patches, and with torchvision
         # installed they would resize in another way than training did.
@@ -97,7 +102,7 @@ class MegaMMProcessor(ProcessorMixin):
 
     def _resize(self, picture: Any, **kwargs: Any) -> Image.Image:
         processor = self.image_processor
-        picture = (picture if isinstance(picture, Image.Image) else to_pil_image(picture)).convert("RGB")
+        picture = upright_rgb(picture if isinstance(picture, Image.Image) else to_pil_image(picture))
         if self.stride is not None:
             side = processor.size["height"]
             return picture.resize((side, side), Image.Resampling.BILINEAR)
@@ -122,6 +127,27 @@ class MegaMMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of everything that a call may return."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "input_features", "input_features_mask"]
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """Any picture as training sees it: turned by its EXIF, 16-bit scaled instead of clipped, transparency on white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    return picture.convert("RGB")
+
+
+def _opened(images: Any) -> Any:
+    """Local paths, alone or in nested lists, as pictures; everything else as it is."""
+    if isinstance(images, (list, tuple)):
+        return [_opened(one) for one in images]
+    if isinstance(images, (str, Path)) and Path(images).is_file():
+        with Image.open(images) as picture:
+            return upright_rgb(picture)
+    return images
 
 
 def _stack(arrays: list[np.ndarray], num_frames: int) -> np.ndarray:

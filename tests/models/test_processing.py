@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Qwen3ASRFeatureExtractor, Siglip2ImageProcessorPil
 
 from megamm.config.schema import Tokenizer
 from megamm.core.lengths import audio_num_mel_frames, audio_num_tokens, image_num_tokens, patch_grid
+from megamm.data.decode import audio_input, image_input
 from megamm.models.build import config_from_recipe
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.processing_megamm import MegaMMProcessor
@@ -78,6 +80,46 @@ def test_grey_and_transparent_pictures_and_arrays_become_rgb(make):
     grey, clear = _picture(8, 8).convert("L"), _picture(8, 8).convert("RGBA")
     for picture in (grey, clear, np.asarray(_picture(8, 8))):
         assert processor(images=[picture], text="<|image|>")["pixel_values"].shape == (1, 16, 3 * PATCH * PATCH)
+
+
+def _stored_pictures() -> dict[str, Image.Image]:
+    clear = _picture(30, 21).convert("RGBA")
+    clear.putalpha(_picture(30, 21).convert("L"))
+    turned = _picture(12, 40)
+    turned.getexif()[0x0112] = 6
+    deep = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16))
+    return {"plain": _picture(33, 14), "clear": clear, "turned": turned, "deep": deep, "grey": _picture(5, 5).convert("L")}
+
+
+@pytest.mark.parametrize("vision", ["siglip2_vision_model", "resnet"])
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("name", _stored_pictures())
+def test_picture_files_become_what_training_decodes(make, tmp_path, vision, merge, name):
+    _, processor = make(vision=vision, merge=merge)
+    path = tmp_path / "picture.png"
+    picture = _stored_pictures()[name]
+    picture.save(path, exif=picture.getexif())
+    trained = image_input(path.read_bytes(), tiny_recipe(vision=vision, merge=merge).image_features)
+    from_path = _ask(processor, _chat({"type": "image", "path": str(path)}))
+    opened = _ask(processor, _chat({"type": "image", "image": Image.open(path)}))
+    for out in (from_path, opened):
+        pixels = out["pixel_values"][0].numpy()
+        np.testing.assert_allclose(pixels[: len(trained.pixels)], trained.pixels, rtol=0, atol=1e-6)
+        assert (out["input_ids"] == processor.image_token_id).sum() == trained.num_tokens
+
+
+@pytest.mark.parametrize("num_samples", [500, 16000, 40123])
+def test_sound_files_become_what_training_decodes(make, tmp_path, num_samples):
+    _, processor = make()
+    path = tmp_path / "sound.wav"
+    soundfile.write(path, 0.1 * _sound(num_samples), 16000, subtype="FLOAT")
+    trained = audio_input(path.read_bytes(), tiny_recipe().audio_features)
+    wave, _ = soundfile.read(path, dtype="float32")
+    out = processor(audio=[wave], text="<|audio|>")
+    num_frames = trained.mel.shape[1]
+    assert out["input_features_mask"].sum() == num_frames
+    np.testing.assert_allclose(out["input_features"][0, :, :num_frames].numpy(), trained.mel, rtol=0, atol=2e-5)
+    assert (out["input_ids"] == processor.audio_token_id).sum() == trained.num_tokens
 
 
 def test_a_sounds_features_do_not_depend_on_its_neighbours(make):
