@@ -1,13 +1,16 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from megamm.core.types import Batch
+from megamm.models.build import config_from_recipe
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.inputs import batch_inputs
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.parts import FrozenBatchNorm2d, merge_neighbours
-from tests.support.multimodal import AUDIO, CONTROL_IDS, IMAGE, Document, document, pack, tiny_model
+from tests.support.multimodal import AUDIO, CONTROL_IDS, IMAGE, TEXT, VOCAB_SIZE, Document, document, pack, tiny_model, tiny_recipe
 
 DOUBLE = torch.float64
 
@@ -66,6 +69,17 @@ def test_packed_logits_equal_single_documents_under_plain_sdpa():
         alone = model(input_ids=inputs["input_ids"], **media).logits[0]
         torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=0, atol=1e-11)
         start += len(alone)
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+def test_other_stock_decoders_pack_as_well(kind):
+    recipe = tiny_recipe()
+    values = {name: value for name, value in TEXT.items() if name != "head_dim"}
+    recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, type=kind, config=values))
+    model = MegaMMForConditionalGeneration(config_from_recipe(recipe, vocab_size=VOCAB_SIZE, control_ids=CONTROL_IDS)).to(DOUBLE)
+    documents = _mixed()
+    loss, _ = _run(model, [pack([documents], 110)])
+    assert loss == pytest.approx(_run(model, [pack([[one]], len(one.ids)) for one in documents])[0], rel=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
