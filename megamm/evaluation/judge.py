@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,10 @@ class Record:
     shard: str
     number: int
     key: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values for one line of `predictions.jsonl`."""
+        return {name: value for name, value in asdict(self).items() if name != "token_counts"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,8 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write `predictions.jsonl`, `report.md` and, last, `report.json`, each whole or not at all."""
-        write_text(folder / PREDICTIONS, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self.records))
+        lines = (json.dumps(record.to_dict(), ensure_ascii=False) for record in self.records)
+        write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
         write_text(folder / REPORT_MARKDOWN, self.to_markdown())
         write_json(folder / REPORT_JSON, self.to_dict())
 

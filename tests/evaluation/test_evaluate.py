@@ -1,0 +1,213 @@
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from megamm.core.errors import ConfigError, DataError
+from megamm.data.index import write_index
+from megamm.evaluation import evaluate
+from megamm.evaluation.held_out import SkippedSample, list_places, read_samples
+from megamm.evaluation.judge import Answered, Scored, judge
+from megamm.evaluation.report import make_report
+from megamm.tasks import TASKS
+from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
+from tests.support.tiny_run import random_model, write_run
+
+ASK = {"type": "text", "text": "What digit is this?"}
+IMAGE, AUDIO = {"type": "image", "member": "0.png"}, {"type": "audio", "member": "0.flac"}
+DOCUMENTS = ["two is a number", "It is the number one; say one.", "say", "three 3"]
+SETTINGS = {"batch_size": 3, "max_new_tokens": 5}
+
+
+def picture(seed):
+    return jpeg(20 + seed, 30, seed=seed, format="PNG")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Seven pictures in two shards, one damaged inside; three sounds, one of them empty; four texts, one too long."""
+    root = tmp_path_factory.mktemp("held_out")
+    pictures = {
+        f"p{number}": as_files(chat([IMAGE, ASK], ["zero", "one", "two"][number % 3]), _0_png=picture(number)) for number in range(7)
+    }
+    pictures["p3"] = as_files(chat([IMAGE, ASK], "zero"), _0_png=picture(3)[:200])
+    keys = list(pictures)
+    write_index(write_tar(root / "pictures-0.tar", {key: pictures[key] for key in keys[:4]}))
+    write_index(write_tar(root / "pictures-1.tar", {key: pictures[key] for key in keys[4:]}))
+    sounds = {
+        f"s{number}": as_files(chat([AUDIO], "Say  ONE", task="speech_recognition"), _0_flac=flac(9000, seed=number)) for number in range(2)
+    }
+    sounds["s2"] = as_files(chat([AUDIO], "one", task="speech_recognition"), _0_flac=b"nothing")
+    write_index(write_tar(root / "sounds-0.tar", sounds))
+    texts = {f"t{number}": as_files(text_document(text)) for number, text in enumerate(DOCUMENTS)}
+    texts["t9"] = as_files(text_document("say one two three four " * 2100))
+    write_index(write_tar(root / "texts-0.tar", texts))
+    return root
+
+
+@pytest.fixture(scope="module")
+def datasets(root):
+    return {name: str(root / f"{name}-*.tar") for name in ("pictures", "sounds", "texts")}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("evaluate") / "run"
+    write_run(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(run, datasets):
+    return evaluate(run, datasets=datasets, output=run / "evaluation", **SETTINGS)
+
+
+def test_every_sample_counts_once_or_is_skipped_with_a_reason(report):
+    counted = Counter((record.dataset, record.key) for record in report.records)
+    skipped = {(one.dataset, one.key): one.reason for one in report.skipped}
+    assert len(skipped) == len(report.skipped)
+    everything = [("pictures", f"p{number}") for number in range(7)] + [("sounds", f"s{number}") for number in range(3)]
+    everything += [("texts", f"t{number}") for number in (0, 1, 2, 3, 9)]
+    assert counted + Counter(list(skipped)) == Counter(everything)
+    assert set(skipped) == {("pictures", "p3"), ("sounds", "s2"), ("texts", "t9")}
+    assert "positions" in skipped["texts", "t9"]
+    assert all(skipped.values())
+
+
+def test_rows_say_dataset_task_samples_metric_and_chance(report):
+    rows = {(row.dataset, row.task, row.metric): row for row in report.rows}
+    accuracy = rows["pictures", "classification", "accuracy"]
+    assert accuracy.samples == 6
+    assert accuracy.chance == 2 / 6
+    assert rows["sounds", "speech_recognition", "accuracy"].samples == 2
+    assert rows["sounds", "speech_recognition", "accuracy"].chance == 1.0
+    assert rows["pictures", "classification", "macro_recall"].chance is None
+    assert {metric for dataset, _, metric in rows if dataset == "texts"} == {"perplexity", "bits_per_byte"}
+
+
+def test_answers_do_not_depend_on_the_batches(run, datasets, report):
+    alone = evaluate(run, datasets=datasets, **{**SETTINGS, "batch_size": 1})
+    assert [record.key for record in alone.records] == [record.key for record in report.records]
+    for one, other in zip(alone.records, report.records, strict=True):
+        if one.dataset == "texts":
+            assert one.nats == pytest.approx(other.nats, rel=1e-5)
+        else:
+            assert one == other
+
+
+def test_perplexity_is_that_of_each_document_alone(run, report):
+    loaded = random_model(run)
+    nats, labels = 0.0, []
+    eos = loaded.tokenizer.vocabulary.control_id("eos")
+    for text in DOCUMENTS:
+        ids = [loaded.tokenizer.vocabulary.control_id("bos"), *loaded.tokenizer.encode(text), eos]
+        with torch.no_grad():
+            likelihoods = loaded.model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        nats -= float(likelihoods[range(len(ids) - 1), ids[1:]].double().sum())
+        labels += ids[1:]
+    values = {row.metric: row for row in report.rows if row.dataset == "texts"}
+    assert values["perplexity"].value == pytest.approx(math.exp(nats / len(labels)), rel=1e-5)
+    num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
+    assert values["bits_per_byte"].value == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    entropy = -sum(count / len(labels) * math.log(count / len(labels)) for count in Counter(labels).values())
+    assert values["perplexity"].chance == pytest.approx(math.exp(entropy))
+
+
+def test_figures_are_those_of_the_answers():
+    pairs = {"p0": ("zero", " zero\n"), "p1": ("one", "one"), "p2": ("two", "two"), "p3": ("two", "unheard of"), "p4": ("zero", "one")}
+    records = [
+        Answered("digits", "classification", "a.tar", number, key, reference, answer, answer != "unheard of")
+        for number, (key, (reference, answer)) in enumerate(pairs.items())
+    ]
+    report = make_report(records[::-1], [], source="here", step=1, settings={})
+    assert [(row.metric, row.value, row.chance) for row in report.rows] == [
+        ("accuracy", 3 / 5, 2 / 5),
+        ("macro_recall", pytest.approx((1 + 1 / 2 + 1 / 2) / 3), None),
+    ]
+    assert report.confusions["digits/classification"].labels == ("one", "two", "zero", "(other)")
+    assert report.confusions["digits/classification"].counts == ((1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 0))
+    assert report.unfinished == {"digits/classification": 1}
+    assert [record.key for record in report.records] == list(pairs)
+
+
+def test_a_figure_that_is_not_a_number_is_shown_as_none(tmp_path):
+    record = Scored("texts", "text", "a.tar", 0, "t0", nats=math.nan, num_tokens=2, num_bytes=3, token_counts={1: 2})
+    report = make_report([record], [], source="here", step=None, settings={})
+    assert [row.value for row in report.rows] == [None, None]
+    report.write(tmp_path)
+    assert "| perplexity | – | 1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_report_is_written_whole(run, report):
+    folder = run / "evaluation"
+    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "predictions.jsonl"}
+    table = json.loads((folder / "report.json").read_text())
+    assert table["step"] == 3
+    assert len(table["rows"]) == len(report.rows)
+    assert sum(map(sum, table["confusions"]["pictures/classification"]["counts"])) == 6
+    assert {one["key"] for one in table["skipped"]} == {"p3", "s2", "t9"}
+    assert table["settings"]["max_new_tokens"] == 5
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [one["key"] for one in predictions] == [record.key for record in report.records]
+    text = (folder / "report.md").read_text()
+    assert text == report.to_markdown()
+    assert "| pictures | classification | 6 | accuracy |" in text
+    assert "p3" in text
+
+
+def test_parts_of_the_samples_add_up_to_the_whole(run, datasets, report):
+    """What ranks will do: judge disjoint parts."""
+    loaded = random_model(run)
+    places = list_places(datasets)
+    results = []
+    for rank in range(3):
+        samples = read_samples(places[rank::3])
+        results += judge(loaded, samples, tasks=TASKS, batch_size=2, max_new_tokens=5)
+    keys = Counter(result.key for result in results)
+    assert keys == Counter([record.key for record in report.records] + [one.key for one in report.skipped])
+    assert sum(isinstance(result, SkippedSample) for result in results) == len(report.skipped)
+
+
+def test_a_bound_on_samples_spreads_over_the_dataset(datasets):
+    places = list_places(datasets, max_samples=2)
+    assert [(place.dataset, place.tar.name, place.number) for place in places] == [
+        ("pictures", "pictures-0.tar", 0),
+        ("pictures", "pictures-0.tar", 3),
+        ("sounds", "sounds-0.tar", 0),
+        ("sounds", "sounds-0.tar", 1),
+        ("texts", "texts-0.tar", 0),
+        ("texts", "texts-0.tar", 2),
+    ]
+    assert list_places(datasets, max_samples=100) == list_places(datasets)
+
+
+def test_only_the_tasks_that_are_asked_for_count(run, datasets):
+    report = evaluate(run, datasets=datasets, tasks=["text"], **SETTINGS)
+    assert {row.task for row in report.rows} == {"text"}
+    assert not report.confusions
+    with pytest.raises(ConfigError, match="none of 3 held-out samples could be evaluated"):
+        evaluate(run, datasets={"sounds": datasets["sounds"]}, tasks=["text"], **SETTINGS)
+
+
+def test_what_cannot_be_evaluated_is_named(run, datasets, root):
+    with pytest.raises(ConfigError, match="task 'guessing' is not known; the tasks are classification"):
+        evaluate(run, datasets=datasets, tasks=["guessing"])
+    with pytest.raises(ConfigError, match="batch_size=0 evaluates nothing"):
+        evaluate(run, datasets=datasets, batch_size=0)
+    with pytest.raises(ConfigError, match="no shard of held-out dataset 'gone' matches"):
+        evaluate(run, datasets={"gone": str(root / "gone-*.tar")})
+    with pytest.raises(ConfigError, match=r"has no data\.held_out"):
+        evaluate(run)
+    write_tar(root / "bare.tar", {"a": as_files(text_document("say"))})
+    with pytest.raises(DataError, match="index is missing"):
+        evaluate(run, datasets={"bare": str(root / "bare.tar")})
+
+
+def test_a_shard_that_changed_ends_the_evaluation(run, tmp_path):
+    tar = write_tar(tmp_path / "texts.tar", {"a": as_files(text_document("say"))})
+    write_index(tar)
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        evaluate(run, datasets={"texts": str(tar)}, **SETTINGS)
