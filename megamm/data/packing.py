@@ -49,8 +49,8 @@ def _best_fit(mains: list[int], firsts: list[int], seconds: list[int], *, capaci
     free_second: list[int] = []
     chosen: list[int] = []
     for main, first, second in zip(mains, firsts, seconds, strict=True):
-        place = bisect_left(open_rows, main << shift)
-        while place < len(open_rows):
+        place, end = bisect_left(open_rows, main << shift), len(open_rows)
+        while place < end:
             entry = open_rows[place]
             row = entry & mask
             if first <= free_first[row] and second <= free_second[row]:

@@ -1,0 +1,135 @@
+"""From a sample's files to a token sequence: parse, decode, lay out, shift the labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megamm.core.errors import DataError
+from megamm.core.types import IGNORE_LABEL, MediaFacts, Part, Sample, TokenSequence
+from megamm.data.decode import audio_input, image_input
+from megamm.data.features import Footprint, MediaRules
+from megamm.data.ledger import BadSample
+from megamm.data.media import MediaError
+from megamm.tasks import template
+from megamm.tokenizers.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """How samples become sequences. Stateless: equal samples give equal sequences, in any thread.
+
+    Attributes:
+        tokenizer: Of the run.
+        rules: How media become tower inputs.
+        task_weights: Task name -> loss weight of its tokens; 1 where not named.
+    """
+
+    tokenizer: TextTokenizer
+    rules: MediaRules
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def measure(self, sample: Sample, facts: Mapping[str, MediaFacts]) -> Footprint:
+        """What the sample will take of a row, without decoding its media.
+
+        Args:
+            sample: Parsed, without media.
+            facts: Member suffix -> what its header says.
+
+        Raises:
+            BadSample: The sample can never be encoded; says why.
+        """
+        try:
+            images = [self.rules.footprint(_facts_of(part, facts)) for part in _parts(sample, "image")]
+            audios = [self.rules.footprint(_facts_of(part, facts)) for part in _parts(sample, "audio")]
+            encoded = template.encode(
+                sample.messages,
+                self.tokenizer,
+                image_tokens=[one.tokens for one in images],
+                audio_tokens=[one.tokens for one in audios],
+            )
+        except DataError as error:
+            raise BadSample(str(error)) from error
+        return Footprint(len(encoded.input_ids), sum(one.patches for one in images), sum(one.frames for one in audios))
+
+    def encode(self, dataset: str, sample: Sample) -> tuple[TokenSequence, Footprint]:
+        """Decode the media and lay the sample out.
+
+        Args:
+            dataset: Its dataset's name.
+            sample: Parsed, with media.
+
+        Returns:
+            The sequence, and what it takes of a row.
+
+        Raises:
+            BadSample: Something in it cannot be decoded or laid out.
+        """
+        try:
+            images = [
+                image_input(_content_of(part, sample.media), _tower(self.rules.image, "vision"), max_pixels=self.rules.max_pixels)
+                for part in _parts(sample, "image")
+            ]
+            audios = [audio_input(_content_of(part, sample.media), _tower(self.rules.audio, "audio")) for part in _parts(sample, "audio")]
+            encoded = template.encode(
+                sample.messages,
+                self.tokenizer,
+                image_tokens=[one.num_tokens for one in images],
+                audio_tokens=[one.num_tokens for one in audios],
+            )
+        except DataError as error:
+            raise BadSample(str(error)) from error
+        labels = np.full(len(encoded.input_ids), IGNORE_LABEL, dtype=np.int32)
+        labels[:-1] = np.where(encoded.supervised[1:], encoded.input_ids[1:], IGNORE_LABEL)
+        weights = (labels != IGNORE_LABEL) * np.float32(self.task_weights.get(sample.task, 1.0))
+        sequence = TokenSequence(dataset, sample.key, sample.task, encoded.input_ids, labels, weights, images, audios)
+        patches = sum(len(one.pixels) if one.pixels.ndim == 2 else one.num_tokens for one in images)
+        return sequence, Footprint(len(encoded.input_ids), patches, sum(one.mel.shape[1] for one in audios))
+
+
+def parse_document(key: str, content: bytes, *, shard: str, media: Mapping[str, bytes] | None = None) -> Sample:
+    """Read the bytes of `KEY.json`.
+
+    Args:
+        key: Sample key.
+        content: UTF-8 JSON.
+        shard: Name of the shard, for the error.
+        media: Member suffix -> bytes; None where only the document is read.
+
+    Raises:
+        BadSample: Not JSON, or not a sample.
+    """
+    try:
+        document = json.loads(content.decode())
+        sample = template.parse_sample(key, document, where=f"{shard} {key}")
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"{shard} {key}: not JSON in UTF-8 ({error})") from None
+    except DataError as error:
+        raise BadSample(str(error)) from error
+    return Sample(sample.key, sample.task, sample.messages, media or {}, sample.metadata)
+
+
+def _parts(sample: Sample, type_: str) -> list[Part]:
+    return [part for message in sample.messages for part in message.content if part.type == type_]
+
+
+def _facts_of(part: Part, facts: Mapping[str, MediaFacts]) -> MediaFacts:
+    found = facts.get(part.member)
+    if found is None or found.type != part.type:
+        raise MediaError(f"member {part.member} is missing or is no readable {part.type}")
+    return found
+
+
+def _content_of(part: Part, media: Mapping[str, bytes]) -> bytes:
+    if part.member not in media:
+        raise MediaError(f"member {part.member} is missing")
+    return media[part.member]
+
+
+def _tower(features, name: str):
+    if features is None:
+        raise MediaError(f"the model has no {name} tower; set model.{name} or leave the dataset out")
+    return features

@@ -1,0 +1,144 @@
+"""Held-out rows: every sample once, in order, the same number of micro-batches on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from megamm.config import Batching, Data, Model
+from megamm.core.errors import ConfigError
+from megamm.core.logging import get_logger
+from megamm.core.types import Batch, PackedRow, TokenSequence
+from megamm.data.collate import collate
+from megamm.data.datasets import ShardSet, open_dataset
+from megamm.data.encode import SampleEncoder
+from megamm.data.features import MediaRules
+from megamm.data.ledger import Skipped
+from megamm.data.lengths import lengths_key
+from megamm.data.reader import LocalReader, Reader
+from megamm.data.rows import DEFAULT_COSTS, PlannedRow, PlannedSample, Window
+from megamm.data.source import SampleSource
+from megamm.tokenizers.text import TextTokenizer
+
+_log = get_logger("data")
+
+
+class HeldOut:
+    """The held-out datasets of a recipe, packed in order. Stateless.
+
+    Attributes:
+        datasets: By name, sorted.
+        tasks: Sorted names of the tasks that occur.
+    """
+
+    def __init__(self, data: Data, batch: Batching, *, model: Model, tokenizer: TextTokenizer) -> None:
+        """Open the datasets; their lengths must have been planned (`lengths.ensure_lengths`).
+
+        Raises:
+            DataError: Shards, indexes or lengths are missing, damaged or changed.
+        """
+        rules, root = MediaRules.of(model, data), Path(data.root)
+        key = lengths_key(tokenizer, rules)
+        self.datasets = {name: open_dataset(name, data.held_out[name], root, key) for name in sorted(data.held_out)}
+        self.tasks = tuple(sorted({task for dataset in self.datasets.values() for task in dataset.task_names}))
+        self.data, self.batch, self.rules, self.tokenizer = data, batch, rules, tokenizer
+
+    def rows(self) -> Iterator[PlannedRow]:
+        """All rows, one of each dataset in turn until all are exhausted; a row holds samples of one dataset."""
+        streams = [self._rows_of(dataset) for dataset in self.datasets.values()]
+        while streams:
+            for stream in list(streams):
+                row = next(stream, None)
+                if row is None:
+                    streams.remove(stream)
+                else:
+                    yield row
+
+    def _rows_of(self, dataset: ShardSet) -> Iterator[PlannedRow]:
+        for start in range(0, dataset.num_samples, self.data.window):
+            indices = np.arange(start, min(start + self.data.window, dataset.num_samples))
+            window = Window.pack(
+                (dataset.name,),
+                indices,
+                datasets=np.zeros_like(indices),
+                indices=indices,
+                epochs=np.zeros_like(indices),
+                lengths=dataset.table.gather(indices),
+                capacity=(self.batch.row_tokens, self.data.row_patches, self.data.row_frames),
+                costs=DEFAULT_COSTS,
+                row_key=None,
+            )
+            for sample in window.samples(window.unfit):
+                reason = dataset.problem(sample.index) or "it is larger than a row"
+                _log.warning("held-out sample %d of %s is left out: %s", sample.index, dataset.name, reason)
+            yield from (PlannedRow(window, number) for number in range(window.num_rows))
+
+
+def held_out_batches(
+    held_out: HeldOut,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_rows: int | None = None,
+    tasks: tuple[str, ...] | None = None,
+    task_weights: Mapping[str, float] | None = None,
+    reader: Reader | None = None,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of the held-out rows, decoded one micro-batch ahead.
+
+    The same samples whatever the number of ranks. Where rows do not divide by the ranks, the last micro-batches hold empty
+    rows. Samples that cannot be used are left out with a warning.
+
+    Args:
+        held_out: What to read.
+        rank: This rank.
+        world_size: All ranks.
+        num_rows: Rows of all ranks together, from the first on; None for all.
+        tasks: Names that `task_ids` will index; the held-out tasks by default.
+        task_weights: Task name -> loss weight of its tokens; 1 where not named.
+        reader: Where bytes come from; local files by default.
+
+    Raises:
+        ConfigError: `tasks` lacks a held-out task.
+        DataError: A shard cannot be read.
+    """
+    micro_rows, names = held_out.batch.micro_rows, held_out.tasks if tasks is None else tasks
+    if unknown := sorted(set(held_out.tasks) - set(names)):
+        raise ConfigError(f"held-out data hold the task {unknown[0]!r}, which is not among {', '.join(names)}; leave the dataset out")
+    encoder = SampleEncoder(held_out.tokenizer, held_out.rules, task_weights or {})
+    pad_id = held_out.tokenizer.vocabulary.control_id("pad")
+    stream = islice(held_out.rows(), num_rows)
+
+    def load(rows: list[PlannedRow]) -> Batch:
+        packed = [PackedRow(_delivered(source, row.samples)) for row in rows]
+        packed += [PackedRow()] * (micro_rows - len(packed))
+        return collate(packed, held_out.batch.row_tokens, pad_id, names)
+
+    with (
+        closing(SampleSource(held_out.datasets, encoder, reader or LocalReader())) as source,
+        ThreadPoolExecutor(1, thread_name_prefix="held-out") as decoder,
+    ):
+        ahead = None
+        while group := list(islice(stream, world_size * micro_rows)):
+            future = decoder.submit(load, group[rank * micro_rows : (rank + 1) * micro_rows])
+            if ahead is not None:
+                yield ahead.result()
+            ahead = future
+        if ahead is not None:
+            yield ahead.result()
+
+
+def _delivered(source: SampleSource, samples: tuple[PlannedSample, ...]) -> list[TokenSequence]:
+    sequences = []
+    for sample in samples:
+        result = source.load(sample)
+        if isinstance(result, Skipped):
+            _log.warning("held-out sample %s/%s is left out: %s", result.dataset, result.key, result.reason)
+        else:
+            sequences.append(result)
+    return sequences

@@ -1,0 +1,69 @@
+"""The ledger: every sample that was planned and not delivered, with the reason, and the budget that such samples have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megamm.core.errors import DataError
+
+MIN_BUDGET_SAMPLES = 1000
+"""The budget is a share of at least this many samples, so that one bad sample of the first ten does not end a run."""
+
+
+class BadSample(DataError):
+    """One sample that cannot be used; it is skipped, keeps its position and enters the ledger. Every other error ends the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """One entry of the ledger.
+
+    Attributes:
+        position: Position in the plan's stream of samples.
+        dataset: Name of the dataset.
+        shard: File name of its shard.
+        key: Sample key.
+        reason: Why, in one line.
+    """
+
+    position: int
+    dataset: str
+    shard: str
+    key: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Skipped:
+        """Read what `to_json` gave."""
+        return cls(**value)
+
+
+def merge(entries: Iterable[Skipped]) -> list[Skipped]:
+    """The entries of all ranks and steps in the order of their positions, each position once."""
+    return [entry for _, entry in sorted({entry.position: entry for entry in entries}.items())]
+
+
+def check_budget(skipped: Iterable[Skipped], num_samples: int, max_share: float) -> None:
+    """End a run whose data are rotten.
+
+    Args:
+        skipped: What was skipped among `num_samples` planned samples.
+        num_samples: Samples that were planned so far.
+        max_share: Share of skipped samples that is still borne.
+
+    Raises:
+        DataError: More were skipped; names the last one.
+    """
+    entries = list(skipped)
+    if len(entries) > max_share * max(num_samples, MIN_BUDGET_SAMPLES):
+        last = entries[-1]
+        raise DataError(
+            f"{len(entries)} of {num_samples} samples were skipped, data.max_skipped_share is {max_share}; "
+            f"the last is {last.dataset}/{last.key} in {last.shard}: {last.reason}"
+        )

@@ -1,0 +1,176 @@
+"""Reading samples by position, every byte checked against the index."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import xxhash
+
+from megamm.core.errors import DataError
+from megamm.core.logging import get_logger
+from megamm.data.index import Member, ShardIndex, load_index
+from megamm.data.ledger import BadSample
+
+MAX_SAMPLE_BYTES = 256 << 20
+_RETRY_DELAYS_SECONDS = (0.1, 1.0, 5.0)
+
+_log = get_logger("data")
+
+
+class Reader(Protocol):
+    """Where the bytes of shards come from. Used from many threads."""
+
+    def read(self, tar: Path, offset: int, size: int) -> bytes:
+        """Bytes of a shard; fewer than `size` where the shard ends.
+
+        Raises:
+            OSError: The read failed; it is tried again unless the shard is not there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what is open."""
+        ...
+
+
+class LocalReader:
+    """Positioned reads from local and parallel file systems, over a bounded set of open files."""
+
+    def __init__(self, max_open_files: int = 256) -> None:
+        self._max_open_files = max_open_files
+        self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, tar: Path, offset: int, size: int) -> bytes:
+        """See `Reader.read`."""
+        # The local reference keeps the file open while another thread evicts it.
+        file = self._open(tar)
+        content = os.pread(file.fileno(), size, offset)
+        while len(content) < size and (more := os.pread(file.fileno(), size - len(content), offset + len(content))):
+            content += more
+        return content
+
+    def close(self) -> None:
+        """See `Reader.close`."""
+        with self._lock:
+            self._files.clear()
+
+    def _open(self, tar: Path) -> BinaryIO:
+        with self._lock:
+            file = self._files.get(tar)
+            if file is None:
+                file = self._files[tar] = tar.open("rb", buffering=0)  # type: ignore[assignment]
+                if len(self._files) > self._max_open_files:
+                    self._files.popitem(last=False)
+            else:
+                self._files.move_to_end(tar)
+            return file
+
+
+class ShardReader:
+    """The samples of one shard. Safe to use from many threads.
+
+    Attributes:
+        tar: The shard.
+        index: Its index.
+    """
+
+    def __init__(self, tar: Path, index: ShardIndex, reader: Reader) -> None:
+        self.tar, self.index, self._reader = tar, index, reader
+
+    def sample(self, number: int) -> dict[str, bytes]:
+        """All members of a sample by suffix, in one read.
+
+        Raises:
+            BadSample: Bytes differ from what was indexed, or are too many.
+            DataError: The shard cannot be read or became shorter.
+        """
+        return self._read(number, self.index.members(number))
+
+    def document(self, number: int) -> bytes:
+        """The JSON of a sample.
+
+        Raises:
+            BadSample: As `sample`.
+            DataError: As `sample`.
+        """
+        return self._read(number, [member for member in self.index.members(number) if member.suffix == "json"])["json"]
+
+    def _read(self, number: int, members: list[Member]) -> dict[str, bytes]:
+        start, end = members[0].offset, members[-1].offset + members[-1].size
+        if end - start > MAX_SAMPLE_BYTES:
+            raise BadSample(f"the sample has {end - start} bytes, the limit is {MAX_SAMPLE_BYTES}")
+        content = read_exactly(self._reader, self.tar, start, end - start)
+        files = {}
+        for member in members:
+            file = content[member.offset - start : member.offset - start + member.size]
+            if xxhash.xxh3_64_intdigest(file) != member.digest:
+                raise BadSample(f"the bytes of {self.index.key(number)}.{member.suffix} changed since they were indexed")
+            files[member.suffix] = file
+        return files
+
+
+class ShardPool:
+    """Readers of many shards; the indexes of the most recently used ones stay mapped."""
+
+    def __init__(self, reader: Reader, max_mapped: int = 1024) -> None:
+        self._reader, self._max_mapped = reader, max_mapped
+        self._shards: OrderedDict[Path, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def shard(self, tar: Path) -> ShardReader:
+        """The reader of a shard.
+
+        Raises:
+            DataError: Shard or index is missing, damaged or changed.
+        """
+        with self._lock:
+            if (shard := self._shards.get(tar)) is not None:
+                self._shards.move_to_end(tar)
+                return shard
+        # Outside the lock: two threads may map the same index at once, which is only a little work twice.
+        shard = ShardReader(tar, load_index(tar), self._reader)
+        with self._lock:
+            self._shards[tar] = shard
+            if len(self._shards) > self._max_mapped:
+                self._shards.popitem(last=False)
+        return shard
+
+    def close(self) -> None:
+        """Release files and maps."""
+        with self._lock:
+            self._shards.clear()
+        self._reader.close()
+
+
+def read_exactly(reader: Reader, tar: Path, offset: int, size: int) -> bytes:
+    """Read `size` bytes, trying again after errors that may pass.
+
+    Raises:
+        DataError: The shard is missing, became shorter, or reading kept failing; never a reason to skip a sample.
+    """
+    content = _read_patiently(reader, tar, offset, size)
+    if len(content) < size:
+        raise DataError(
+            f"shard {tar} changed since it was indexed: {len(content)} of {size} bytes at {offset}; run `megamm data index {tar}`"
+        )
+    return content
+
+
+def _read_patiently(reader: Reader, tar: Path, offset: int, size: int) -> bytes:
+    delays = list(_RETRY_DELAYS_SECONDS)
+    while True:
+        try:
+            return reader.read(tar, offset, size)
+        except FileNotFoundError:
+            raise DataError(f"shard {tar} does not exist any more; bring it back") from None
+        except OSError as error:
+            if not delays:
+                raise DataError(f"shard {tar}: reading failed again and again ({error}); check the file system") from error
+            _log.warning("reading %s failed (%s), trying again in %.1f s", tar, error, delays[0])
+            time.sleep(delays.pop(0))

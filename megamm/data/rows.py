@@ -1,0 +1,161 @@
+"""Rows of a window: what is in them, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megamm.data.order import permute
+from megamm.data.packing import UNFIT, pack
+
+
+@dataclass(frozen=True, slots=True)
+class RowCosts:
+    """What makes one row costlier than another, in units of what a token costs the decoder outside attention.
+
+    Every row runs the same number of tokens, padding included, so those do not count.
+
+    Attributes:
+        token_pair: A pair of tokens of one document in attention.
+        patch: A patch through the vision tower.
+        frame: A mel frame through the audio tower.
+    """
+
+    token_pair: float = 1 / 8192
+    patch: float = 0.25
+    frame: float = 0.05
+
+
+DEFAULT_COSTS = RowCosts()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    """A sample at its position.
+
+    Attributes:
+        position: In the stream of the run.
+        dataset: Name of its dataset.
+        index: Number inside the dataset.
+        epoch: Pass over the dataset.
+        tokens: Planned tokens.
+        patches: Planned patches.
+        frames: Planned mel frames.
+    """
+
+    position: int
+    dataset: str
+    index: int
+    epoch: int
+    tokens: int
+    patches: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of one window of positions. Legend: n positions, R rows.
+
+    Attributes:
+        positions: int64[n], first position of the window and those that follow.
+        dataset_names: Names that `datasets` indexes.
+        datasets: int64[n].
+        indices: int64[n], sample inside its dataset.
+        epochs: int64[n].
+        lengths: int32[n, 3], tokens, patches and frames.
+        members: int64, places (0 to n - 1) of the samples of row 0, then of row 1, ...; by position within a row.
+        starts: int64[R + 1], where each row starts in `members`.
+        unfit: int64, places of the samples that no row holds.
+        costs: float64[R].
+    """
+
+    positions: np.ndarray
+    dataset_names: tuple[str, ...]
+    datasets: np.ndarray
+    indices: np.ndarray
+    epochs: np.ndarray
+    lengths: np.ndarray
+    members: np.ndarray
+    starts: np.ndarray
+    unfit: np.ndarray
+    costs: np.ndarray
+
+    @classmethod
+    def pack(
+        cls,
+        dataset_names: tuple[str, ...],
+        positions: np.ndarray,
+        *,
+        datasets: np.ndarray,
+        indices: np.ndarray,
+        epochs: np.ndarray,
+        lengths: np.ndarray,
+        capacity: tuple[int, int, int],
+        costs: RowCosts,
+        row_key: int | None,
+    ) -> Window:
+        """Pack samples into rows.
+
+        Args:
+            dataset_names: Names that `datasets` indexes.
+            positions: int64[n].
+            datasets: int64[n].
+            indices: int64[n].
+            epochs: int64[n].
+            lengths: int32[n, 3].
+            capacity: Tokens, patches and frames of a row.
+            costs: What makes a row costly.
+            row_key: Shuffles the rows; None keeps them in the order of packing.
+        """
+        packed = pack(lengths, capacity)
+        num_rows = int(packed.max(initial=UNFIT)) + 1
+        fit = np.flatnonzero(packed != UNFIT)
+        # Packing opens rows for the largest samples first; taken in that order, every window would go from long to short.
+        rows = packed[fit] if row_key is None or not num_rows else permute(packed[fit], num_rows, row_key)
+        used = lengths[fit].astype(np.float64)
+        cost = costs.token_pair * used[:, 0] ** 2 + costs.patch * used[:, 1] + costs.frame * used[:, 2]
+        return cls(
+            positions=positions,
+            dataset_names=dataset_names,
+            datasets=datasets,
+            indices=indices,
+            epochs=epochs,
+            lengths=lengths,
+            members=fit[np.argsort(rows, kind="stable")],
+            starts=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))]),
+            unfit=np.flatnonzero(packed == UNFIT),
+            costs=np.bincount(rows, weights=cost, minlength=num_rows),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the window."""
+        return len(self.costs)
+
+    def samples(self, places: np.ndarray) -> tuple[PlannedSample, ...]:
+        """The samples at some places."""
+        columns = (self.positions, self.datasets, self.indices, self.epochs)
+        rows = zip(*(column[places].tolist() for column in columns), self.lengths[places].tolist(), strict=True)
+        return tuple(
+            PlannedSample(position, self.dataset_names[dataset], index, epoch, *lengths)
+            for position, dataset, index, epoch, lengths in rows
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """One row of a window; its samples are made when they are asked for."""
+
+    window: Window
+    number: int
+
+    @property
+    def samples(self) -> tuple[PlannedSample, ...]:
+        """The samples of the row, by position."""
+        return self.window.samples(self.window.members[self.window.starts[self.number] : self.window.starts[self.number + 1]])
+
+    @property
+    def cost(self) -> float:
+        """Estimated cost, see `RowCosts`."""
+        return float(self.window.costs[self.number])

@@ -1,0 +1,73 @@
+"""From a planned sample to its token sequence, or to the reason why it is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from megamm.core.types import Sample, TokenSequence
+from megamm.data.datasets import ShardSet
+from megamm.data.encode import SampleEncoder, parse_document
+from megamm.data.features import Footprint
+from megamm.data.ledger import BadSample, Skipped
+from megamm.data.reader import Reader, ShardPool
+from megamm.data.rows import PlannedSample
+
+
+class SampleSource:
+    """Reads, checks, decodes and encodes samples. Used from many threads; keeps no state besides open files and maps.
+
+    Attributes:
+        datasets: By name.
+        encoder: How samples become sequences.
+    """
+
+    def __init__(self, datasets: Mapping[str, ShardSet], encoder: SampleEncoder, reader: Reader) -> None:
+        self.datasets, self.encoder = datasets, encoder
+        self._pool = ShardPool(reader)
+
+    def key(self, planned: PlannedSample) -> str:
+        """`dataset/key` of a sample."""
+        tar, number = self.datasets[planned.dataset].locate(planned.index)
+        return f"{planned.dataset}/{self._pool.shard(tar).index.key(number)}"
+
+    def load(self, planned: PlannedSample, excluded: Collection[str] = frozenset()) -> TokenSequence | Skipped:
+        """The sequence of a sample, exactly as long as it was planned, or the ledger's entry for it.
+
+        Args:
+            planned: The sample.
+            excluded: `dataset/key` of samples that are kept out.
+
+        Raises:
+            DataError: The shard cannot be read: no reason to skip a sample, but to stop.
+        """
+        try:
+            if excluded and self.key(planned) in excluded:
+                raise BadSample("excluded")
+            sequence, size = self.encoder.encode(planned.dataset, self.read(planned))
+            expected = Footprint(planned.tokens, planned.patches, planned.frames)
+            if size != expected:
+                raise BadSample(f"takes {size}, planned {expected}; its media do not hold what their headers say")
+            return sequence
+        except BadSample as error:
+            return self.skipped(planned, str(error))
+
+    def read(self, planned: PlannedSample) -> Sample:
+        """A sample with its media, as the shard holds it.
+
+        Raises:
+            BadSample: Its bytes changed, or its document is not a sample.
+            DataError: The shard cannot be read.
+        """
+        tar, number = self.datasets[planned.dataset].locate(planned.index)
+        shard = self._pool.shard(tar)
+        files = shard.sample(number)
+        return parse_document(shard.index.key(number), files.pop("json"), shard=tar.name, media=files)
+
+    def skipped(self, planned: PlannedSample, reason: str) -> Skipped:
+        """The ledger's entry for a sample."""
+        tar, _ = self.datasets[planned.dataset].locate(planned.index)
+        return Skipped(planned.position, planned.dataset, tar.name, self.key(planned).removeprefix(f"{planned.dataset}/"), reason)
+
+    def close(self) -> None:
+        """Release files and maps."""
+        self._pool.close()
