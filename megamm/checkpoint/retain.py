@@ -51,9 +51,14 @@ def superseded(steps: list[int], settings: Checkpointing) -> list[int]:
 
 
 def _delete(folder: Path, names: list[str]) -> None:
+    _sweep(folder)
     # Renamed first: a deletion that is cut short must not look like a damaged checkpoint. The next one finishes it.
     for name in names:
         (folder / name).rename(folder / f".{name}.deleted")
     sync_folder(folder)
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
     for doomed in [*folder.glob(".step_*.deleted"), *folder.glob(".step_*.replaced")]:
         shutil.rmtree(doomed)

@@ -17,6 +17,7 @@ from typing import Any
 from megamm.config.schema import Batching, Engine, Optimizer
 from megamm.core.errors import ConfigError
 
+_PRESET_KEYS = ("zero_optimization", "aio")
 # DeepSpeed ignores a top-level key that it does not know, so a misspelled override would do nothing.
 _OVERRIDABLE = (
     "activation_checkpointing",
@@ -53,9 +54,8 @@ def deepspeed_config(engine: Engine, *, batch: Batching, optim: Optimizer, world
     preset = _leaves(load_preset(engine.preset))
     recipe = _leaves(_recipe_settings(engine, batch, optim, world_size=world_size, accumulation=accumulation))
     overrides = _leaves(engine.overrides)
-    _refuse_shared_keys(preset, recipe, f"ds_configs/{engine.preset}.json")
-    _refuse_shared_keys(overrides, recipe, "engine.overrides")
-    for key in overrides:
+    for key, value in overrides.items():
+        _refuse_shared_key(key, value, recipe)
         _check_override(key)
     merged = preset | recipe | overrides
     for key, value in merged.items():
@@ -88,7 +88,7 @@ def load_preset(name: str) -> dict[str, Any]:
     """Read `ds_configs/NAME.json`.
 
     Raises:
-        ConfigError: There is no such preset, or it is not a JSON table.
+        ConfigError: There is no such preset, it is not JSON, or it sets what a recipe decides.
     """
     if name not in preset_names():
         close = difflib.get_close_matches(name, preset_names(), n=1)
@@ -99,8 +99,9 @@ def load_preset(name: str) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path} holds a {type(table).__name__}; write a table of DeepSpeed keys")
+    foreign = table.keys() - set(_PRESET_KEYS) if isinstance(table, dict) else {type(table).__name__}
+    if foreign:
+        raise ConfigError(f"{path} sets {min(foreign)}; a preset holds {' and '.join(_PRESET_KEYS)} only, the rest belongs to the recipe")
     return table
 
 
@@ -118,9 +119,8 @@ def _recipe_settings(engine: Engine, batch: Batching, optim: Optimizer, *, world
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
-    if engine.precision != "fp32":
-        settings[engine.precision] = {"enabled": True}
-    return settings
+    # Both are stated, so that an override cannot enable a second one.
+    return settings | {name: {"enabled": engine.precision == name} for name in ("bf16", "fp16")}
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -139,14 +139,13 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _refuse_shared_keys(theirs: Mapping[str, Any], recipe: Mapping[str, Any], source: str) -> None:
-    for key, value in theirs.items():
-        for owned in recipe:
-            if key == owned or key.startswith(f"{owned}.") or owned.startswith(f"{key}."):
-                raise ConfigError(
-                    f"{source} sets {key}={value!r} and the recipe sets {owned}={recipe[owned]!r}; remove it from {source}: "
-                    "batch, precision and clipping belong to [batch], engine.precision and [optim]"
-                )
+def _refuse_shared_key(key: str, value: Any, recipe: Mapping[str, Any]) -> None:
+    for owned in recipe:
+        if key == owned or key.startswith(f"{owned}.") or owned.startswith(f"{key}."):
+            raise ConfigError(
+                f"engine.overrides sets {key}={value!r} and the recipe sets {owned}={recipe[owned]!r}; remove the override: "
+                "batch, precision and clipping belong to [batch], engine.precision and [optim]"
+            )
 
 
 def _check_override(key: str) -> None:

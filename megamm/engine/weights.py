@@ -31,7 +31,7 @@ def partitioned(construct: Callable[[], nn.Module], ds_config: dict[str, Any], *
         ds_config: From `settings.deepspeed_config`.
         seed: Decides the initial weights.
     """
-    with torch.random.fork_rng(), _without_model_initialisation():
+    with _own_random_numbers(), _without_model_initialisation():
         # Decides the parameters that no `_init_weights` covers and that keep what their constructor drew.
         torch.manual_seed(seed)
         if ds_config["zero_optimization"]["stage"] == 3:
@@ -51,13 +51,20 @@ def initialize_weights(model: nn.Module, seed: int) -> None:
 
     A module without a transformers model above it keeps what its constructor drew. Works on plain and partitioned models.
     """
-    with torch.random.fork_rng(), torch.no_grad():
+    reaches: dict[tuple[type, type], bool] = {}
+    with _own_random_numbers(), torch.no_grad():
         for name, module, owner in _modules_with_owner(model, "", None):
             if owner is None:
                 continue
-            with _full_float32(_parameters_in_reach(module)):
+            own, children = _own_parameters(module), _parameters_of_children(module)
+            # Gathering the children as well doubles the traffic, so the first module of a class shows whether it is needed.
+            kind = (type(owner), type(module))
+            with _full_float32([*own, *children] if reaches.get(kind, True) else own):
+                before = [param.clone() for param in children] if kind not in reaches else []
                 torch.manual_seed(int(digest_text(f"{seed}/{name}")[:15], 16))
                 owner._init_weights(module)
+                if children and kind not in reaches:
+                    reaches[kind] = not all(map(torch.equal, before, children))
 
 
 def load_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -100,6 +107,11 @@ def partition_bounds(param: nn.Parameter) -> tuple[int, int]:
     size = param.ds_tensor.ds_numel  # type: ignore[attr-defined]
     start = min(size * param.ds_zero_partition_rank, param.ds_numel)  # type: ignore[attr-defined]
     return start, min(start + size, param.ds_numel)  # type: ignore[attr-defined]
+
+
+def _own_random_numbers() -> contextlib.AbstractContextManager[None]:
+    """Give the generators back afterwards; only this rank's GPU, because asking the others would open a context on each."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def _zero_padding(param: nn.Parameter) -> None:
@@ -147,13 +159,15 @@ def _modules_with_owner(
     yield name, module, owner
 
 
-def _parameters_in_reach(module: nn.Module) -> list[nn.Parameter]:
-    """What `_init_weights(module)` may write: the module's own parameters and, as attention blocks do, its children's."""
-    params = list(module.parameters(recurse=False))
-    for child in module.children():
-        if not isinstance(child, PreTrainedModel):
-            params.extend(child.parameters(recurse=False))
-    return list({id(param): param for param in params}.values())
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
+
+
+def _parameters_of_children(module: nn.Module) -> list[nn.Parameter]:
+    """What `_init_weights(module)` may write beside its own: attention and pooling blocks initialise their projections."""
+    own = set(map(id, _own_parameters(module)))
+    children = (param for child in module.children() if not isinstance(child, PreTrainedModel) for param in child.parameters(recurse=False))
+    return list({id(param): param for param in children if id(param) not in own}.values())
 
 
 @contextlib.contextmanager
