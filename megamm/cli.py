@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -43,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegaMMError as error:
         if debug:
             traceback.print_exc()
-        rank = env.rank_info().rank
-        if rank == 0 or not error.on_all_ranks:
-            print(f"megamm: {error}" if rank == 0 else f"megamm (rank {rank}): {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.on_all_ranks:
+            print(f"megamm: {error}" if rank == "0" else f"megamm (rank {rank}): {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of our output (a pager, head) is gone; nothing more to say to it.
@@ -79,7 +80,7 @@ def _recipe_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="name of a shipped recipe (see `megamm recipes`) or a TOML file")
 
 
-def _recipe(arguments: Arguments):  # noqa: ANN202, named in megamm.config
+def _recipe(arguments: Arguments):
     from megamm.config import load_recipe
 
     return load_recipe(arguments.recipe, arguments.overrides)
@@ -129,25 +130,15 @@ def _data_verify(arguments: Arguments) -> None:
 
     for tar in arguments.shards:
         index = load_index(tar, verify_digest=True)
-        print(f"{tar}: {index.num_samples} samples, digest {index.digest} holds")
+        print(f"{tar}: {index.num_samples} samples, digest {index.tar_digest} holds")
 
 
 def _data_plan_lengths(arguments: Arguments) -> None:
+    from megamm.train.build import load_tokenizer
     from megamm.train.data import plan_all_lengths
 
-    for line in plan_all_lengths(_recipe(arguments)):
-        print(line)
-
-
-def _run_and_step_arguments(parser: argparse.ArgumentParser) -> None:
-    _run_argument(parser)
-    parser.add_argument("--step", type=int, required=True, help="optimizer step, counted from 1")
-
-
-def _data_trace(arguments: Arguments) -> None:
-    from megamm.train.data import trace_step
-
-    for line in trace_step(arguments.run, arguments.step):
+    recipe = _recipe(arguments)
+    for line in plan_all_lengths(recipe, load_tokenizer(recipe)):
         print(line)
 
 
@@ -262,16 +253,17 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
     del parser
 
 
-_GROUP_HELP = {"data": "index, verify and trace shards"}
+_GROUP_HELP = {"data": "index and verify shards, plan lengths"}
 
 COMMANDS = (
     Command(("recipes",), "List the shipped recipes with their parameter counts.", _nothing, _recipes),
     Command(("prepare",), "Write WebDataset shards from a raw source.", _prepare_arguments, _prepare),
-    Command(("tokenizer",), "Train the text tokenizer on the recipe's shards and lay out the vocabulary.", _recipe_argument, _tokenizer, True),
+    Command(
+        ("tokenizer",), "Train the text tokenizer on the recipe's shards and lay out the vocabulary.", _recipe_argument, _tokenizer, True
+    ),
     Command(("data", "index"), "Validate shards and write their sidecar indexes.", _shards_arguments, _data_index),
     Command(("data", "verify"), "Check shards against their indexes, byte for byte.", _shards_arguments, _data_verify),
     Command(("data", "plan-lengths"), "Plan the token length of every sample of a recipe.", _recipe_argument, _data_plan_lengths, True),
-    Command(("data", "trace"), "List the samples of one step of a run.", _run_and_step_arguments, _data_trace),
     Command(("pretrain",), "Train a recipe, or resume it.", _pretrain_arguments, _pretrain, True),
     Command(("evaluate",), "Run tasks over held-out samples.", _evaluate_arguments, _evaluate),
     Command(("generate",), "Ask a run or an exported folder.", _generate_arguments, _generate),

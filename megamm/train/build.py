@@ -16,7 +16,7 @@ from megamm.models.build import config_from_recipe, parameter_groups
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.configuration_megamm import MegaMMConfig
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
-from megamm.models.pretrained import pretrained_weights
+from megamm.models.weights import pretrained_weights
 from megamm.tokenizers.text import TextTokenizer
 from megamm.tokenizers.vocabulary import CONTROL_NAMES, Vocabulary
 from megamm.train.schedule import lr_factor
@@ -56,7 +56,9 @@ def load_tokenizer(recipe: Recipe, archived: Path | None = None) -> TextTokenize
 
 def model_config_for(recipe: Recipe, vocabulary: Vocabulary) -> MegaMMConfig:
     """The composed model's configuration over this vocabulary."""
-    return config_from_recipe(recipe.model, vocab_size=vocabulary.size, control_ids={name: vocabulary.control_id(name) for name in CONTROL_NAMES})
+    return config_from_recipe(
+        recipe.model, vocab_size=vocabulary.size, control_ids={name: vocabulary.control_id(name) for name in CONTROL_NAMES}
+    )
 
 
 def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Trainer:
@@ -77,7 +79,7 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Tra
         return MegaMMForConditionalGeneration(config)
 
     model = weights.partitioned(construct, ds_config, seed=recipe.engine.seed)
-    weights.load_weights(model, pretrained_weights(recipe.model))
+    weights.load_weights(model, pretrained_weights(recipe.model, config))
     model.loss_chunk_tokens = recipe.loss.chunk_tokens
     # The modality contract: without it ranks that see different modalities hang or train on stale gradients.
     model.model.run_every_tower = True

@@ -11,17 +11,18 @@ from pathlib import Path
 
 from megamm.checkpoint.commit import Progress, save
 from megamm.checkpoint.retain import retain
-from megamm.config import Recipe
-from megamm.core.errors import MegaMMError
+from megamm.config import Recipe, to_dict
+from megamm.core.env import RankInfo
+from megamm.core.errors import DataError, MegaMMError
 from megamm.core.logging import get_logger, setup
-from megamm.data.loader import LoaderState, StepData
+from megamm.data.ledger import Skipped, merge
+from megamm.data.loader import StepData, StepLoader
 from megamm.engine import distributed
 from megamm.engine.distributed import World
 from megamm.telemetry.bar import Bar
 from megamm.telemetry.metrics import MetricsLog
-from megamm.telemetry.peak import peak_flops
 from megamm.train.build import Trainer, build_trainer, load_tokenizer
-from megamm.train.data import TrainingData
+from megamm.train.data import TrainingData, sample_keys_digest
 from megamm.train.interruption import StopRequest
 from megamm.train.report import StepReport
 from megamm.train.resume import Start, find_start
@@ -48,77 +49,85 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, stop: StopRequest) -> N
     """
     world = distributed.start()
     run = RunFolder(path)
-    setup(distributed_rank(world), folder=None, level=logging.INFO)
     try:
         with distributed.fail_together():
             run.check(recipe, resume=resume)
         if run.done.is_file():
             if world.is_main:
-                print(f"{path} is done (marker DONE); start a new run with another --run", file=sys.stderr)
-            return
-        _run(recipe, run, world, resume=resume, stop=stop)
+                print(f"{path} is done (it holds DONE); start a new run with another --run", file=sys.stderr)
+        else:
+            _train(recipe, run, world, resume=resume, stop=stop)
     except MegaMMError:
         raise
-    except BaseException:
-        _leave_at_once(run, world)
+    except Exception:
+        _leave_at_once(world)
     distributed.stop()
 
 
-def _run(recipe: Recipe, run: RunFolder, world: World, *, resume: str, stop: StopRequest) -> None:
+def _train(recipe: Recipe, run: RunFolder, world: World, *, resume: str, stop: StopRequest) -> None:
     with distributed.fail_together():
         tokenizer = load_tokenizer(recipe, run.tokenizer)
     data = TrainingData.open(recipe, tokenizer, world)
     trainer = build_trainer(recipe, tokenizer, world)
-    start = find_start(run, recipe, data, trainer, world, resume=resume)
+    fingerprints = {"tokenizer": tokenizer.fingerprint}
+    start = find_start(run, trainer.engine, world, resume=resume, fingerprints=fingerprints)
     with distributed.fail_together():
         if world.is_main:
             run.archive(recipe, trainer.ds_config)
             run.clear_markers()
-    setup(distributed_rank(world), folder=run.logs)
+    setup(RankInfo(world.rank, world.local_rank, world.size), folder=run.logs)
     _log.info("%s from step %d of %d on %d ranks", recipe.name, start.step, recipe.train.steps, world.size)
-    _loop(recipe, run, world, data, trainer, start, stop)
+    _loop(run, world, data, trainer, start, stop, fingerprints)
 
 
-def _loop(recipe: Recipe, run: RunFolder, world: World, data: TrainingData, trainer: Trainer, start: Start, stop: StopRequest) -> None:
-    report = StepReport(recipe, trainer, world)
-    step, last_step = start.step, recipe.train.steps
-    metrics = MetricsLog(run.path, recipe.telemetry, resumed_step=step, recipe=run.archived()) if world.is_main else None
-    bar = Bar(step, last_step) if world.is_main else None
-    ledger = start.ledger
+def _loop(
+    run: RunFolder, world: World, data: TrainingData, trainer: Trainer, start: Start, stop: StopRequest, fingerprints: dict[str, str]
+) -> None:
+    recipe, step = data.recipe, start.step
+    report = StepReport(recipe, trainer.config, world)
+    metrics = MetricsLog(run.path, recipe.telemetry, resumed_step=step, recipe=to_dict(recipe)) if world.is_main else None
+    bar = Bar(step, recipe.train.steps) if world.is_main else None
+    ledger = list(start.ledger)
+    num_skipped = len(ledger)
     stopping = False
 
-    with data.loader(start.state) as loader:
-        while step < last_step and not stopping:
+    with data.loader(start.data_state, world) as loader:
+        while step < recipe.train.steps and not stopping:
             report.begin()
-            batch: StepData = next(loader)
+            batch, failure = _next(loader)
             report.data_arrived()
+            micro_batches = batch.micro_batches if batch else []
             counts = count(
-                batch.micro_batches,
-                num_skipped=len(batch.skipped),
+                micro_batches,
+                num_skipped=len(batch.skipped) if batch else 0,
+                failed=failure is not None,
                 stop_requested=stop.requested,
-                flops=report.model_flops(batch.micro_batches),
+                flops=report.model_flops(micro_batches),
                 num_tasks=len(data.tasks),
             )
-            result = train_step(trainer, batch.micro_batches, counts, world=world, tasks=data.tasks)
+            if batch is None or counts.num_failed:
+                raise _on_all_ranks(failure or DataError("another rank could not load its data; its message says why"))
+            result = train_step(trainer, micro_batches, counts, world=world, tasks=data.tasks)
             step += 1
-            ledger.extend(batch.skipped)
+            ledger += batch.skipped
+            num_skipped += counts.num_skipped
             stopping = counts.stop_requested or step == recipe.train.stop_after
 
-            if due(step, recipe.telemetry.every) and world.is_main:
-                values = report.values(batch, counts, result, num_skipped=len(ledger))
-                metrics.write(step, values)
+            if metrics and bar and due(step, recipe.telemetry.every):
+                values = report.values(counts, result)
+                metrics.write(step, {**values, "skipped_samples": num_skipped, "sample_keys": sample_keys_digest(batch)})
                 bar.update(step, loss=result.loss, tokens_per_second=values["tokens_per_second"])
-            if due(step, recipe.evaluation.every) and data.held_out:
-                losses = held_out_loss(trainer, data.held_out, world=world, tasks=data.tasks)
-                if world.is_main:
+            if data.held_out and (due(step, recipe.evaluation.every) or step == recipe.train.steps):
+                losses = held_out_loss(trainer, data.held_out_batches(world), world=world, tasks=data.tasks)
+                if metrics:
                     metrics.write(step, {f"held_out/{name}": value for name, value in losses.items()})
-            if due(step, recipe.checkpoint.every) or stopping or step == last_step:
-                commit(run, recipe, trainer, world, data, step=step, state=batch.state, ledger=ledger)
+            if due(step, recipe.checkpoint.every) or stopping or step == recipe.train.steps:
+                _commit(run, recipe, trainer, world, Progress(step, batch.state.to_json(), _all_entries(ledger), fingerprints=fingerprints))
 
-    if world.is_main:
+    if metrics and bar:
         metrics.close()
         bar.close()
-        if step == last_step:
+        if step == recipe.train.steps:
             run.mark(run.done, step=step)
         else:
             run.mark(run.interrupted, step=step, reason=stop.reason)
@@ -126,31 +135,41 @@ def _loop(recipe: Recipe, run: RunFolder, world: World, data: TrainingData, trai
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps happens after this one; never for 0."""
+    """Whether what happens every `every` steps happens after this one; never for 0."""
     return every > 0 and step % every == 0
 
 
-def commit(
-    run: RunFolder, recipe: Recipe, trainer: Trainer, world: World, data: TrainingData, *, step: int, state: LoaderState, ledger: list
-) -> None:
-    """Commit a checkpoint of this step and delete what it replaces."""
-    started = time.monotonic()
+def _next(loader: StepLoader) -> tuple[StepData | None, MegaMMError | None]:
+    """The next step, or why there is none: the ranks must hear of it before one of them leaves."""
+    try:
+        return next(loader), None
+    except MegaMMError as error:
+        return None, error
+
+
+def _on_all_ranks(error: MegaMMError) -> MegaMMError:
+    # The rank that failed prints its own message; the others have nothing to add.
+    _log.error("%s", error)
+    return error
+
+
+def _all_entries(ledger: list[Skipped]) -> list[dict]:
+    """The ledger of all ranks as JSON, in the order of the plan's positions."""
     entries = distributed.gather_json([entry.to_json() for entry in ledger])
-    progress = Progress(
-        step=step,
-        data_state=state.to_json(),
-        ledger=[entry for one_rank in entries for entry in one_rank],
-        fingerprints={"data": data.plan.fingerprint, "tokenizer": data.tokenizer.fingerprint},
-    )
+    return [entry.to_json() for entry in merge(Skipped.from_json(entry) for one_rank in entries for entry in one_rank)]
+
+
+def _commit(run: RunFolder, recipe: Recipe, trainer: Trainer, world: World, progress: Progress) -> None:
+    started = time.monotonic()
     folder = save(run.checkpoints, trainer.engine, world, progress)
     retain(run.checkpoints, recipe.checkpoint, world)
-    _log.info("committed %s in %.1f s", folder, time.monotonic() - started)
+    _log.info("committed %s in %.1f s", folder.name, time.monotonic() - started)
 
 
-def _leave_at_once(run: RunFolder, world: World) -> None:
-    """End this rank without another collective: the others may be waiting in one, and destroying the group would join them."""
+def _leave_at_once(world: World) -> None:
+    """End this rank without another collective: the others may wait in one, and taking the group down would join them."""
     text = traceback.format_exc()
-    _log.error("rank %d failed:\n%s", world.rank, text)
-    print(text, file=sys.stderr, flush=True)
+    _log.error("rank %d failed", world.rank)
+    print(f"rank {world.rank}:\n{text}", file=sys.stderr, flush=True)
     logging.shutdown()
     os._exit(1)

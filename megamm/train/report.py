@@ -5,13 +5,16 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
 from megamm.config import Recipe
+from megamm.core.types import Batch
 from megamm.engine.distributed import World
+from megamm.models.configuration_megamm import MegaMMConfig
+from megamm.models.flops import BatchSizes, train_flops
 from megamm.telemetry.peak import peak_flops
-from megamm.train.build import Trainer
 from megamm.train.step import GlobalCounts, StepResult
 
 _GIB = 1 << 30
@@ -21,15 +24,16 @@ class StepReport:
     """Measures steps of this rank. State: when the running step began and when its data was there.
 
     Args:
-        recipe: Says the device's peak where it is not known by name.
-        trainer: What runs.
+        recipe: Which towers train, and the device's peak where it is not known by name.
+        config: The model.
         world: The ranks.
     """
 
-    def __init__(self, recipe: Recipe, trainer: Trainer, world: World):
+    def __init__(self, recipe: Recipe, config: MegaMMConfig, world: World):
+        self._recipe = recipe
+        self._config = config
         self._world = world
         self._peak = peak_flops(world.device, recipe.telemetry.peak_tflops)
-        self._trainer = trainer
         self._began = self._arrived = time.monotonic()
 
     def begin(self) -> None:
@@ -39,6 +43,12 @@ class StepReport:
     def data_arrived(self) -> None:
         """The step's micro-batches are there."""
         self._arrived = time.monotonic()
+
+    def model_flops(self, batches: Sequence[Batch]) -> float:
+        """Model FLOPs of this rank's micro-batches; 0 where the device's peak is not known and nothing would come of it."""
+        if self._peak is None:
+            return 0.0
+        return sum(train_flops(self._config, BatchSizes.of(batch), self._recipe.model) for batch in batches)
 
     def values(self, counts: GlobalCounts, result: StepResult) -> dict[str, float]:
         """Numbers of the step that just ended, over all ranks; waiting and memory are this rank's.

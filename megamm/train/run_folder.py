@@ -1,7 +1,7 @@
 """The folder of one run: archived recipe, markers, logs, checkpoints.
 
-    config.json ds_config.json environment.json tokenizer/ metrics.jsonl tensorboard/ logs/ checkpoints/
-    INTERRUPTED or DONE when the last process left in order, STOP when a user asks for it
+config.json ds_config.json environment.json tokenizer/ metrics.jsonl tensorboard/ logs/ checkpoints/
+INTERRUPTED or DONE when the last process left in order, STOP when a user asks for it
 """
 
 from __future__ import annotations
@@ -61,16 +61,19 @@ class RunFolder:
         """Whether a run was started here."""
         return self.config.is_file()
 
-    def check(self, recipe: Recipe) -> None:
-        """Refuse a folder that holds something else, or a run of another recipe.
+    def check(self, recipe: Recipe, *, resume: str = "auto") -> None:
+        """Refuse a folder that holds something else, a run of another recipe, or any run where `resume` is `never`.
 
         Raises:
-            ConfigError: The folder is not empty and not a run, or its recipe differs in a key that changes the computation.
+            ConfigError: The folder is not empty and not a run, its recipe differs in a key that changes the computation, or
+                there is something to resume and it must not be.
         """
         if not self.is_run():
             if self.path.exists() and any(entry.name != "logs" for entry in self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; name an empty folder with --run")
             return
+        if resume == "never":
+            raise ConfigError(f"{self.path} holds a run and --resume never would overwrite it; name an empty folder with --run")
         changed = [key for key in differences(to_dict(load_resolved(self.config)), to_dict(recipe)) if not key.startswith(_MAY_CHANGE)]
         if changed:
             raise ConfigError(

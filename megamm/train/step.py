@@ -7,7 +7,7 @@ of a step are decoded before its first forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,8 @@ import torch
 from megamm.core.types import Batch
 from megamm.engine import distributed
 from megamm.engine.distributed import World
-from megamm.engine.runtime import Engine
 from megamm.models.inputs import batch_inputs
+from megamm.train.build import Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class GlobalCounts:
         num_supervised: Supervised tokens.
         num_slots: Token places, padding included.
         num_skipped: Samples that entered the ledger instead of the batch.
+        num_failed: Ranks whose data could not be loaded.
         stop_requested: Whether any rank was asked to stop.
         flops: Model FLOPs of the real tokens, forward and backward.
     """
@@ -41,6 +42,7 @@ class GlobalCounts:
     num_supervised: int
     num_slots: int
     num_skipped: int
+    num_failed: int
     stop_requested: bool
     flops: float
 
@@ -64,8 +66,11 @@ class StepResult:
     applied: bool
 
 
-def count(batches: Sequence[Batch], *, num_skipped: int, stop_requested: bool, flops: float, num_tasks: int) -> GlobalCounts:
-    """Sum the facts of a step over all ranks: the one reduction that every step makes before its first forward."""
+def count(batches: Sequence[Batch], *, num_skipped: int, failed: bool, stop_requested: bool, flops: float, num_tasks: int) -> GlobalCounts:
+    """Sum the facts of a step over all ranks: the one reduction that every step makes before its first forward.
+
+    It also carries what one rank must not keep to itself: that its data failed, or that it was asked to stop.
+    """
     task_sums = np.zeros(num_tasks)
     for batch in batches:
         task_sums += _by_task(batch.task_ids, batch.weights, num_tasks)
@@ -75,6 +80,7 @@ def count(batches: Sequence[Batch], *, num_skipped: int, stop_requested: bool, f
         sum(int((batch.weights > 0).sum()) for batch in batches),
         sum(batch.input_ids.size for batch in batches),
         num_skipped,
+        failed,
         stop_requested,
         flops,
         *task_sums,
@@ -86,27 +92,29 @@ def count(batches: Sequence[Batch], *, num_skipped: int, stop_requested: bool, f
         num_supervised=int(total[2]),
         num_slots=int(total[3]),
         num_skipped=int(total[4]),
-        stop_requested=total[5] > 0,
-        flops=total[6],
-        task_weight_sums=total[7:],
+        num_failed=int(total[5]),
+        stop_requested=total[6] > 0,
+        flops=total[7],
+        task_weight_sums=total[8:],
     )
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], counts: GlobalCounts, *, world: World, tasks: Sequence[str]) -> StepResult:
+def train_step(trainer: Trainer, batches: Sequence[Batch], counts: GlobalCounts, *, world: World, tasks: Sequence[str]) -> StepResult:
     """Run all micro-steps of one step and update the weights.
 
     Args:
-        engine: The ZeRO engine.
+        trainer: The model under ZeRO.
         batches: This rank's micro-batches, one a micro-step, the same number on every rank.
         counts: From `count`.
         world: The ranks.
         tasks: The task table that `Batch.task_ids` index.
     """
+    engine = trainer.engine
     lr = engine.learning_rates[0]
     scale = 1.0 / counts.weight_sum if counts.weight_sum else 0.0
     task_sums = np.zeros(len(tasks))
     for batch in batches:
-        output = engine(**batch_inputs(batch, world.device))
+        output = engine(**batch_inputs(batch, world.device, trainer.dtype))
         engine.backward(output.loss, scale)
         task_sums += _task_loss_sums(output.token_losses, batch, len(tasks))
     applied = engine.step()
@@ -120,16 +128,16 @@ def train_step(engine: Engine, batches: Sequence[Batch], counts: GlobalCounts, *
     )
 
 
-def held_out_loss(engine: Engine, batches: Sequence[Batch], *, world: World, tasks: Sequence[str]) -> dict[str, float]:
+def held_out_loss(trainer: Trainer, batches: Iterable[Batch], *, world: World, tasks: Sequence[str]) -> dict[str, float]:
     """Loss over held-out micro-batches, without gradients; every rank brings the same number of them.
 
     Returns:
         `loss` over everything and `loss/TASK` for each task with supervised tokens.
     """
     sums, weights = np.zeros(len(tasks)), np.zeros(len(tasks))
-    with engine.evaluating():
+    with trainer.engine.evaluating():
         for batch in batches:
-            output = engine(**batch_inputs(batch, world.device))
+            output = trainer.engine(**batch_inputs(batch, world.device, trainer.dtype))
             sums += _task_loss_sums(output.token_losses, batch, len(tasks))
             weights += _by_task(batch.task_ids, batch.weights, len(tasks))
     totals = distributed.all_reduce_sum([*sums, *weights])

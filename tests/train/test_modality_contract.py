@@ -6,57 +6,42 @@ step. Plain ZeRO-3 re-applies the last gradient of a tower that nobody used: the
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tests.support.batches import CONTROL_IDS, NUM_MEL, PATCH_SIZE, SUBSETS, VOCAB_SIZE, random_batch
-from tests.support.models import NOTHING_STAYS_GATHERED
-from tests.support.ranks import run_ranks
 
-from megamm.config.schema import AudioFeatures, Batching, Engine, ImageFeatures, Model, Optimizer, Tower
+from megamm.config.schema import Batching, Engine, Model, Optimizer
+from megamm.core.types import Batch
 from megamm.models.build import config_from_recipe, parameter_groups
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.inputs import batch_inputs
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
+from tests.support.models import NOTHING_STAYS_GATHERED
+from tests.support.multimodal import CONTROL_IDS, VOCAB_SIZE, document, pack, tiny_recipe
+from tests.support.ranks import run_ranks
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": PATCH_SIZE,
-    "num_patches": 4,
-    "vision_use_head": False,
-}
-AUDIO = {
-    "d_model": 16,
-    "encoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "downsample_hidden_size": 8,
-    "num_mel_bins": NUM_MEL,
-}
 NUM_ACCUMULATION = 2
+SUBSETS = ("empty", "text", "image", "audio", "both")
 
 
-def model_recipe(*, towers_train: bool) -> Model:
-    return Model(
-        text=Tower("qwen3", config={**TEXT, "tie_word_embeddings": True}),
-        vision=Tower("siglip2_vision_model", trainable=towers_train, config=VISION),
-        audio=Tower("qwen3_asr_encoder", trainable=towers_train, config=AUDIO),
-        image_features=ImageFeatures(patch_size=PATCH_SIZE, max_patches=4),
-        audio_features=AudioFeatures(num_mel=NUM_MEL),
-    )
+def model_recipe(towers_train: bool) -> Model:
+    recipe = tiny_recipe()
+    vision, audio = (dataclasses.replace(tower, trainable=towers_train) for tower in (recipe.vision, recipe.audio))
+    return dataclasses.replace(recipe, vision=vision, audio=audio)
+
+
+def random_batch(subset: str, seed: int) -> Batch:
+    """One row of two documents of a modality subset, with uneven loss weights; `empty` has no document at all."""
+    random = np.random.default_rng(seed)
+    media = {"grid": (2, 1 + seed % 3)} if subset in ("image", "both") else {}
+    if subset in ("audio", "both"):
+        media["frames"] = int(random.integers(20, 130))
+    documents = [] if subset == "empty" else [document(2 * seed + each, int(random.integers(2, 8)), **media) for each in (0, 1)]
+    return pack([documents], 96, {label: float(random.choice([0.5, 1.0, 2.0])) for label in range(VOCAB_SIZE)})
 
 
 def check_all_pairs(towers_train: bool) -> dict[str, Any]:
@@ -66,7 +51,7 @@ def check_all_pairs(towers_train: bool) -> dict[str, Any]:
     from megamm.engine import distributed, partitions, runtime, settings, weights
 
     world = distributed.start(timeout_seconds=60)
-    recipe = model_recipe(towers_train=towers_train)
+    recipe = model_recipe(towers_train)
     config = config_from_recipe(recipe, vocab_size=VOCAB_SIZE, control_ids=CONTROL_IDS)
     ds_config = settings.deepspeed_config(
         Engine(precision="fp32", overrides=NOTHING_STAYS_GATHERED),
@@ -88,7 +73,9 @@ def check_all_pairs(towers_train: bool) -> dict[str, Any]:
     worst, unused_zero = 0.0, True
     # The second micro-step swaps the ranks' subsets: a tower is absent in the first or in the second one only, and one order is enough.
     for number, pair in enumerate(itertools.combinations_with_replacement(SUBSETS, 2)):
-        batches = {(rank, micro): random_batch(pair[(rank + micro) % 2], 10 * number + 2 * micro + rank) for rank in (0, 1) for micro in (0, 1)}
+        batches = {
+            (rank, micro): random_batch(pair[(rank + micro) % 2], 10 * number + 2 * micro + rank) for rank in (0, 1) for micro in (0, 1)
+        }
         weight_sum = sum(batch.weight_sum for batch in batches.values()) or 1.0
         for micro in range(NUM_ACCUMULATION):
             output = engine(**batch_inputs(batches[world.rank, micro], world.device, torch.float32))

@@ -1,0 +1,106 @@
+"""The data of a run: planned lengths, the plan, its loader, the held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm.config import Recipe
+from megamm.core.errors import ConfigError
+from megamm.core.files import digest_text
+from megamm.core.types import Batch
+from megamm.data.datasets import find_shards
+from megamm.data.features import MediaRules
+from megamm.data.held_out import HeldOut, held_out_batches
+from megamm.data.lengths import ensure_lengths, lengths_key, load_lengths
+from megamm.data.loader import StepData, StepLoader
+from megamm.data.plan import DataPlan
+from megamm.data.state import LoaderState
+from megamm.engine import distributed
+from megamm.engine.distributed import World
+from megamm.tokenizers.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is watched on.
+
+    Attributes:
+        recipe: Whose data these are.
+        plan: Of the training datasets.
+        held_out: The held-out datasets; None where the recipe names none or never evaluates.
+    """
+
+    recipe: Recipe
+    plan: DataPlan
+    held_out: HeldOut | None
+
+    @classmethod
+    def open(cls, recipe: Recipe, tokenizer: TextTokenizer, world: World) -> TrainingData:
+        """Plan the lengths that are missing (one process does it), then open everything; every rank calls it.
+
+        Raises:
+            ConfigError: No training data, or a held-out task that is not trained.
+            DataError: Shards or sidecars are missing, damaged or changed.
+        """
+        with distributed.fail_together():
+            if world.is_main:
+                for _ in plan_all_lengths(recipe, tokenizer):
+                    pass
+        with distributed.fail_together():
+            plan = DataPlan.open(recipe.data, recipe.batch, model=recipe.model, tokenizer=tokenizer, seed=recipe.seed)
+            held_out = None
+            if recipe.evaluation.every and recipe.data.held_out:
+                held_out = HeldOut(recipe.data, recipe.batch, model=recipe.model, tokenizer=tokenizer)
+                if unknown := sorted(set(held_out.tasks) - set(plan.tasks)):
+                    raise ConfigError(f"data.held_out holds the task {unknown[0]!r}, which data.train has not; leave the dataset out")
+        return cls(recipe, plan, held_out)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names that `Batch.task_ids` index."""
+        return self.plan.tasks
+
+    def loader(self, state: LoaderState | None, world: World) -> StepLoader:
+        """Steps from `state` on (None for the beginning), decoded ahead."""
+        return StepLoader(self.plan, rank=world.rank, world_size=world.size, state=state, task_weights=self.recipe.loss.task_weights)
+
+    def held_out_batches(self, world: World) -> Iterator[Batch]:
+        """This rank's micro-batches of the first `evaluation.rows` held-out rows; as many on every rank."""
+        assert self.held_out is not None, "ask for held-out batches only where there is held-out data"
+        return held_out_batches(
+            self.held_out,
+            rank=world.rank,
+            world_size=world.size,
+            num_rows=self.recipe.evaluation.rows,
+            tasks=self.tasks,
+            task_weights=self.recipe.loss.task_weights,
+        )
+
+
+def sample_keys_digest(step: StepData) -> str:
+    """Digest of the ordered sample keys of a global batch: equal for equal batches, short enough for a log."""
+    return digest_text("\n".join(step.keys))
+
+
+def plan_all_lengths(recipe: Recipe, tokenizer: TextTokenizer) -> Iterator[str]:
+    """Plan the lengths of every shard of a recipe that lacks them; one line a dataset.
+
+    Raises:
+        DataError: A shard or its index is missing, damaged or changed.
+    """
+    rules = MediaRules.of(recipe.model, recipe.data)
+    key = lengths_key(tokenizer, rules)
+    for part, datasets in (("train", recipe.data.train), ("held out", recipe.data.held_out)):
+        for name, dataset in datasets.items():
+            tars = find_shards(name, dataset, Path(recipe.data.root))
+            written = ensure_lengths(tars, tokenizer, rules)
+            lengths = [load_lengths(tar, key) for tar in tars]
+            num_samples = sum(len(one.lengths) for one in lengths)
+            num_tokens = sum(int(one.tokens.sum()) for one in lengths)
+            num_bad = sum(len(one.problems) for one in lengths)
+            yield (
+                f"{part}: {name}: {num_samples:,} samples, {num_tokens:,} tokens, {num_bad} that cannot be used, "
+                f"shards: {len(tars)}, planned now: {len(written)}"
+            )

@@ -1,0 +1,73 @@
+"""Where a run starts: at step 0, or after the newest checkpoint that verifies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm.checkpoint.choose import newest_good, require_good
+from megamm.checkpoint.load import load
+from megamm.core.errors import CheckpointError
+from megamm.core.logging import get_logger
+from megamm.data.ledger import Skipped
+from megamm.data.state import LoaderState
+from megamm.engine.distributed import World
+from megamm.engine.runtime import Engine
+from megamm.train.run_folder import RunFolder
+
+_log = get_logger("train")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the loop goes on from.
+
+    Attributes:
+        step: Optimizer steps that are done.
+        data_state: Where the data plan goes on; None for its beginning.
+        ledger: Samples skipped so far, on rank 0 only, so that gathering over ranks counts each once.
+    """
+
+    step: int = 0
+    data_state: LoaderState | None = None
+    ledger: tuple[Skipped, ...] = ()
+
+
+def find_start(run: RunFolder, engine: Engine, world: World, *, resume: str, fingerprints: dict[str, str]) -> Start:
+    """Choose a checkpoint, the same on all ranks, and fill the engine from it.
+
+    Args:
+        run: The run folder.
+        engine: Freshly built.
+        world: The ranks.
+        resume: `auto` takes the newest good checkpoint of the run, `never` none; anything else is a checkpoint folder.
+        fingerprints: Name -> digest of what must be as it was when the checkpoint was written.
+
+    Raises:
+        CheckpointError: The named checkpoint is not good, every checkpoint of the run is damaged, or it is of another model
+            or vocabulary.
+    """
+    if resume == "never":
+        return Start()
+    if resume == "auto":
+        choice = newest_good(run.checkpoints, world)
+        if choice.folder is None and choice.damaged:
+            raise CheckpointError(
+                f"every checkpoint in {run.checkpoints} is damaged ({', '.join(sorted(choice.damaged))}); "
+                "restore one, or start anew with another --run"
+            )
+        folder = choice.folder
+    else:
+        folder = require_good(Path(resume), world)
+    if folder is None:
+        return Start()
+    loaded = load(folder, engine, world)
+    for name, expected in fingerprints.items():
+        found = loaded.manifest.fingerprints.get(name)
+        if found != expected:
+            raise CheckpointError(
+                f"checkpoint {folder} was written with {name} {found}, this run has {expected}; resume with what it was written with"
+            )
+    _log.info("resumed from %s (written by %d ranks)", folder, loaded.manifest.world_size)
+    ledger = tuple(Skipped.from_json(entry) for entry in loaded.ledger) if world.is_main else ()
+    return Start(step=loaded.manifest.step, data_state=LoaderState.from_json(loaded.data_state), ledger=ledger)
