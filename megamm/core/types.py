@@ -26,9 +26,9 @@ class Part:
 
     Attributes:
         type: One of `PART_TYPES`.
-        text: Characters of a `text` or `label` part.
+        text: Characters of a `text` or `label` part; an `item` part's description.
         member: Member suffix of an `image`, `audio` or `mask` part, such as `0.jpg`.
-        data: The remaining JSON fields of a `boxes` or `item` part.
+        data: The remaining JSON fields of a `boxes`, `mask` or `item` part.
     """
 
     type: str
@@ -51,7 +51,7 @@ class Sample:
 
     Attributes:
         key: Sample key, unique inside its dataset.
-        task: Name in `megamm.tasks.TASKS`.
+        task: Task name; those in `megamm.tasks.TASKS` can be evaluated.
         messages: The chat; for plain text documents one assistant message.
         media: Member suffix -> bytes, for the members that the messages name.
         metadata: Further JSON fields, kept for slices of an evaluation.

@@ -8,7 +8,7 @@ The jinja template of `megamm.tokenizers.chat_template` says the same for transf
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,13 +17,11 @@ import numpy as np
 
 from megamm.core.errors import DataError
 from megamm.core.types import MEDIA_TYPES, ROLES, Message, Part, Sample
-from megamm.tasks import TASKS
+from megamm.tasks.parts import filled_list, json_object, only, parse_part, string
 from megamm.tokenizers.text import TextTokenizer
 
-_PART_FIELDS = {"text": "text", "label": "text", "image": "member", "audio": "member"}
-"""The one field of each part type besides `type`."""
-
-_MEMBER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_TASK = re.compile(r"[a-z][a-z0-9_]*")
+_TEXT_TYPES = frozenset({"text", "label"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +35,8 @@ class Encoded:
 def parse_sample(key: str, document: Any, *, where: str) -> Sample:
     """Read the content of `KEY.json` strictly; media bytes are added by whoever reads the shard.
 
+    Any task name is taken, so that a model can learn tasks that `megamm.tasks.TASKS` cannot evaluate.
+
     Args:
         key: Sample key.
         document: The parsed JSON. Its fields besides `task` and `messages` become the sample's metadata.
@@ -45,12 +45,14 @@ def parse_sample(key: str, document: Any, *, where: str) -> Sample:
     Raises:
         DataError: Something is missing, unknown or of another type; names `where`.
     """
-    fields = _object(document, "sample", where)
-    task = _string(fields, "task", "sample", where)
-    if task not in TASKS:
-        raise DataError(f"{where}: task {task!r} is not one of {', '.join(TASKS)}; name one of them or add it to megamm.tasks")
-    messages = tuple(_message(value, f"message {index}", where) for index, value in enumerate(_list(fields, "messages", "sample", where)))
+    fields = json_object(document, "sample", where)
+    task = string(fields, "task", "sample", where)
+    if not _TASK.fullmatch(task):
+        raise DataError(f"{where}: task {task[:80]!r} is not a name of small letters, digits and '_', such as classification")
+    turns = filled_list(fields, "messages", "sample", where)
+    messages = tuple(_message(value, f"message {index}", where) for index, value in enumerate(turns))
     _check_turns(task, messages, where)
+    _check_pictures(messages, where)
     metadata = {name: value for name, value in fields.items() if name not in ("task", "messages")}
     return Sample(key=key, task=task, messages=messages, metadata=metadata)
 
@@ -75,7 +77,7 @@ def encode(
         supervise_all: Supervise every message like the assistant's.
 
     Raises:
-        DataError: The number of pictures or sounds is not the number of their token counts.
+        DataError: The number of pictures or sounds is not the number of their token counts, or a part has no layout in tokens.
     """
     layout = _Layout(tokenizer, image_tokens=image_tokens, audio_tokens=audio_tokens)
     layout.control("bos")
@@ -116,10 +118,12 @@ def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str]
         The messages before it, and its text.
 
     Raises:
-        DataError: The chat does not end with an answer to something.
+        DataError: The chat does not end with an answer to something, or the answer is not all text.
     """
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise DataError("the chat does not end with an assistant's answer to a message; only such samples can be evaluated")
+    if others := sorted({part.type for part in messages[-1].content} - _TEXT_TYPES):
+        raise DataError(f"the answer holds {', '.join(others)} parts; only answers of text and labels can be compared as text")
     return tuple(messages[:-1]), "".join(part.text for part in messages[-1].content)
 
 
@@ -146,6 +150,9 @@ class _Layout:
                 for part in run:
                     self._media(part.type)
             else:
+                run = list(run)
+                if others := sorted({part.type for part in run} - _TEXT_TYPES):
+                    raise DataError(f"{', '.join(others)} parts have no layout in tokens; leave their dataset out of the mixture")
                 self._append(self._tokenizer.encode("".join(part.text for part in run)), supervised)
 
     def control(self, name: str, *, supervised: bool = False) -> None:
@@ -184,60 +191,24 @@ def _check_turns(task: str, messages: Sequence[Message], where: str) -> None:
         raise DataError(f"{where}: task {task!r} {wanted}; the roles are {roles}")
 
 
+def _check_pictures(messages: Sequence[Message], where: str) -> None:
+    """Boxes and masks must lie in a picture that stands before them."""
+    num_pictures = 0
+    for part in (part for message in messages for part in message.content):
+        num_pictures += part.type == "image"
+        if (picture := part.data.get("image", -1)) >= num_pictures:
+            raise DataError(f"{where}: a {part.type} part lies in picture {picture}, and {num_pictures} pictures stand before it")
+
+
 def _message(value: Any, what: str, where: str) -> Message:
-    fields = _object(value, what, where)
-    _only(fields, ("role", "content"), what, where)
-    role = _string(fields, "role", what, where)
+    fields = json_object(value, what, where)
+    only(fields, ("role", "content"), what, where)
+    role = string(fields, "role", what, where)
     if role not in ROLES:
         raise DataError(f"{where}: {what} has role {role!r}; roles are {', '.join(ROLES)}")
     if isinstance(fields.get("content"), str):
-        parts = (Part("text", text=_string(fields, "content", what, where)),)
+        parts = (Part("text", text=string(fields, "content", what, where)),)
     else:
-        values = _list(fields, "content", what, where)
-        parts = tuple(_part(part, f"{what}, part {index}", where) for index, part in enumerate(values))
+        values = filled_list(fields, "content", what, where)
+        parts = tuple(parse_part(part, f"{what}, part {index}", where) for index, part in enumerate(values))
     return Message(role, parts)
-
-
-def _part(value: Any, what: str, where: str) -> Part:
-    fields = _object(value, what, where)
-    type_name = _string(fields, "type", what, where)
-    if type_name not in _PART_FIELDS:
-        raise DataError(f"{where}: {what} has type {type_name!r}; part types are {', '.join(_PART_FIELDS)}")
-    name = _PART_FIELDS[type_name]
-    _only(fields, ("type", name), what, where)
-    content = _string(fields, name, what, where)
-    if name == "member" and not _MEMBER.fullmatch(content):
-        raise DataError(f"{where}: {what} names member {content!r}; a member is the suffix after the key, such as 0.png")
-    return Part(type_name, **{name: content})
-
-
-def _object(value: Any, what: str, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: {what} is {type(value).__name__}, not a JSON object")
-    return value
-
-
-def _only(fields: Mapping[str, Any], known: Sequence[str], what: str, where: str) -> None:
-    if unknown := sorted(set(fields) - set(known)):
-        raise DataError(f"{where}: {what} has unknown fields {', '.join(unknown)}; it takes {', '.join(known)}")
-
-
-def _list(fields: Mapping[str, Any], name: str, what: str, where: str) -> list[Any]:
-    if name not in fields:
-        raise DataError(f"{where}: {what} has no {name}")
-    if not isinstance(fields[name], list) or not fields[name]:
-        raise DataError(f"{where}: {name} of {what} is {str(fields[name])[:80]!r}, not a list with something in it")
-    return fields[name]
-
-
-def _string(fields: Mapping[str, Any], name: str, what: str, where: str) -> str:
-    if name not in fields:
-        raise DataError(f"{where}: {what} has no {name}")
-    value = fields[name]
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: {name} of {what} is {str(value)[:80]!r}, not a string with something in it")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: {name} of {what} holds half of a surrogate pair; write it as UTF-8 or as a whole \\u pair") from None
-    return value

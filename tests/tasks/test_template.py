@@ -166,6 +166,34 @@ def test_parse_sample_keeps_what_it_does_not_know_as_metadata():
     assert sample.messages[1].content == (Part("label", text="7"),)
 
 
+MASK = {"type": "mask", "image": 0, "member": "1.png", "labels": ["nucleus", "核"]}
+
+
+def found(label, xyxy=(1, 2, 3.5, 4), image=0, **more):
+    boxes = {"type": "boxes", "image": image, "boxes": [{"label": label, "xyxy": list(xyxy), **more}]}
+    return chat([IMAGE, TEXT], [boxes], task="detection")
+
+
+def test_boxes_masks_and_items_are_read():
+    boxes = parse_sample("k", found("RBC"), where="here").messages[1].content
+    assert boxes == (Part("boxes", data={"image": 0, "boxes": [{"label": "RBC", "xyxy": [1, 2, 3.5, 4]}]}),)
+    none_found = chat([IMAGE, IMAGE], [{"type": "boxes", "image": 1, "boxes": []}], task="detection")
+    assert parse_sample("k", none_found, where="here").messages[1].content == (Part("boxes", data={"image": 1, "boxes": []}),)
+    mask = parse_sample("k", chat([IMAGE], [MASK], task="segmentation"), where="here").messages[1].content
+    assert mask == (Part("mask", member="1.png", data={"image": 0, "labels": ["nucleus", "核"]}),)
+    items = [{"type": "item", "id": "7"}, {"type": "item", "id": "8", "text": "A lamp"}]
+    read = parse_sample("k", chat(items, [items[0]], task="recommendation"), where="here").messages
+    assert read[0].content == (Part("item", data={"id": "7"}), Part("item", text="A lamp", data={"id": "8"}))
+
+
+def test_parts_without_a_layout_in_tokens_are_refused(tokenizer):
+    messages = parse_sample("k", found("RBC"), where="here").messages
+    with pytest.raises(DataError, match="boxes parts have no layout in tokens"):
+        encode(messages, tokenizer, image_tokens=[1])
+    with pytest.raises(DataError, match="the answer holds boxes parts; only answers of text and labels"):
+        template.split_answer(messages)
+
+
 def user(*parts):
     return chat(list(parts), [LABEL])
 
@@ -176,7 +204,7 @@ def user(*parts):
         ([], "sample is list, not a JSON object"),
         ({"messages": []}, "sample has no task"),
         ({"task": 3, "messages": []}, "task of sample is '3', not a string"),
-        ({**DOCUMENT, "task": "detect"}, "task 'detect' is not one of classification, speech_recognition, text"),
+        ({**DOCUMENT, "task": "De tect"}, "task 'De tect' is not a name of small letters, digits and '_'"),
         ({"task": "text"}, "sample has no messages"),
         ({"task": "text", "messages": []}, "messages of sample is '[]', not a list with something"),
         ({"task": "text", "messages": "hello"}, "messages of sample is 'hello', not a list"),
@@ -197,6 +225,22 @@ def user(*parts):
         (user({"type": "image", "member": "0.png", "url": "x"}), "part 0 has unknown fields url; it takes type, member"),
         (user({"type": "audio", "member": "../0.flac"}), "names member '../0.flac'"),
         (user({"type": "audio", "member": ".flac"}), "names member '.flac'"),
+        (chat([IMAGE], [{"type": "boxes", "image": 0}], task="detection"), "message 1, part 0 has no boxes"),
+        (found("RBC", image=1), "a boxes part lies in picture 1, and 1 pictures stand before it"),
+        (found("RBC", image=-1), "image of message 1, part 0 is '-1', not the number of a picture"),
+        (found("RBC", image=True), "image of message 1, part 0 is 'True', not the number of a picture"),
+        (found(""), "label of box 0 of message 1, part 0 is ''"),
+        (found("RBC", [1, 2, 3]), "xyxy of box 0 of message 1, part 0 is '[1, 2, 3]', not four numbers of at least 0"),
+        (found("RBC", [-1, 2, 3, 4]), "not four numbers of at least 0"),
+        (found("RBC", [1, 2, float("inf"), 4]), "not four numbers of at least 0"),
+        (found("RBC", [1, 2, 1, 4]), "is [1, 2, 1, 4], which has no area"),
+        (found("RBC", score=1), "box 0 of message 1, part 0 has unknown fields score; it takes label, xyxy"),
+        (chat([IMAGE], [{**MASK, "labels": []}], task="segmentation"), "labels of message 1, part 0 is '[]', not a list with something"),
+        (chat([IMAGE], [{**MASK, "labels": ["a", 7]}], task="segmentation"), "label of instance 2 of message 1, part 0 is '7'"),
+        (chat([IMAGE], [{**MASK, "member": "1.jpg"}], task="segmentation"), "names member '1.jpg'; a mask is a PNG"),
+        (chat([TEXT], [MASK], task="segmentation"), "a mask part lies in picture 0, and 0 pictures stand before it"),
+        (chat([{"type": "item", "id": 7}], [LABEL]), "id of message 0, part 0 is '7', not a string"),
+        (chat([{"type": "item", "id": "7", "price": 1}], [LABEL]), "unknown fields price; it takes type, id, text"),
         (chat([TEXT]), "no assistant message"),
         (chat("x", "y", task="text"), "task 'text' is one assistant message"),
         ({**DOCUMENT, "task": "classification"}, "task 'classification' needs a message before"),
