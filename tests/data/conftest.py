@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from megamm.config import AudioFeatures, Batching, Data, Dataset, ImageFeatures, Model, Tokenizer, Tower
 from megamm.data.features import MediaRules
@@ -18,6 +19,10 @@ from megamm.data.plan import DataPlan
 from megamm.tokenizers import text
 from megamm.tokenizers.text import TextTokenizer
 from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
+
+# A busy machine is no failure; what must be fast is measured in processor time.
+settings.register_profile("megamm", deadline=None)
+settings.load_profile("megamm")
 
 MODEL = Model(
     text=Tower("qwen3"),
@@ -69,12 +74,12 @@ def build_corpus(root: Path) -> None:
 def settings_of() -> Callable[..., Data]:
     """Data settings of a corpus; keywords replace them."""
 
-    def settings(root: Path, **changes: Any) -> Data:
+    def make(root: Path, **changes: Any) -> Data:
         train = {name: Dataset(f"{name}/train-*.tar", weight) for name, weight in (("digits", 3.0), ("words", 1.0), ("text", 2.0))}
         data = Data(root=str(root), train=train, window=32, row_patches=48, row_frames=400, prefetch_steps=2, max_skipped_share=0.0)
         return replace(data, **changes)
 
-    return settings
+    return make
 
 
 @pytest.fixture

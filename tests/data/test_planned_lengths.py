@@ -1,0 +1,94 @@
+"""Planned lengths: what decoding will find, kept beside the shard, with reasons for what cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megamm.config import Data
+from megamm.core.errors import DataError
+from megamm.data.encode import SampleEncoder
+from megamm.data.features import MediaRules
+from megamm.data.index import load_index, write_index
+from megamm.data.lengths import ensure_lengths, lengths_key, lengths_path, load_lengths, plan_lengths, read_lengths_facts
+from megamm.data.reader import LocalReader
+from megamm.data.rows import PlannedSample
+from megamm.data.source import SampleSource
+from tests.data.conftest import MODEL
+from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
+
+RULES = MediaRules.of(MODEL, Data())
+
+
+def test_planned_equals_encoded(corpus, tokenizer, open_plan):
+    plan = open_plan(corpus)
+    source = SampleSource(plan.datasets, SampleEncoder(tokenizer, RULES), LocalReader())
+    for dataset in plan.datasets.values():
+        for index in range(dataset.num_samples):
+            tar, number = dataset.locate(index)
+            lengths = load_lengths(tar, lengths_key(tokenizer, RULES))
+            planned = PlannedSample(0, dataset.name, index, 0, *lengths.lengths[number].tolist())
+            sequence = source.load(planned)
+            assert len(sequence.input_ids) == planned.tokens == lengths.tokens[number]
+            assert lengths.task_names[lengths.tasks[number]] == sequence.task
+            wrong = source.load(replace(planned, tokens=planned.tokens + 1))
+            assert "its media do not hold what their headers say" in wrong.reason
+    source.close()
+
+
+def test_what_cannot_be_used_has_a_reason_and_length_zero(tmp_path, tokenizer):
+    picture, sound = {"type": "image", "member": "0.jpg"}, {"type": "audio", "member": "0.flac"}
+    samples = {
+        "fine": as_files(chat([picture], "cat"), _0_jpg=jpeg(20, 20)),
+        "broken": as_files(chat([picture], "cat"), _0_jpg=b"nothing"),
+        "absent": as_files(chat([picture], "cat")),
+        "mistaken": as_files(chat([{"type": "audio", "member": "0.jpg"}], "cat"), _0_jpg=jpeg(20, 20)),
+        "huge": as_files(chat([picture], "cat"), _0_jpg=jpeg(300, 300)),
+        "long": as_files(chat([sound], "one"), _0_flac=flac(9000)),
+        "unknown": as_files(chat([picture], "cat", task="Dance!"), _0_jpg=jpeg(20, 20)),
+    }
+    tar = write_tar(tmp_path / "x.tar", samples)
+    write_index(tar)
+    rules = replace(RULES, max_pixels=40_000, audio=replace(RULES.audio, max_seconds=0.5))
+    lengths = plan_lengths(tar, tokenizer, rules)
+    assert set(lengths.problems) == set(range(1, 7))
+    assert lengths.tokens[0] > 0 and not lengths.lengths[1:].any()
+    for number, part in enumerate(("header cannot be read", "0.jpg is missing", "no readable audio", "300 x 300", "0.6 s", "'Dance!'"), 1):
+        assert part in lengths.problems[number]
+
+
+def test_a_model_without_a_tower_plans_its_media_as_unusable(tmp_path, tokenizer):
+    tar = write_tar(
+        tmp_path / "x.tar",
+        {"a": as_files(chat([{"type": "image", "member": "0.jpg"}], "x"), _0_jpg=jpeg(9, 9)), "b": as_files(text_document("x"))},
+    )
+    write_index(tar)
+    lengths = plan_lengths(tar, tokenizer, MediaRules.of(replace(MODEL, vision=None), Data()))
+    assert "no vision tower" in lengths.problems[0] and lengths.tokens[1] > 0
+
+
+def test_lengths_are_made_once_and_again_when_the_shard_changes(tmp_path, tokenizer):
+    tar = write_tar(tmp_path / "x.tar", {"a": as_files(text_document("plain words"))})
+    write_index(tar)
+    key = lengths_key(tokenizer, RULES)
+    assert ensure_lengths([tar], tokenizer, RULES) == [tar]
+    first = read_lengths_facts(tar, key)
+    assert ensure_lengths([tar], tokenizer, RULES) == []
+    write_tar(tar, {"a": as_files(text_document("plain words " * 999))})
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        load_index(tar)
+    write_index(tar)
+    with pytest.raises(DataError, match="another version of the shard"):
+        read_lengths_facts(tar, key)
+    assert ensure_lengths([tar], tokenizer, RULES) == [tar]
+    assert read_lengths_facts(tar, key).digest != first.digest
+    lengths_path(tar, key).write_bytes(b"torn")
+    with pytest.raises(DataError, match="is damaged"):
+        read_lengths_facts(tar, key)
+    assert ensure_lengths([tar], tokenizer, RULES) == [tar]
+
+
+def test_other_settings_are_other_files(tokenizer):
+    rules = [RULES, replace(RULES, max_pixels=1), replace(RULES, image=replace(RULES.image, max_patches=9)), replace(RULES, audio=None)]
+    assert len({lengths_key(tokenizer, one) for one in rules}) == 4
