@@ -87,7 +87,7 @@ def compare(folder: Path, references: Sequence[Expected]) -> dict[str, Any]:
         ExportError: The fresh process fails.
     """
     results, facts = fresh_results(folder, references)
-    rows = [_row(reference, results, getattr(torch, facts["dtype"])) for reference in references]
+    rows = [row_of(reference, results, getattr(torch, facts["dtype"])) for reference in references]
     return {
         "holds": all(row["holds"] for row in rows),
         "dtype": facts["dtype"],
@@ -167,25 +167,14 @@ def fresh_results(folder: Path, references: Sequence[Expected]) -> tuple[dict[st
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-def _tensors(references: Sequence[Expected]) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for one in references:
-        tensors |= {f"{one.probe.name}/input/{name}": value.cpu().contiguous() for name, value in one.inputs.items()}
-        raw = {"picture": one.probe.picture, "sound": one.probe.sound}
-        tensors |= {f"{one.probe.name}/{name}": torch.from_numpy(value) for name, value in raw.items() if value is not None}
-    return tensors
+def row_of(reference: Expected, results: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """Compare one probe's results.
 
-
-def _chat(probe: Probe) -> dict[str, Any]:
-    return {"name": probe.name, "messages": [_message(probe.message)]}
-
-
-def _message(message: Message) -> dict[str, Any]:
-    parts = [{"type": "text", "text": part.text} if part.type == "text" else {"type": part.type} for part in message.content]
-    return {"role": message.role, "content": parts}
-
-
-def _row(reference: Expected, results: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    Args:
+        reference: What the trained model does.
+        results: From `fresh_results`.
+        dtype: Type of the exported weights, which sets the tolerance.
+    """
     own = {
         key.removeprefix(f"{reference.probe.name}/"): value for key, value in results.items() if key.startswith(f"{reference.probe.name}/")
     }
@@ -208,6 +197,24 @@ def _row(reference: Expected, results: dict[str, torch.Tensor], dtype: torch.dty
         "equal_answer": tuple(own["answer"][0].tolist()[: len(reference.answer)]) == reference.answer,
         "holds": within and equal_prompt and same_features,
     }
+
+
+def _tensors(references: Sequence[Expected]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for one in references:
+        tensors |= {f"{one.probe.name}/input/{name}": value.cpu().contiguous() for name, value in one.inputs.items()}
+        raw = {"picture": one.probe.picture, "sound": one.probe.sound}
+        tensors |= {f"{one.probe.name}/{name}": torch.from_numpy(value) for name, value in raw.items() if value is not None}
+    return tensors
+
+
+def _chat(probe: Probe) -> dict[str, Any]:
+    return {"name": probe.name, "messages": [_message(probe.message)]}
+
+
+def _message(message: Message) -> dict[str, Any]:
+    parts = [{"type": "text", "text": part.text} if part.type == "text" else {"type": part.type} for part in message.content]
+    return {"role": message.role, "content": parts}
 
 
 def _max_difference(one: torch.Tensor, other: torch.Tensor) -> float | None:

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from megamm.core.types import Part
+from megamm.export.parity import Expected, row_of
+from megamm.export.probes import make_probes
+from megamm.inference import make_prompt
+from tests.support.tiny_run import random_model
+
+VOCAB = 7
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("parity"))
+
+
+def sides(loaded, dtype=torch.float32):
+    """A picture's reference and what a fresh process that agrees with it returns."""
+    probe = make_probes(loaded.config)[1]
+    logits = torch.linspace(-8, 8, 5 * VOCAB).view(5, VOCAB).to(dtype).float()
+    inputs = {"input_ids": torch.arange(5)[None], "pixel_values": torch.rand(1, 4, 48)}
+    padded = torch.cat([inputs["pixel_values"], torch.zeros(1, 3, 48)], dim=1)
+    results = {
+        "logits": logits[None].clone(),
+        "processed_logits": logits[None].clone(),
+        "processed/input_ids": inputs["input_ids"].clone(),
+        "processed/pixel_values": padded,
+        "answer": torch.tensor([[4, 2, 0]]),
+    }
+    return Expected(probe, inputs, logits, (4, 2)), {f"image/{name}": value for name, value in results.items()}
+
+
+def test_equal_sides_hold(loaded):
+    row = row_of(*sides(loaded), torch.float32)
+    assert row["holds"] and row["equal_answer"]
+    assert row["max_logit_difference"] == 0
+    assert row["tolerance"] == pytest.approx(8e-5)
+
+
+@pytest.mark.parametrize("dtype, below, above", [(torch.float32, 7e-5, 9e-5), (torch.bfloat16, 0.24, 0.26), (torch.float16, 0.03, 0.032)])
+def test_logits_must_agree_within_the_types_tolerance(loaded, dtype, below, above):
+    for change, holds in ((below, True), (above, False), (float("nan"), False), (float("inf"), False)):
+        reference, results = sides(loaded, dtype)
+        results["image/logits"][0, 2, 3] += change
+        assert row_of(reference, results, dtype)["holds"] is holds
+
+
+def test_prompt_tokens_and_features_must_agree(loaded):
+    reference, results = sides(loaded)
+    results["image/processed/input_ids"][0, 1] += 1
+    assert not row_of(reference, results, torch.float32)["holds"]
+    reference, results = sides(loaded)
+    results["image/processed/pixel_values"][0, 1, 1] += 2e-4
+    row = row_of(reference, results, torch.float32)
+    assert not row["holds"]
+    assert row["max_feature_differences"] == [pytest.approx(2e-4, rel=1e-2)]
+
+
+def test_other_shapes_never_hold(loaded):
+    reference, results = sides(loaded)
+    results["image/logits"] = results["image/logits"][:, :, :-1]
+    row = row_of(reference, results, torch.float32)
+    assert not row["holds"] and row["max_logit_difference"] is None
+
+
+def test_probes_ask_about_every_modality_and_are_the_same_every_time(loaded):
+    probes = make_probes(loaded.config)
+    assert [probe.name for probe in probes] == ["text", "image", "audio", "image_audio"]
+    for probe, again in zip(probes, make_probes(loaded.config), strict=True):
+        assert probe.media == again.media
+        prompt = make_prompt(loaded, [probe.message], probe.media)
+        assert len(prompt.images) == (probe.picture is not None)
+        assert len(prompt.audios) == (probe.sound is not None)
+        assert probe.message.content[-1] == Part("text", text=probe.message.content[-1].text)
+    assert np.array_equal(probes[1].picture, probes[3].picture)
