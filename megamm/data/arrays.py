@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,11 @@ def map_arrays(path: Path) -> ArrayFile:
             contents[name] = [dtype, list(shape), _stream_digest(file, _num_bytes(dtype, shape))]
         if _digest(canonical_json(facts), contents) != digest:
             raise ValueError("its digest does not match its bytes")
-        raw = np.memmap(file, dtype=np.uint8, mode="r", offset=0)
+        raw = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     arrays = {}
     for name, (dtype, shape, offset) in layout.items():
-        view = raw[start + offset : start + offset + _num_bytes(dtype, shape)].view(np.ndarray)
-        arrays[name] = view.view(_DTYPES[dtype]).reshape(shape)
+        content = raw[start + offset : start + offset + _num_bytes(dtype, shape)]
+        arrays[name] = content.view(_DTYPES[dtype]).reshape(shape)
     return ArrayFile(facts, arrays, digest)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from megamm.config import Dataset
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text
 from megamm.data.index import ShardFacts, check_unchanged, read_shard_facts
-from megamm.data.lengths import SampleLengths, load_lengths, read_lengths_facts
+from megamm.data.lengths import LengthsFacts, SampleLengths, load_lengths, read_lengths_facts
 
-IN_MEMORY_SAMPLES = 4_000_000
-_MAX_MAPPED = 1024
+IN_MEMORY_SAMPLES = 8_000_000
+_MAX_RECENT = 256
+_NUM_OPENERS = 8
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class ShardSet:
     def problem(self, index: int) -> str | None:
         """Why a sample can never be used; None where planning saw nothing wrong."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.table.shard(shard).problems.get(index - int(self.starts[shard]))
+        return self.table.problems(shard).get(index - int(self.starts[shard]))
 
 
 class LengthTable:
-    """Planned lengths of a dataset's samples: in memory for small ones, mapped a shard at a time for large ones.
+    """Planned lengths of a dataset's samples: whole in memory for small ones, the most recently used shards for large ones.
+
+    Copies, not maps: every map holds a file descriptor, of which a process has few.
 
     Args:
         starts: int64[S + 1].
@@ -65,22 +69,17 @@ class LengthTable:
 
     def __init__(self, starts: np.ndarray, load: Callable[[int], SampleLengths]) -> None:
         self._starts, self._load = starts, load
-        self._mapped: OrderedDict[int, SampleLengths] = OrderedDict()
+        self._recent: OrderedDict[int, tuple[np.ndarray, dict[int, str]]] = OrderedDict()
         self._whole: np.ndarray | None = None
+        self._problems: dict[int, dict[int, str]] = {}
         if starts[-1] <= IN_MEMORY_SAMPLES:
-            self._whole = np.concatenate([self.shard(shard).lengths for shard in range(len(starts) - 1)])
+            self._whole = np.empty((int(starts[-1]), 3), dtype=np.int32)
+            for shard in range(len(starts) - 1):
+                self._whole[starts[shard] : starts[shard + 1]], self._problems[shard] = self._read(shard)
 
-    def shard(self, number: int) -> SampleLengths:
-        """Lengths of one shard."""
-        lengths = self._mapped.pop(number, None)
-        if lengths is None:
-            lengths = self._load(number)
-            if len(lengths.lengths) != self._starts[number + 1] - self._starts[number]:
-                raise DataError(f"shard {number} of a dataset has another number of planned lengths than samples; plan its lengths again")
-        self._mapped[number] = lengths
-        if len(self._mapped) > _MAX_MAPPED:
-            self._mapped.popitem(last=False)
-        return lengths
+    def problems(self, shard: int) -> dict[int, str]:
+        """Number in a shard -> why that sample can never be used."""
+        return self._shard(shard)[1] if self._whole is None else self._problems[shard]
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """int32[n, 3], tokens, patches and frames of some samples (int64[n])."""
@@ -93,8 +92,21 @@ class LengthTable:
         for low, high in zip(borders, [*borders[1:], len(indices)], strict=True):
             places = order[low:high]
             shard = int(shards[places[0]])
-            result[places] = self.shard(shard).lengths[indices[places] - self._starts[shard]]
+            result[places] = self._shard(shard)[0][indices[places] - self._starts[shard]]
         return result
+
+    def _shard(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
+        found = self._recent.pop(number, None) or self._read(number)
+        self._recent[number] = found
+        if len(self._recent) > _MAX_RECENT:
+            self._recent.popitem(last=False)
+        return found
+
+    def _read(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
+        mapped = self._load(number)
+        if len(mapped.lengths) != self._starts[number + 1] - self._starts[number]:
+            raise DataError(f"shard {number} of a dataset has another number of planned lengths than samples; plan its lengths again")
+        return np.array(mapped.lengths), mapped.problems
 
 
 def find_shards(name: str, dataset: Dataset, root: Path) -> tuple[Path, ...]:
@@ -128,8 +140,10 @@ def open_dataset(name: str, dataset: Dataset, root: Path, key: str) -> ShardSet:
         DataError: A shard, an index or lengths are missing, damaged or changed; or there is no sample.
     """
     tars = find_shards(name, dataset, root)
-    shards = [_checked(tar) for tar in tars]
-    lengths = [read_lengths_facts(tar, key) for tar in tars]
+    # Headers are tiny; on a shared file system waiting for them is all that this takes.
+    with ThreadPoolExecutor(_NUM_OPENERS) as pool:
+        facts = list(pool.map(lambda tar: _facts_of(tar, key), tars))
+    shards, lengths = [shard for shard, _ in facts], [one for _, one in facts]
     starts = np.cumsum([0, *(one.num_samples for one in shards)], dtype=np.int64)
     if not starts[-1]:
         raise DataError(f"dataset {name}: its {len(tars)} shards hold no sample; leave the dataset out")
@@ -143,7 +157,7 @@ def open_dataset(name: str, dataset: Dataset, root: Path, key: str) -> ShardSet:
     )
 
 
-def _checked(tar: Path) -> ShardFacts:
-    facts = read_shard_facts(tar)
-    check_unchanged(tar, facts)
-    return facts
+def _facts_of(tar: Path, key: str) -> tuple[ShardFacts, LengthsFacts]:
+    shard = read_shard_facts(tar)
+    check_unchanged(tar, shard)
+    return shard, read_lengths_facts(tar, key, shard)

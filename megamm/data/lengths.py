@@ -17,7 +17,7 @@ from megamm.core.files import canonical_json, digest_text
 from megamm.data.arrays import load_arrays, read_facts, write_arrays
 from megamm.data.encode import SampleEncoder, parse_document
 from megamm.data.features import MediaRules
-from megamm.data.index import load_index, read_shard_facts
+from megamm.data.index import ShardFacts, load_index, read_shard_facts
 from megamm.data.ledger import BadSample
 from megamm.data.reader import LocalReader, ShardReader
 from megamm.tokenizers.text import TextTokenizer
@@ -136,15 +136,20 @@ def ensure_lengths(tars: Iterable[Path], tokenizer: TextTokenizer, rules: MediaR
     written = []
     for tar in tars:
         try:
-            read_lengths_facts(tar, key)
+            read_lengths_facts(tar, key, read_shard_facts(tar))
         except DataError:
             write_lengths(tar, tokenizer, rules)
             written.append(tar)
     return written
 
 
-def read_lengths_facts(tar: Path, key: str) -> LengthsFacts:
+def read_lengths_facts(tar: Path, key: str, shard: ShardFacts) -> LengthsFacts:
     """Read the header of a shard's lengths.
+
+    Args:
+        tar: The shard.
+        key: Settings of the lengths.
+        shard: What its index says.
 
     Raises:
         DataError: They are missing, damaged, or belong to another version of the shard.
@@ -152,7 +157,7 @@ def read_lengths_facts(tar: Path, key: str) -> LengthsFacts:
     path = lengths_path(tar, key)
     try:
         facts, digest = read_facts(path)
-        if facts["shard"] == read_shard_facts(tar).digest and facts["key"] == key:
+        if facts["shard"] == shard.digest and facts["key"] == key:
             return LengthsFacts(tuple(facts["task_names"]), digest)
         reason = "belongs to another version of the shard"
     except FileNotFoundError:

@@ -41,7 +41,7 @@ class Reader(Protocol):
 class LocalReader:
     """Positioned reads from local and parallel file systems, over a bounded set of open files."""
 
-    def __init__(self, max_open_files: int = 256) -> None:
+    def __init__(self, max_open_files: int = 128) -> None:
         self._max_open_files = max_open_files
         self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
@@ -116,9 +116,9 @@ class ShardReader:
 
 
 class ShardPool:
-    """Readers of many shards; the indexes of the most recently used ones stay mapped."""
+    """Readers of many shards; the indexes of the most recently used ones stay mapped (each map holds a file descriptor)."""
 
-    def __init__(self, reader: Reader, max_mapped: int = 1024) -> None:
+    def __init__(self, reader: Reader, max_mapped: int = 256) -> None:
         self._reader, self._max_mapped = reader, max_mapped
         self._shards: OrderedDict[Path, ShardReader] = OrderedDict()
         self._lock = threading.Lock()

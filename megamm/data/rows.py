@@ -112,7 +112,8 @@ class Window:
         num_rows = int(packed.max(initial=UNFIT)) + 1
         fit = np.flatnonzero(packed != UNFIT)
         # Packing opens rows for the largest samples first; taken in that order, every window would go from long to short.
-        rows = packed[fit] if row_key is None or not num_rows else permute(packed[fit], num_rows, row_key)
+        numbers = np.arange(num_rows)
+        rows = (numbers if row_key is None or not num_rows else permute(numbers, num_rows, row_key))[packed[fit]]
         used = lengths[fit].astype(np.float64)
         cost = costs.token_pair * used[:, 0] ** 2 + costs.patch * used[:, 1] + costs.frame * used[:, 2]
         return cls(

@@ -10,7 +10,7 @@ from megamm.config import Data
 from megamm.core.errors import DataError
 from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
-from megamm.data.index import load_index, write_index
+from megamm.data.index import load_index, read_shard_facts, write_index
 from megamm.data.lengths import ensure_lengths, lengths_key, lengths_path, load_lengths, plan_lengths, read_lengths_facts
 from megamm.data.reader import LocalReader
 from megamm.data.rows import PlannedSample
@@ -73,19 +73,19 @@ def test_lengths_are_made_once_and_again_when_the_shard_changes(tmp_path, tokeni
     write_index(tar)
     key = lengths_key(tokenizer, RULES)
     assert ensure_lengths([tar], tokenizer, RULES) == [tar]
-    first = read_lengths_facts(tar, key)
+    first = read_lengths_facts(tar, key, read_shard_facts(tar))
     assert ensure_lengths([tar], tokenizer, RULES) == []
     write_tar(tar, {"a": as_files(text_document("plain words " * 999))})
     with pytest.raises(DataError, match="changed since it was indexed"):
         load_index(tar)
     write_index(tar)
     with pytest.raises(DataError, match="another version of the shard"):
-        read_lengths_facts(tar, key)
+        read_lengths_facts(tar, key, read_shard_facts(tar))
     assert ensure_lengths([tar], tokenizer, RULES) == [tar]
-    assert read_lengths_facts(tar, key).digest != first.digest
+    assert read_lengths_facts(tar, key, read_shard_facts(tar)).digest != first.digest
     lengths_path(tar, key).write_bytes(b"torn")
     with pytest.raises(DataError, match="is damaged"):
-        read_lengths_facts(tar, key)
+        read_lengths_facts(tar, key, read_shard_facts(tar))
     assert ensure_lengths([tar], tokenizer, RULES) == [tar]
 
 
