@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,8 @@ from megamm.config import Dataset
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text
 from megamm.data.index import ShardFacts, check_unchanged, read_shard_facts
-from megamm.data.lengths import LengthsFacts, SampleLengths, load_lengths, read_lengths_facts
+from megamm.data.lengths import LengthsFacts, joined_lengths, load_lengths, read_lengths_facts
 
-IN_MEMORY_SAMPLES = 8_000_000
-_MAX_RECENT = 256
 _NUM_OPENERS = 8
 
 
@@ -31,7 +27,8 @@ class ShardSet:
         starts: int64[S + 1], number of the first sample of each shard.
         digest: Of all shards and their planned lengths, in order.
         task_names: Sorted names of the tasks that occur.
-        table: The planned lengths.
+        key: Settings of the planned lengths.
+        lengths: int32[N, 3], tokens, patches and frames of every sample; a mapped file for large datasets.
     """
 
     name: str
@@ -39,7 +36,8 @@ class ShardSet:
     starts: np.ndarray
     digest: str
     task_names: tuple[str, ...]
-    table: LengthTable
+    key: str
+    lengths: np.ndarray
 
     @property
     def num_samples(self) -> int:
@@ -51,62 +49,10 @@ class ShardSet:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.tars[shard], index - int(self.starts[shard])
 
-    def problem(self, index: int) -> str | None:
-        """Why a sample can never be used; None where planning saw nothing wrong."""
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.table.problems(shard).get(index - int(self.starts[shard]))
-
-
-class LengthTable:
-    """Planned lengths of a dataset's samples: whole in memory for small ones, the most recently used shards for large ones.
-
-    Copies, not maps: every map holds a file descriptor, of which a process has few.
-
-    Args:
-        starts: int64[S + 1].
-        load: Maps the lengths of a shard.
-    """
-
-    def __init__(self, starts: np.ndarray, load: Callable[[int], SampleLengths]) -> None:
-        self._starts, self._load = starts, load
-        self._recent: OrderedDict[int, tuple[np.ndarray, dict[int, str]]] = OrderedDict()
-        self._whole: np.ndarray | None = None
-        self._problems: dict[int, dict[int, str]] = {}
-        if starts[-1] <= IN_MEMORY_SAMPLES:
-            self._whole = np.empty((int(starts[-1]), 3), dtype=np.int32)
-            for shard in range(len(starts) - 1):
-                self._whole[starts[shard] : starts[shard + 1]], self._problems[shard] = self._read(shard)
-
-    def problems(self, shard: int) -> dict[int, str]:
-        """Number in a shard -> why that sample can never be used."""
-        return self._shard(shard)[1] if self._whole is None else self._problems[shard]
-
-    def gather(self, indices: np.ndarray) -> np.ndarray:
-        """int32[n, 3], tokens, patches and frames of some samples (int64[n])."""
-        if self._whole is not None:
-            return self._whole[indices]
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        order = np.argsort(shards, kind="stable")
-        borders = np.flatnonzero(np.diff(shards[order], prepend=-1)).tolist()
-        result = np.empty((len(indices), 3), dtype=np.int32)
-        for low, high in zip(borders, [*borders[1:], len(indices)], strict=True):
-            places = order[low:high]
-            shard = int(shards[places[0]])
-            result[places] = self._shard(shard)[0][indices[places] - self._starts[shard]]
-        return result
-
-    def _shard(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
-        found = self._recent.pop(number, None) or self._read(number)
-        self._recent[number] = found
-        if len(self._recent) > _MAX_RECENT:
-            self._recent.popitem(last=False)
-        return found
-
-    def _read(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
-        mapped = self._load(number)
-        if len(mapped.lengths) != self._starts[number + 1] - self._starts[number]:
-            raise DataError(f"shard {number} of a dataset has another number of planned lengths than samples; plan its lengths again")
-        return np.array(mapped.lengths), mapped.problems
+    def problem(self, index: int) -> str:
+        """Why a sample that takes no tokens can never be used."""
+        tar, number = self.locate(index)
+        return load_lengths(tar, self.key).problems[number]
 
 
 def find_shards(name: str, dataset: Dataset, root: Path) -> tuple[Path, ...]:
@@ -153,7 +99,8 @@ def open_dataset(name: str, dataset: Dataset, root: Path, key: str) -> ShardSet:
         starts=starts,
         digest=digest_text(canonical_json([[shard.digest, one.digest] for shard, one in zip(shards, lengths, strict=True)])),
         task_names=tuple(sorted({task for one in lengths for task in one.task_names})),
-        table=LengthTable(starts, lambda shard: load_lengths(tars[shard], key)),
+        key=key,
+        lengths=joined_lengths(tars, key, [one.digest for one in lengths], starts),
     )
 
 

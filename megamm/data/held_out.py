@@ -68,13 +68,13 @@ class HeldOut:
                 datasets=np.zeros_like(indices),
                 indices=indices,
                 epochs=np.zeros_like(indices),
-                lengths=dataset.table.gather(indices),
+                lengths=dataset.lengths[indices],
                 capacity=(self.batch.row_tokens, self.data.row_patches, self.data.row_frames),
                 costs=DEFAULT_COSTS,
                 row_key=None,
             )
             for sample in window.samples(window.unfit):
-                reason = dataset.problem(sample.index) or "it is larger than a row"
+                reason = "it is larger than a row" if sample.tokens else dataset.problem(sample.index)
                 _log.warning("held-out sample %d of %s is left out: %s", sample.index, dataset.name, reason)
             yield from (PlannedRow(window, number) for number in range(window.num_rows))
 

@@ -6,14 +6,15 @@ can never be used has length 0 and a reason, so that it is planned as skipped in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megamm.core.errors import DataError
-from megamm.core.files import canonical_json, digest_text
+from megamm.core.files import canonical_json, digest_text, sync_folder
 from megamm.data.arrays import load_arrays, read_facts, write_arrays
 from megamm.data.encode import SampleEncoder, parse_document
 from megamm.data.features import MediaRules
@@ -23,6 +24,8 @@ from megamm.data.reader import LocalReader, ShardReader
 from megamm.tokenizers.text import TextTokenizer
 
 LENGTHS_VERSION = 1
+IN_MEMORY_SAMPLES = 8_000_000
+"""Larger datasets map one joined file instead of reading every shard's lengths."""
 _MAX_REASON = 300
 
 
@@ -123,8 +126,13 @@ def write_lengths(tar: Path, tokenizer: TextTokenizer, rules: MediaRules) -> Sam
     return SampleLengths(planned.lengths, planned.tasks, planned.task_names, planned.problems, digest)
 
 
-def ensure_lengths(tars: Iterable[Path], tokenizer: TextTokenizer, rules: MediaRules) -> list[Path]:
-    """Write the lengths of those shards that lack them or changed since; one process a file system should call this.
+def ensure_lengths(tars: Sequence[Path], tokenizer: TextTokenizer, rules: MediaRules) -> list[Path]:
+    """Write what is missing or stale of a dataset's lengths; one process a file system should call this.
+
+    Args:
+        tars: All shards of the dataset, in its order.
+        tokenizer: Of the run.
+        rules: How media become tower inputs.
 
     Returns:
         The shards whose lengths were written.
@@ -133,14 +141,77 @@ def ensure_lengths(tars: Iterable[Path], tokenizer: TextTokenizer, rules: MediaR
         DataError: As `plan_lengths`.
     """
     key = lengths_key(tokenizer, rules)
-    written = []
+    written, digests, sizes = [], [], []
     for tar in tars:
+        shard = read_shard_facts(tar)
         try:
-            read_lengths_facts(tar, key, read_shard_facts(tar))
+            facts = read_lengths_facts(tar, key, shard)
         except DataError:
             write_lengths(tar, tokenizer, rules)
             written.append(tar)
+            facts = read_lengths_facts(tar, key, shard)
+        digests.append(facts.digest)
+        sizes.append(shard.num_samples)
+    if sum(sizes) > IN_MEMORY_SAMPLES and not (path := _joined_path(tars, digests)).exists():
+        _write_joined(path, tars, key, sizes)
     return written
+
+
+def joined_lengths(tars: Sequence[Path], key: str, digests: Sequence[str], starts: np.ndarray) -> np.ndarray:
+    """The lengths of all shards of a dataset as one array.
+
+    Read into memory, or for large datasets mapped from the file that `ensure_lengths` joined, so that any sample of a
+    billion is one access away and none is read before.
+
+    Args:
+        tars: Shards in the dataset's order.
+        key: Settings of the lengths.
+        digests: Of each shard's lengths.
+        starts: int64[S + 1], number of the first sample of each shard.
+
+    Returns:
+        int32[N, 3].
+
+    Raises:
+        DataError: Lengths are missing or damaged.
+    """
+    if starts[-1] <= IN_MEMORY_SAMPLES:
+        joined = np.empty((int(starts[-1]), 3), dtype=np.int32)
+        for tar, low, high in zip(tars, starts[:-1], starts[1:], strict=True):
+            joined[low:high] = load_lengths(tar, key).lengths
+        return joined
+    path = _joined_path(tars, digests)
+    try:
+        joined = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"dataset of shard {tars[0]}: {path.name} is missing; {_FIX}") from None
+    except ValueError as error:
+        raise DataError(f"dataset of shard {tars[0]}: {path.name} is damaged ({error}); delete it and {_FIX}") from None
+    if joined.shape != (starts[-1], 3) or joined.dtype != np.int32:
+        raise DataError(f"dataset of shard {tars[0]}: {path.name} has shape {joined.shape}, not {(starts[-1], 3)}; delete it and {_FIX}")
+    return joined.view(np.ndarray)
+
+
+def _joined_path(tars: Sequence[Path], digests: Sequence[str]) -> Path:
+    """Named by what it joins: a changed shard or another set of shards is another file."""
+    return tars[0].with_name(f"lengths-{digest_text(canonical_json(list(digests)))[:16]}.npy")
+
+
+def _write_joined(path: Path, tars: Sequence[Path], key: str, sizes: Sequence[int]) -> None:
+    """Join shard after shard through a mapped file: memory does not grow with the dataset."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(sum(sizes), 3))
+        start = 0
+        for tar, size in zip(tars, sizes, strict=True):
+            joined[start : start + size] = load_lengths(tar, key).lengths
+            start += size
+        joined.flush()
+        del joined
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_lengths_facts(tar: Path, key: str, shard: ShardFacts) -> LengthsFacts:

@@ -154,7 +154,9 @@ class DataPlan:
 
     def unfit_reason(self, sample: PlannedSample) -> str:
         """Why no row holds a sample."""
-        return self.datasets[sample.dataset].problem(sample.index) or (
+        if not sample.tokens:
+            return self.datasets[sample.dataset].problem(sample.index)
+        return (
             f"takes {sample.tokens} tokens, {sample.patches} patches and {sample.frames} frames, "
             f"a row holds {self.batch.row_tokens}, {self.data.row_patches} and {self.data.row_frames}"
         )
@@ -181,7 +183,7 @@ class DataPlan:
             if mine.size:
                 epochs[mine], within = np.divmod(places[mine], dataset.num_samples)
                 indices[mine] = self._ordered(dataset, within, epochs[mine])
-                lengths[mine] = dataset.table.gather(indices[mine])
+                lengths[mine] = dataset.lengths[indices[mine]]
         return Window.pack(
             self._names,
             positions,

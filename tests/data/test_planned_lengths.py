@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -92,3 +93,21 @@ def test_lengths_are_made_once_and_again_when_the_shard_changes(tmp_path, tokeni
 def test_other_settings_are_other_files(tokenizer):
     rules = [RULES, replace(RULES, max_pixels=1), replace(RULES, image=replace(RULES.image, max_patches=9)), replace(RULES, audio=None)]
     assert len({lengths_key(tokenizer, one) for one in rules}) == 4
+
+
+def test_large_datasets_map_one_joined_file(corpus, tmp_path, tokenizer, open_plan, monkeypatch):
+    root = shutil.copytree(corpus, tmp_path / "corpus")
+    whole = open_plan(root)
+    expected = [row.samples for row in whole.rows(whole.start().plan, 30).rows]
+    monkeypatch.setattr("megamm.data.lengths.IN_MEMORY_SAMPLES", 20)
+    with pytest.raises(DataError, match=r"lengths-\w+\.npy is missing; run `megamm data plan-lengths`"):
+        open_plan(root)
+    for name in ("digits", "words", "text"):
+        assert ensure_lengths(sorted(root.glob(f"{name}/*.tar")), tokenizer, RULES) == []
+    mapped = open_plan(root)
+    assert mapped.fingerprint == whole.fingerprint
+    assert [row.samples for row in mapped.rows(mapped.start().plan, 30).rows] == expected
+    (joined,) = root.glob("digits/lengths-*.npy")
+    joined.write_bytes(joined.read_bytes()[:-4])
+    with pytest.raises(DataError, match="is damaged"):
+        open_plan(root)
