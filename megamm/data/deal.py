@@ -91,6 +91,7 @@ def _level(groups: list[list[tuple[float, list[Row | None]]]]) -> list[list[Row 
     """Merge groups of one hand a rank, always the two whose hands differ most, the heaviest hand with the lightest."""
 
     def entry(group: list[tuple[float, list[Row | None]]], number: int):
+        # Lightest minus heaviest, since the heap gives the smallest first; the number is unique, so groups are never compared.
         return group[-1][0] - group[0][0], number, group
 
     heap = [entry(group, number) for number, group in enumerate(groups)]
