@@ -35,8 +35,8 @@ def main() -> int:
     launcher = [os.path.relpath(CHECKOUT / "launchers" / "local.sh", folder), str(arguments.ranks)]
     pretrain = [*launcher, "megamm", "pretrain", "tiny", *extra]
 
-    for source in ("digits", "words", "text"):
-        run(folder, ["megamm", "prepare", source, "--output", f"data/{source}"])
+    for source, output in (("digits", "data/digits"), ("words", "data/words"), ("digit_text", "data/text")):
+        run(folder, ["megamm", "prepare", source, "--output", output])
     run(folder, ["megamm", "tokenizer", "tiny"])
     run(folder, ["megamm", "data", "plan-lengths", "tiny"])
 

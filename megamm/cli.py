@@ -90,17 +90,15 @@ def _recipe(arguments: Arguments):
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="kind of raw source: digits, words or text")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--seed", type=int, default=0, help="seeds the order and what is rendered")
+    from megamm.prepare.arguments import add_arguments
+
+    add_arguments(parser)
 
 
 def _prepare(arguments: Arguments) -> None:
-    from megamm.prepare import SOURCES
+    from megamm.prepare.arguments import run
 
-    if arguments.source not in SOURCES:
-        raise ConfigError(f"source {arguments.source!r} is not known; the sources are: {', '.join(sorted(SOURCES))}")
-    for line in SOURCES[arguments.source](arguments.output, arguments.seed):
+    for line in run(arguments):
         print(line)
 
 

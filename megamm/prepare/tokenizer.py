@@ -12,13 +12,14 @@ import xxhash
 
 from megamm.config.schema import Recipe
 from megamm.core.errors import DataError
+from megamm.core.types import Part
 from megamm.data.index import load_index
 from megamm.tasks.template import parse_sample
 from megamm.tokenizers import text
 
 
 def texts(patterns: Iterable[str]) -> Iterator[str]:
-    """All texts of all samples: prompts, answers and documents, in the order of the shards.
+    """All texts of all samples: prompts, answers, labels of boxes and documents, in the order of the shards.
 
     Args:
         patterns: Paths or globs of tar files.
@@ -68,4 +69,12 @@ def _shard_texts(tar: Path) -> Iterator[str]:
             if xxhash.xxh3_64_intdigest(content) != member.digest:
                 raise DataError(f"{where}: the bytes of {key}.json changed since they were indexed; restore the shard or write it anew")
             for message in parse_sample(key, json.loads(content), where=where).messages:
-                yield from (part.text for part in message.content if part.text)
+                for part in message.content:
+                    yield from _part_texts(part)
+
+
+def _part_texts(part: Part) -> Iterator[str]:
+    if part.text:
+        yield part.text
+    yield from (box["label"] for box in part.data.get("boxes", ()))
+    yield from part.data.get("labels", ())

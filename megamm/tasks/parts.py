@@ -8,7 +8,7 @@
 | `mask` | `image`, `member`, `labels` | a PNG whose pixel value k is instance k of a picture, 0 none; `labels[k - 1]` names it |
 | `item` | `id`, maybe `text` | something a user met, with its description |
 
-`image` counts the chat's pictures from 0. Coordinates are source pixels, half-open: `[x1, x2)`, `[y1, y2)`.
+A picture may have no box and no instance. `image` counts the chat's pictures from 0. Coordinates are source pixels, half-open: `[x1, x2)`, `[y1, y2)`.
 """
 
 from __future__ import annotations
@@ -77,6 +77,13 @@ def string(fields: Mapping[str, Any], name: str, what: str, where: str) -> str:
     return value
 
 
+def _any_list(fields: Mapping[str, Any], name: str, what: str, where: str) -> list[Any]:
+    value = _present(fields, name, what, where)
+    if not isinstance(value, list):
+        raise DataError(f"{where}: {name} of {what} is {str(value)[:80]!r}, not a list")
+    return value
+
+
 def _present(fields: Mapping[str, Any], name: str, what: str, where: str) -> Any:
     if name not in fields:
         raise DataError(f"{where}: {what} has no {name}")
@@ -92,9 +99,7 @@ def _medium(type_name: str, fields: Mapping[str, Any], what: str, where: str) ->
 
 
 def _boxes(type_name: str, fields: Mapping[str, Any], what: str, where: str) -> Part:
-    boxes = _present(fields, "boxes", what, where)
-    if not isinstance(boxes, list):
-        raise DataError(f"{where}: boxes of {what} is {str(boxes)[:80]!r}, not a list")
+    boxes = _any_list(fields, "boxes", what, where)
     read = [_box(box, f"box {index} of {what}", where) for index, box in enumerate(boxes)]
     return Part(type_name, data={"image": _image(fields, what, where), "boxes": read})
 
@@ -112,7 +117,7 @@ def _box(value: Any, what: str, where: str) -> dict[str, Any]:
 
 
 def _mask(type_name: str, fields: Mapping[str, Any], what: str, where: str) -> Part:
-    labels = filled_list(fields, "labels", what, where)
+    labels = _any_list(fields, "labels", what, where)
     read = [string({"label": label}, "label", f"instance {index} of {what}", where) for index, label in enumerate(labels, 1)]
     member = _member(fields, what, where)
     if not member.endswith(".png"):

@@ -5,14 +5,16 @@ import pytest
 
 from megamm.config import Data, Dataset, Model, Recipe, Tokenizer, Tower
 from megamm.core.errors import ConfigError, DataError
-from megamm.prepare import make_tokenizer, text
+from megamm.prepare.tokenizer import make_tokenizer, texts
 from megamm.tokenizers.text import TextTokenizer
+from tests.support.preparing import write_shards
+from tests.support.shards import as_files, jpeg, write_tar
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
-    text.prepare(root / "text")
+    write_shards("digit_text", root / "text")
     return Recipe(
         name="test",
         model=Model(text=Tower(type="qwen3")),
@@ -40,3 +42,17 @@ def test_adopting_reads_no_shards(recipe, tmp_path):
         make_tokenizer(adopting)
     with pytest.raises(DataError, match=r"no shard matches .*absent-\*\.tar"):
         make_tokenizer(replace(adopting, tokenizer=replace(adopting.tokenizer, adopt="")))
+
+
+def test_labels_of_boxes_masks_and_items_are_texts(tmp_path):
+    from megamm.data.index import write_index
+
+    question = [{"type": "image", "member": "0.jpg"}, {"type": "item", "id": "7", "text": "A lamp"}, {"type": "item", "id": "8"}]
+    boxes = {"type": "boxes", "image": 0, "boxes": [{"label": "cell", "xyxy": [0, 0, 1, 1]}]}
+    mask = {"type": "mask", "image": 0, "member": "1.png", "labels": ["nucleus"]}
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": [boxes, mask]}]
+    picture = jpeg(2, 2)
+    document = {"task": "detection", "messages": messages}
+    tar = write_tar(tmp_path / "a.tar", {"a": as_files(document, _0_jpg=picture, _1_png=jpeg(2, 2, format="PNG"))})
+    write_index(tar)
+    assert list(texts([str(tar)])) == ["A lamp", "cell", "nucleus"]

@@ -235,7 +235,7 @@ def user(*parts):
         (found("RBC", [1, 2, float("inf"), 4]), "not four numbers of at least 0"),
         (found("RBC", [1, 2, 1, 4]), "is [1, 2, 1, 4], which has no area"),
         (found("RBC", score=1), "box 0 of message 1, part 0 has unknown fields score; it takes label, xyxy"),
-        (chat([IMAGE], [{**MASK, "labels": []}], task="segmentation"), "labels of message 1, part 0 is '[]', not a list with something"),
+        (chat([IMAGE], [{**MASK, "labels": "a"}], task="segmentation"), "labels of message 1, part 0 is 'a', not a list"),
         (chat([IMAGE], [{**MASK, "labels": ["a", 7]}], task="segmentation"), "label of instance 2 of message 1, part 0 is '7'"),
         (chat([IMAGE], [{**MASK, "member": "1.jpg"}], task="segmentation"), "names member '1.jpg'; a mask is a PNG"),
         (chat([TEXT], [MASK], task="segmentation"), "a mask part lies in picture 0, and 0 pictures stand before it"),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
-from megamm.prepare.words import WORDS
-from megamm.prepare.writer import Shard, ShardWriter
+from megamm.prepare.source import SEED, Draft, Listing, Record, Source
+from megamm.prepare.sources.words import WORDS
 
 _TEST_EVERY = 10
-_SHARD_SAMPLES = 512
 
 _SHAPES = (
     "one round loop",
@@ -28,24 +26,21 @@ _FIRST_SOUNDS = ("z", "w", "t", "th", "f", "f", "s", "s", "a long a", "n")
 _LAST_SOUNDS = ("o", "n", "oo", "ee", "r", "v", "ks", "n", "t", "n")
 
 
-def prepare(folder: Path, seed: int = 0) -> list[Shard]:
-    """Write `train` and `test` shards of one-sentence documents; every tenth sentence is held out.
+def _records(*, seed: int) -> Listing:
+    """Every sentence is a record; every tenth is held out, and the seed decides which."""
+    facts = list(_facts())
+    random.Random(seed).shuffle(facts)
+    records = [
+        Record(f"text-{index:05}", len(sentence), (topic, sentence), "train" if index % _TEST_EVERY else "test")
+        for index, (topic, sentence) in enumerate(facts)
+    ]
+    return Listing(records, _make)
 
-    Args:
-        folder: Where the shards go.
-        seed: Decides which sentences are held out, and their order.
 
-    Raises:
-        DataError: `folder` already holds such shards.
-    """
-    with ShardWriter(folder, "train", max_samples=_SHARD_SAMPLES) as train, ShardWriter(folder, "test", max_samples=_SHARD_SAMPLES) as test:
-        facts = list(_facts())
-        random.Random(seed).shuffle(facts)
-        for index, (topic, sentence) in enumerate(facts):
-            message = {"role": "assistant", "content": [{"type": "text", "text": sentence}]}
-            writer = train if index % _TEST_EVERY else test
-            writer.write(f"text-{index:05}", {"task": "text", "messages": [message], "topic": topic}, {})
-    return train.shards + test.shards
+def _make(record: Record) -> Draft:
+    topic, sentence = record.data
+    message = {"role": "assistant", "content": [{"type": "text", "text": sentence}]}
+    return Draft({"task": "text", "messages": [message], "topic": topic})
 
 
 def _facts() -> Iterator[tuple[str, str]]:
@@ -125,3 +120,12 @@ def _counts(first: int, last: int) -> Iterator[str]:
     if last - first >= 2:
         yield f"Count from {first} to {last}: {', '.join(WORDS[first : last + 1])}."
         yield f"Count down from {last}: {' '.join(str(digit) for digit in range(last, first - 1, -1))}."
+
+
+SOURCE = Source(
+    name="digit_text",
+    help="short sentences about digits, their names, pictures and sounds",
+    records=_records,
+    options=(SEED,),
+    samples_a_shard=512,
+)

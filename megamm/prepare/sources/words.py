@@ -9,17 +9,15 @@ import io
 import random
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
 
 from megamm.prepare.espeak import Utterance, render
-from megamm.prepare.writer import Shard, ShardWriter
+from megamm.prepare.rows import names
+from megamm.prepare.source import SEED, Draft, Listing, Option, Record, Source
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PROMPT = "Which word is this?"
+_QUESTION = "Which word is this?"
 RATE_HZ = 16000
 
 _ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029")
@@ -34,47 +32,39 @@ _TRAIN_TAKES, _TEST_TAKES = 2, 1
 _SILENCE = 0.02
 _MARGIN_SECONDS = 0.02
 _PEAK = 0.9
-_SHARD_SAMPLES = 512
 
 
-def prepare(
-    folder: Path,
-    seed: int = 0,
-    *,
-    accents: Sequence[str] = _ACCENTS,
-    train_variants: Sequence[str] = _TRAIN_VARIANTS,
-    test_variants: Sequence[str] = _TEST_VARIANTS,
-) -> list[Shard]:
-    """Write `train` and `test` shards of clips with their word.
+def _records(*, seed: int, accents: Sequence[str], train_variants: Sequence[str], test_variants: Sequence[str]) -> Listing:
+    """Every clip is a record; the seed draws speeds and pitches.
 
-    Args:
-        folder: Where the shards go.
-        seed: Draws speeds and pitches, and the order of the samples.
-        accents: Languages of espeak-ng.
-        train_variants: Voice variants of espeak-ng for training.
-        test_variants: Voice variants to hold out.
+    All clips are rendered at once, because a voice sounds the same only after the same utterances.
 
     Raises:
         ConfigError: espeakng-loader is not installed or lacks a voice.
-        DataError: `folder` already holds such shards.
     """
-    with ShardWriter(folder, "train", max_samples=_SHARD_SAMPLES) as train, ShardWriter(folder, "test", max_samples=_SHARD_SAMPLES) as test:
-        draw = random.Random(seed)
-        for writer, variants, takes in ((train, train_variants, _TRAIN_TAKES), (test, test_variants, _TEST_TAKES)):
-            utterances = [
-                Utterance(word, accent, variant, draw.randint(*_WORDS_A_MINUTE), draw.randint(*_PITCHES))
-                for variant, accent, word, _ in product(variants, accents, WORDS, range(takes))
-            ]
-            rate_hz, sounds = render(utterances)
-            order = list(range(len(utterances)))
-            draw.shuffle(order)
-            for index in order:
-                writer.write(f"word-{index:05}", _document(utterances[index]), {"0.flac": _flac(_clean(sounds[index], rate_hz))})
-    return train.shards + test.shards
+    draw = random.Random(seed)
+    records = []
+    for split, variants, takes in (("train", train_variants, _TRAIN_TAKES), ("test", test_variants, _TEST_TAKES)):
+        utterances = [
+            Utterance(word, accent, variant, draw.randint(*_WORDS_A_MINUTE), draw.randint(*_PITCHES))
+            for variant, accent, word, _ in product(variants, accents, WORDS, range(takes))
+        ]
+        rate_hz, sounds = render(utterances)
+        for index, (utterance, sound) in enumerate(zip(utterances, sounds, strict=True)):
+            records.append(Record(f"{split}-{index:05}", sound.nbytes, (utterance, rate_hz, sound.tobytes()), split))
+    return Listing(records, _make)
+
+
+def _make(record: Record) -> Draft:
+    utterance, rate_hz, sound = record.data
+    wave = _clean(np.frombuffer(sound, np.int16), rate_hz)
+    return Draft(_document(utterance), {"0.flac": _flac(wave)})
 
 
 def _clean(sound: np.ndarray, rate_hz: int) -> np.ndarray:
     """Resample to `RATE_HZ`, cut the silence around the word, and set the peak: float32[samples]."""
+    import soxr
+
     wave = soxr.resample(sound.astype(np.float32), rate_hz, RATE_HZ)
     loud = np.flatnonzero(np.abs(wave) > _SILENCE * np.abs(wave).max())
     margin = round(_MARGIN_SECONDS * RATE_HZ)
@@ -83,13 +73,15 @@ def _clean(sound: np.ndarray, rate_hz: int) -> np.ndarray:
 
 
 def _flac(wave: np.ndarray) -> bytes:
+    import soundfile
+
     file = io.BytesIO()
     soundfile.write(file, wave, RATE_HZ, format="FLAC", subtype="PCM_16")
     return file.getvalue()
 
 
 def _document(utterance: Utterance) -> dict[str, object]:
-    question = [{"type": "audio", "member": "0.flac"}, {"type": "text", "text": PROMPT}]
+    question = [{"type": "audio", "member": "0.flac"}, {"type": "text", "text": _QUESTION}]
     return {
         "task": "speech_recognition",
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": [{"type": "text", "text": utterance.text}]}],
@@ -100,3 +92,17 @@ def _document(utterance: Utterance) -> dict[str, object]:
         "rate": utterance.rate,
         "pitch": utterance.pitch,
     }
+
+
+SOURCE = Source(
+    name="words",
+    help="spoken digit words in many voices, rendered by espeak-ng; test voices are never heard in training",
+    records=_records,
+    options=(
+        SEED,
+        Option("accents", "languages of espeak-ng, with commas between them", names, _ACCENTS, "A,B,…"),
+        Option("train_variants", "voice variants of espeak-ng for training", names, _TRAIN_VARIANTS, "A,B,…"),
+        Option("test_variants", "voice variants that are held out", names, _TEST_VARIANTS, "A,B,…"),
+    ),
+    samples_a_shard=512,
+)

@@ -1,0 +1,66 @@
+"""A table that names pictures, sounds, texts and labels, one sample a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megamm.core.errors import DataError
+from megamm.prepare.columns import map_option
+from megamm.prepare.fields import FIELDS, MEDIA, RowLayout, row_layout
+from megamm.prepare.inputs import below, existing_input, read_input, size_of
+from megamm.prepare.rows import COLUMNS, Row, read_table
+from megamm.prepare.source import PROMPT, ROOT, TASK, Draft, Listing, Record, Source
+
+
+def _records(*, input: Path, map: Sequence[tuple[str, str]], columns: Sequence[str], task: str, prompt: str, root: Path | None) -> Listing:
+    """Every row is a record.
+
+    Raises:
+        ConfigError: INPUT is no table, or its columns make no sample.
+        DataError: The table cannot be read.
+    """
+    table = read_table(existing_input(input, folder=False), columns)
+    layout, notes = row_layout(map, table.columns, task=task, prompt=prompt, where=str(input))
+    root = existing_input(root or input.parent, folder=True)
+    records = [_record(row, layout, root, layout.used) for row in table.rows]
+    return Listing(records, partial(_make, layout=layout, root=root), notes)
+
+
+def _record(row: Row, layout: RowLayout, root: Path, used: Sequence[str]) -> Record:
+    values = {column: row.values[column] for column in used if column in row.values}
+    size = sum(len(value) for value in values.values() if isinstance(value, str))
+    size += sum(_size(root, value) for field in MEDIA for value in layout.media(values, field))
+    try:
+        return layout.record(values, row.number, size, Row(row.number, values, row.problem))
+    except DataError as error:
+        return layout.record({}, row.number, 0, Row(row.number, {}, str(error)))
+
+
+def _make(record: Record, *, layout: RowLayout, root: Path) -> Draft:
+    def load(value: Any) -> tuple[bytes, str]:
+        if not isinstance(value, str):
+            raise DataError(f"{str(value)[:80]!r} is {type(value).__name__}, not the path of a file")
+        return read_input(below(root, value)), value
+
+    if record.data.problem:
+        raise DataError(record.data.problem)
+    return layout.draft(record.data.values, load)
+
+
+def _size(root: Path, value: Any) -> int:
+    try:
+        return size_of(below(root, value)) if isinstance(value, str) else 0
+    except DataError:
+        return 0
+
+
+SOURCE = Source(
+    name="manifest",
+    help="a csv, tsv or jsonl file that names pictures, sounds, texts and labels, one sample a row",
+    records=_records,
+    input="the file, maybe gzipped; quotes enclose values in .csv and are plain characters in .tsv",
+    options=(map_option(FIELDS), COLUMNS, TASK, PROMPT, ROOT),
+)
