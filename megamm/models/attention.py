@@ -38,7 +38,8 @@ class Documents:
         longest: Length of the longest entry of `boundaries`, in tokens.
     """
 
-    lengths: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, int], ...]
+    places: torch.Tensor | None
     boundaries: torch.Tensor | None
     longest: int
 
@@ -68,10 +69,10 @@ def make_documents(document_lengths: Sequence[Sequence[int]], num_padding: Seque
         # enters the same modules on every rank.
         real.append(tuple(lengths[:-1] if padded else lengths) or (1,))
     if not _runs_varlen(embeds_BSE):
-        return Documents(tuple(real), None, 0)
+        return _grouped(real, row_tokens, embeds_BSE.device)
     pieces = [piece for lengths in real for piece in (*lengths, *_padding_pieces(row_tokens - sum(lengths)))]
     boundaries = torch.tensor([0, *pieces], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Documents(tuple(real), boundaries.to(embeds_BSE.device, non_blocking=True), max(pieces))
+    return Documents((), None, boundaries.to(embeds_BSE.device, non_blocking=True), max(pieces))
 
 
 def document_attention(
@@ -118,24 +119,41 @@ def document_attention(
         )
     if documents.boundaries is not None:
         return _varlen(query, key, value, documents, scaling), None
-    return _document_by_document(query, key, value, documents, scaling), None
+    return _group_by_group(query, key, value, documents, scaling), None
 
 
-def _document_by_document(
+def _group_by_group(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scaling: float | None
 ) -> torch.Tensor:
-    row_tokens = query.shape[2]
-    rows: list[torch.Tensor] = []
-    for row, lengths in enumerate(documents.lengths):
-        num_padding = row_tokens - sum(lengths)
-        splits = [*lengths, num_padding]
-        pieces = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-            for q, k, v in zip(*(x[row : row + 1].split(splits, dim=2)[:-1] for x in (query, key, value)), strict=True)
-        ]
-        pieces.append(query.new_zeros(1, query.shape[1], num_padding, value.shape[3]))
-        rows.append(torch.cat(pieces, dim=2))
-    return torch.cat(rows).transpose(1, 2).contiguous()
+    """One call for all documents of a length: short documents cost a kernel call more than they cost arithmetic."""
+    num_rows, num_heads, row_tokens, _ = query.shape
+    sizes = [count * length for count, length in documents.groups]
+    # All groups in one selection: a backward of many selections would add up as many gradients of the whole batch.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).index_select(0, documents.places).split(sizes) for x in (query, key, value))
+    outputs = [
+        F.scaled_dot_product_attention(
+            *(x[group].unflatten(0, shape).transpose(1, 2) for x in (q, k, v)),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=num_heads != key.shape[1],
+        )
+        for group, shape in enumerate(documents.groups)
+    ]
+    real = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
+    out = real.new_zeros(num_rows * row_tokens, num_heads, value.shape[3]).index_copy(0, documents.places, real)
+    return out.view(num_rows, row_tokens, num_heads, value.shape[3])
+
+
+def _grouped(lengths: Sequence[Sequence[int]], row_tokens: int, device: torch.device) -> Documents:
+    starts: dict[int, list[int]] = {}
+    for row, of_row in enumerate(lengths):
+        place = row * row_tokens
+        for length in of_row:
+            starts.setdefault(length, []).append(place)
+            place += length
+    groups = tuple((len(first), length) for length, first in sorted(starts.items()))
+    places = torch.cat([(torch.tensor(starts[length]).unsqueeze(1) + torch.arange(length)).flatten() for _, length in groups])
+    return Documents(groups, places.to(device, non_blocking=True), None, 0)
 
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scaling: float | None) -> torch.Tensor:
