@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megamm.config import Recipe
@@ -99,7 +101,10 @@ def _optimizer_groups(model: MegaMMForConditionalGeneration, recipe: Recipe) -> 
 
 def _seed(recipe: Recipe, world: World) -> None:
     """Everything random outside the data plan and the initial weights; ranks draw differently."""
-    torch.manual_seed(recipe.engine.seed * 100_003 + world.rank)
+    seed = recipe.engine.seed * 100_003 + world.rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     if recipe.engine.deterministic:
         # Ops without a deterministic kernel warn instead of failing: none of the stock towers' forward paths needs them.
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,110 @@
+"""Training 12 steps equals training 6, leaving, and training 6 more: through the launcher and the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megamm.checkpoint.manifest import read_manifest
+from megamm.config import to_dict
+from megamm.telemetry.metrics import read_metrics
+from tests.support.runs import make_data, recipe_over
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def train(folder: Path, num_ranks: int, run: str, *overrides: str) -> list[dict]:
+    """`megamm pretrain` over the data of `folder`; returns the run's metrics lines of training steps."""
+    command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", "pretrain", "recipe.toml", "--run", run, *overrides]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [line for line in read_metrics(folder / run / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with data, a recipe and an unbroken run of 12 steps on two ranks."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_data(folder / "data")
+    recipe = to_dict(recipe_over(folder / "data", "--evaluation.every=6", "--evaluation.rows=4", "--batch.micro_rows=1"))
+    write_recipe(folder / "recipe.toml", recipe)
+    train(folder, 2, "unbroken")
+    train(folder, 2, "halves", "--train.stop_after", "6")
+    return folder
+
+
+def write_recipe(path: Path, table: dict) -> None:
+    """TOML by way of inline values: JSON's strings, numbers, lists and booleans are TOML as well."""
+
+    def value(item: object) -> str:
+        if isinstance(item, dict):
+            return "{" + ", ".join(f"{json.dumps(key)} = {value(one)}" for key, one in item.items() if one is not None) + "}"
+        return json.dumps(item)
+
+    path.write_text("\n".join(f"{key} = {value(item)}" for key, item in table.items() if item is not None) + "\n")
+
+
+@pytest.mark.distributed
+@pytest.mark.integration
+def test_half_and_half_equals_the_whole_bit_for_bit(folder):
+    halves, unbroken = folder / "halves", folder / "unbroken"
+    assert json.loads((halves / "INTERRUPTED").read_text())["step"] == 6
+    resumed = train(folder, 2, "halves")
+    whole = [line for line in read_metrics(unbroken / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in resumed] == list(range(1, 13))
+    for mine, theirs in zip(resumed, whole, strict=True):
+        for name in ("loss", "grad_norm", "lr", "sample_keys", "tokens", "supervised_tokens"):
+            assert mine[name] == theirs[name], f"step {mine['step']}: {name}"
+    # Weights, moments and random states of both ranks: equal files have equal digests.
+    mine, theirs = (read_manifest(run / "checkpoints" / "step_00000012") for run in (halves, unbroken))
+    assert mine.files == theirs.files and {"rank_00000.safetensors", "rank_00001.safetensors"} <= set(mine.files)
+    assert (halves / "DONE").is_file() and not (halves / "INTERRUPTED").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.integration
+def test_another_number_of_ranks_goes_on_with_the_same_samples(folder):
+    whole = [line for line in read_metrics(folder / "unbroken" / "metrics.jsonl") if "loss" in line]
+    source = folder / "halves" / "checkpoints" / "step_00000006"
+    # A run of its own that starts from the other run's checkpoint, on one rank with another accumulation.
+    lines = train(folder, 1, "single", "--resume", str(source), "--batch.micro_rows", "3")
+    assert [line["step"] for line in lines] == list(range(7, 13))
+    for mine, theirs in zip(lines, whole[6:], strict=True):
+        assert mine["sample_keys"] == theirs["sample_keys"]
+        # bf16 rounds activations to 8 bits; the micro-batches differ, so sums are rounded in another order.
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=5e-3)
+
+
+@pytest.mark.distributed
+@pytest.mark.integration
+def test_what_a_run_leaves_behind(folder):
+    run = folder / "unbroken"
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "config.json",
+        "ds_config.json",
+        "environment.json",
+        "tokenizer",
+        "metrics.jsonl",
+        "tensorboard",
+        "logs",
+        "checkpoints",
+    } <= names
+    last = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line][-1]
+    wanted = {"grad_norm", "lr", "tokens_per_second", "supervised_tokens_per_second", "padding_share", "data_wait_share", "memory_gib"}
+    assert wanted | {"skipped_samples", "loss/classification", "loss/speech_recognition", "loss/text"} <= set(last)
+    held_out = [line for line in read_metrics(run / "metrics.jsonl") if "held_out/loss" in line]
+    assert [line["step"] for line in held_out] == [6, 12]
+    settings = json.loads((run / "ds_config.json").read_text())
+    assert settings["zero_optimization"]["stage"] == 3 and settings["bf16"]["enabled"] and "auto" not in json.dumps(settings)
+
+
+@pytest.mark.distributed
+@pytest.mark.integration
+def test_a_finished_run_is_left_alone(folder):
+    before = (folder / "unbroken" / "metrics.jsonl").read_bytes()
+    train(folder, 1, "unbroken")
+    assert (folder / "unbroken" / "metrics.jsonl").read_bytes() == before
