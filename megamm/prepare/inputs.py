@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ _MAGIC = {
     "image": ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png")),
     "audio": ((b"fLaC", "flac"), (b"OggS", "ogg"), (b"ID3", "mp3"), (b"\xff\xfb", "mp3"), (b"\xff\xf3", "mp3"), (b"\xff\xf2", "mp3")),
 }
+_BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 _RIFF = {"image": ((b"WEBP", "webp"),), "audio": ((b"WAVE", "wav"),)}
 _WANTED = {"image": "JPEG, PNG or WebP", "audio": "WAV, FLAC, OGG or MP3"}
 
@@ -67,10 +70,10 @@ def below(root: Path, name: str) -> Path:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; 0 where it is missing, which is found out again when it is read."""
+    """Bytes of a file; 0 where that cannot be said, which is found out again when it is read."""
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return 0
 
 
@@ -82,9 +85,16 @@ def read_input(path: Path) -> bytes:
         OSError: It cannot be read: the machine is wrong, and nothing may be skipped for that.
     """
     try:
+        # A pipe or a device would never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path} is no regular file")
         content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         raise DataError(f"there is no file {path}") from None
+    except OSError as error:
+        if error.errno in _BAD_NAMES:
+            raise DataError(f"there is no file {path} ({error.strerror})") from None
+        raise
     if not content:
         raise DataError(f"the file {path} is empty")
     return content

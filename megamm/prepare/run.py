@@ -76,6 +76,9 @@ def prepare(source: Source, job: Job, **options: Any) -> list[SplitReport]:
 
 def _prepare(source: Source, job: Job, options: Mapping[str, Any]) -> tuple[list[Finished], list[SplitReport]]:
     """What became of this part's shards, and the reports of all splits."""
+    part, num_parts = job.part
+    if not 0 <= part < num_parts:
+        raise ConfigError(f"--part {part}/{num_parts} does not exist; parts are counted from 0, so the last is {num_parts - 1}/{num_parts}")
     listing = _list(source, {**options, **({"seed": job.splitting.seed} if SEED in source.options else {})})
     plans = make_plan(listing.records, job.splitting, job.limits)
     journals = [Journal(job.output, plan.split, job.part) for plan in plans]
@@ -128,8 +131,6 @@ def _facts(source: Source, job: Job, plan: SplitPlan, options: Mapping[str, Any]
 def _write(listing: Listing, plans: Sequence[SplitPlan], journals: Sequence[Journal], job: Job) -> list[Finished]:
     """Do this part's shards; returns what became of them."""
     part, num_parts = job.part
-    if not 0 <= part < num_parts:
-        raise ConfigError(f"--part {part}/{num_parts} does not exist; parts are counted from 0, so the last is {num_parts - 1}/{num_parts}")
     shards = [(which, number) for which, plan in enumerate(plans) for number in range(plan.num_shards)][part::num_parts]
     known = [journal.finished() for journal in journals]
     splits = {plan.split: which for which, plan in enumerate(plans)}

@@ -7,8 +7,10 @@ import mmap
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ _FIELDS = {
     "metadata": "kept beside each chunk under the column's name",
 }
 _PLAIN, _LINES = (".txt", ".md"), (".jsonl",)
+_LINES_TO_KNOW = 1000
 _MODES = ("file", "line", "blank-line")
 
 
@@ -182,14 +185,12 @@ def _byte_chunks(content: mmap.mmap, offset: int, length: int, max_characters: i
 
 
 def _list_lines(path: Path, found: _Chunks, map: Sequence[tuple[str, str]], max_characters: int) -> Columns:
-    file, offset, columns = len(found.files) - 1, 0, None
+    file, offset, columns = len(found.files) - 1, 0, _resolve(path, map)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    document = _json_line(line)
-                    columns = columns or _resolve(path, document, map)
-                    text, names = _read_fields(document, columns)
+                    text, names = _read_fields(_json_line(line), columns)
                     if any(names):
                         found.names[file, number] = names
                     for chunk, (begin, end) in enumerate(chunks(text, max_characters)):
@@ -198,12 +199,18 @@ def _list_lines(path: Path, found: _Chunks, map: Sequence[tuple[str, str]], max_
                 found.problems[file, number] = f"{path.name} line {number}: {error}"
                 found.places.extend((file, number, offset, len(line), 0, len(line), 0))
             offset += len(line)
-    return columns or {}
+    return columns
 
 
-def _resolve(path: Path, document: dict[str, Any], map: Sequence[tuple[str, str]]) -> Columns:
-    columns = resolve(map, list(document), _FIELDS, repeated=("metadata",), where=str(path))
-    need(columns, "text", list(document), str(path))
+def _resolve(path: Path, map: Sequence[tuple[str, str]]) -> Columns:
+    """The columns of the first lines, which must hold what is mapped."""
+    existing: dict[str, None] = {}
+    with path.open("rb") as lines:
+        for line in islice(lines, _LINES_TO_KNOW):
+            with suppress(DataError):
+                existing |= dict.fromkeys(_json_line(line))
+    columns = resolve(map, list(existing), _FIELDS, repeated=("metadata",), where=str(path))
+    need(columns, "text", list(existing), str(path))
     if reserved := sorted({"task", "messages", "chunk", "file"} & set(columns.get("metadata", ()))):
         raise ConfigError(f"the column {reserved[0]} cannot be kept as metadata, samples have a field of that name; rename it")
     return columns
