@@ -20,6 +20,7 @@ from megamm.prepare.pool import run_tasks
 from megamm.prepare.report import SplitReport
 from megamm.prepare.shard import Finished, Task
 from megamm.prepare.source import SEED, Listing, Source
+from megamm.prepare.writer import remove_temporaries
 
 FORMAT = 1
 """Counts up when equal inputs are written as other samples, so that no data set mixes both."""
@@ -140,6 +141,7 @@ def _write(listing: Listing, plans: Sequence[SplitPlan], journals: Sequence[Jour
         records = tuple(listing.records[index] for index in plans[which].records(number).tolist())
         return Task(job.output / f"{name}.tar", records, known[which].get(name))
 
+    remove_temporaries(job.output, {plans[which].shard_name(number) for which, number in shards})
     own: list[Finished] = []
     total = sum(len(plans[which].records(number)) for which, number in shards)
     with _Progress(total) as progress:

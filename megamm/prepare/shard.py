@@ -11,7 +11,7 @@ from megamm.core.errors import DataError
 from megamm.data.index import load_index
 from megamm.prepare.inputs import failure
 from megamm.prepare.source import Draft, Record
-from megamm.prepare.writer import Shard, ShardFile, remove_temporaries, sample_files
+from megamm.prepare.writer import Shard, ShardFile, sample_files
 
 Make = Callable[[Record], Draft]
 
@@ -104,7 +104,6 @@ def do_shard(task: Task, make: Make, advance: Callable[[int], None]) -> Finished
         if task.finished is not None and _is_whole(task.path, task.finished.shard):
             advance(len(task.records))
             return task.finished
-        remove_temporaries(task.path)
         return _write(task, make, advance)
     except OSError as error:
         raise DataError(

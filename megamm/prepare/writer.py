@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +128,11 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def remove_temporaries(path: Path) -> None:
-    """Remove what killed processes left of a shard and its index."""
-    for left in path.parent.glob(f".{path.name}.*tmp"):
-        left.unlink(missing_ok=True)
+def remove_temporaries(folder: Path, names: Collection[str]) -> None:
+    """Remove what killed processes left of some shards and their indexes."""
+    for path in folder.glob(".*.tmp"):
+        if path.name[1:].partition(".")[0] in names:
+            path.unlink(missing_ok=True)
 
 
 def _json_bytes(document: Mapping[str, Any], where: str) -> bytes:

@@ -93,7 +93,7 @@ def test_left_overs_of_killed_processes_are_removed(tmp_path):
     write(tmp_path / "train-00001.tar", *SAMPLES)
     for name in (".train-00001.tar.77.tmp", ".train-00001.tar.index.77.tmp", ".train-00002.tar.77.tmp"):
         (tmp_path / name).touch()
-    remove_temporaries(tmp_path / "train-00001.tar")
+    remove_temporaries(tmp_path, {"train-00001"})
     assert sorted(path.name for path in tmp_path.iterdir()) == [".train-00002.tar.77.tmp", "train-00001.tar", "train-00001.tar.index"]
 
 
