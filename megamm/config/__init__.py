@@ -3,6 +3,7 @@
 from megamm.config.read import apply_overrides, from_dict, load_recipe, load_resolved, recipe_names, to_dict
 from megamm.config.schema import (
     AudioFeatures,
+    Augment,
     Batching,
     Checkpointing,
     Data,
@@ -23,6 +24,7 @@ from megamm.config.schema import (
 
 __all__ = [
     "AudioFeatures",
+    "Augment",
     "Batching",
     "Checkpointing",
     "Data",

@@ -125,16 +125,45 @@ class Model:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Augment:
+    """Random changes of training media, drawn anew for every position; 0 leaves a thing alone.
+
+    Attributes:
+        image_shift: Largest shift along each side, as a share of it.
+        image_zoom: Largest change of scale: sizes are multiplied by 1 - zoom to 1 + zoom.
+        image_rotate_degrees: Largest turn to either side.
+        image_flip: Mirror half of the pictures left to right.
+        image_brightness: Largest change of brightness, as a share.
+        audio_gain_db: Largest change of loudness in decibels.
+        audio_noise: Largest level of white noise, as a share of the sound's own level.
+        audio_mask_frames: Longest stretch of mel frames that is blanked.
+        audio_mask_bands: Widest band of mel bands that is blanked.
+    """
+
+    image_shift: Fraction = 0.0
+    image_zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    image_rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    image_flip: bool = False
+    image_brightness: Fraction = 0.0
+    audio_gain_db: NonNegative = 0.0
+    audio_noise: NonNegative = 0.0
+    audio_mask_frames: Count = 0
+    audio_mask_bands: Count = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Dataset:
     """One dataset of the mixture.
 
     Attributes:
         shards: A path or glob of tar files, relative to `data.root`.
         weight: Share of samples relative to the other datasets.
+        augment: Random changes of its media in training; held-out data are never changed.
     """
 
     shards: str
     weight: Annotated[float, Field(gt=0)] = 1.0
+    augment: Augment = Augment()
 
 
 @dataclass(frozen=True, config=_STRICT)

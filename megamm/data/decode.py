@@ -15,6 +15,7 @@ import numpy as np
 from megamm.config import AudioFeatures, Data, ImageFeatures
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES, audio_num_tokens, image_num_tokens
 from megamm.core.types import AudioInput, ImageInput
+from megamm.data.augment import Changes
 from megamm.data.features import check_pixels, check_seconds, image_grid, resampled_length
 from megamm.data.media import MediaError, exif_orientation, open_image, read_facts
 
@@ -23,7 +24,9 @@ _UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _MAX_MEL_HZ = 8000.0
 
 
-def image_input(content: bytes, features: ImageFeatures, *, max_pixels: int = Data.max_pixels) -> ImageInput:
+def image_input(
+    content: bytes, features: ImageFeatures, *, max_pixels: int = Data.max_pixels, changes: Changes | None = None
+) -> ImageInput:
     """Decode a picture: upright, RGB, resized, normalised and cut into patches (or kept as a square for a CNN tower).
 
     Transparent pictures are laid on white. Animations give their first frame.
@@ -32,6 +35,7 @@ def image_input(content: bytes, features: ImageFeatures, *, max_pixels: int = Da
         content: A JPEG, PNG or WebP file.
         features: How the tower wants it.
         max_pixels: Larger pictures are refused.
+        changes: Augmentation.
 
     Raises:
         MediaError: Not a picture, damaged, or beyond the limit.
@@ -49,6 +53,8 @@ def image_input(content: bytes, features: ImageFeatures, *, max_pixels: int = Da
             raise MediaError(f"the picture cannot be decoded ({error})") from None
     if orientation in _UPRIGHT:
         picture = picture.transpose(Image.Transpose(_UPRIGHT[orientation]))
+    if changes is not None:
+        picture = changes.picture(picture)
     grid = image_grid(picture.width, picture.height, features)
     side = features.patch_size if features.kind == "naflex" else features.stride
     resized = np.asarray(picture.resize((grid[1] * side, grid[0] * side), Image.Resampling.BILINEAR))
@@ -62,12 +68,13 @@ def image_input(content: bytes, features: ImageFeatures, *, max_pixels: int = Da
     return ImageInput(pixels, grid, image_num_tokens(grid, features.merge))
 
 
-def audio_input(content: bytes, features: AudioFeatures) -> AudioInput:
+def audio_input(content: bytes, features: AudioFeatures, *, changes: Changes | None = None) -> AudioInput:
     """Decode a sound: mono, at the model's rate, log-mel.
 
     Args:
         content: A WAV, FLAC, OGG or MP3 file.
         features: How the tower wants it.
+        changes: Augmentation.
 
     Raises:
         MediaError: Not a sound, damaged, empty, not finite, or longer than `features.max_seconds`.
@@ -85,7 +92,10 @@ def audio_input(content: bytes, features: AudioFeatures) -> AudioInput:
     wave = wave_FC.mean(axis=1) if wave_FC.shape[1] > 1 else wave_FC[:, 0]
     if not np.isfinite(wave).all():
         raise MediaError("the sound holds samples that are not finite numbers")
-    mel = log_mel(_resampled(wave, rate_hz, features.rate_hz), features)
+    wave = _resampled(wave, rate_hz, features.rate_hz)
+    mel = log_mel(wave if changes is None else changes.wave(wave), features)
+    if changes is not None:
+        mel = changes.mel(mel)
     return AudioInput(mel, audio_num_tokens(mel.shape[1]))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from megamm.core.errors import DataError
 from megamm.core.types import IGNORE_LABEL, MediaFacts, Part, Sample, TokenSequence
+from megamm.data.augment import Changes
 from megamm.data.decode import audio_input, image_input
 from megamm.data.features import Footprint, MediaRules
 from megamm.data.ledger import BadSample
@@ -55,12 +56,13 @@ class SampleEncoder:
             raise BadSample(str(error)) from error
         return Footprint(len(encoded.input_ids), sum(one.patches for one in images), sum(one.frames for one in audios))
 
-    def encode(self, dataset: str, sample: Sample) -> tuple[TokenSequence, Footprint]:
+    def encode(self, dataset: str, sample: Sample, changes: Changes | None = None) -> tuple[TokenSequence, Footprint]:
         """Decode the media and lay the sample out.
 
         Args:
             dataset: Its dataset's name.
             sample: Parsed, with media.
+            changes: Augmentation of the media.
 
         Returns:
             The sequence, and what it takes of a row.
@@ -70,10 +72,15 @@ class SampleEncoder:
         """
         try:
             images = [
-                image_input(_content_of(part, sample.media), _tower(self.rules.image, "vision"), max_pixels=self.rules.max_pixels)
+                image_input(
+                    _content_of(part, sample.media), _tower(self.rules.image, "vision"), max_pixels=self.rules.max_pixels, changes=changes
+                )
                 for part in _parts(sample, "image")
             ]
-            audios = [audio_input(_content_of(part, sample.media), _tower(self.rules.audio, "audio")) for part in _parts(sample, "audio")]
+            audios = [
+                audio_input(_content_of(part, sample.media), _tower(self.rules.audio, "audio"), changes=changes)
+                for part in _parts(sample, "audio")
+            ]
             encoded = template.encode(
                 sample.messages,
                 self.tokenizer,

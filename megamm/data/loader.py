@@ -103,7 +103,13 @@ class StepLoader:
             raise ConfigError(f"loss.task_weights names {unknown[0]!r}, which no sample has; the tasks are: {', '.join(plan.tasks)}")
         self._plan, self._rank, self._world_size = plan, rank, world_size
         self._accumulation = resolve_accumulation(plan.batch, world_size)
-        self._source = SampleSource(plan.datasets, SampleEncoder(plan.tokenizer, plan.rules, weights), reader or LocalReader())
+        self._source = SampleSource(
+            plan.datasets,
+            SampleEncoder(plan.tokenizer, plan.rules, weights),
+            reader or LocalReader(),
+            augment={name: dataset.augment for name, dataset in plan.data.train.items()},
+            seed=plan.seed,
+        )
         self._state = plan.start() if state is None else plan.resume(state)
         self._excluded = frozenset(key for exclusion in self._state.exclusions for key in exclusion.keys)
         self._pad_id = plan.tokenizer.vocabulary.control_id("pad")

@@ -59,6 +59,7 @@ class DataPlan:
         batch: The recipe's batch settings.
         rules: How media become tower inputs.
         tokenizer: Of the run.
+        seed: Of the run.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class DataPlan:
         self._names = tuple(self.datasets)
         self._sets = tuple(self.datasets.values())
         self._seeds = {name: xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) for name in self._names}
+        self.seed = seed
         self._row_seed = xxhash.xxh3_64_intdigest(f"{seed}".encode())
         self._costs = costs
         self._last: tuple[object, Window] | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from megamm.config import Augment
 from megamm.core.types import Sample, TokenSequence
+from megamm.data.augment import Changes
 from megamm.data.datasets import ShardSet
 from megamm.data.encode import SampleEncoder, parse_document
 from megamm.data.features import Footprint
@@ -19,10 +21,21 @@ class SampleSource:
     Attributes:
         datasets: By name.
         encoder: How samples become sequences.
+        augment: Dataset name -> random changes of its media; empty for none.
+        seed: Of these changes.
     """
 
-    def __init__(self, datasets: Mapping[str, ShardSet], encoder: SampleEncoder, reader: Reader) -> None:
+    def __init__(
+        self,
+        datasets: Mapping[str, ShardSet],
+        encoder: SampleEncoder,
+        reader: Reader,
+        *,
+        augment: Mapping[str, Augment] | None = None,
+        seed: int = 0,
+    ) -> None:
         self.datasets, self.encoder = datasets, encoder
+        self._augment, self._seed = augment or {}, seed
         self._pool = ShardPool(reader)
 
     def key(self, planned: PlannedSample) -> str:
@@ -43,7 +56,9 @@ class SampleSource:
         try:
             if excluded and self.key(planned) in excluded:
                 raise BadSample("excluded")
-            sequence, size = self.encoder.encode(planned.dataset, self.read(planned))
+            augment = self._augment.get(planned.dataset)
+            changes = None if augment is None else Changes.at(augment, self._seed, planned.position)
+            sequence, size = self.encoder.encode(planned.dataset, self.read(planned), changes)
             expected = Footprint(planned.tokens, planned.patches, planned.frames)
             if size != expected:
                 raise BadSample(f"takes {size}, planned {expected}; its media do not hold what their headers say")
