@@ -11,6 +11,7 @@ import pytest
 from megamm.checkpoint.manifest import read_manifest
 from megamm.config import to_dict
 from megamm.telemetry.metrics import read_metrics
+from tests.support.recipes import write_recipe
 from tests.support.runs import make_data, recipe_over
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -34,17 +35,6 @@ def folder(tmp_path_factory):
     train(folder, 2, "unbroken")
     train(folder, 2, "halves", "--train.stop_after", "6")
     return folder
-
-
-def write_recipe(path: Path, table: dict) -> None:
-    """TOML by way of inline values: JSON's strings, numbers, lists and booleans are TOML as well."""
-
-    def value(item: object) -> str:
-        if isinstance(item, dict):
-            return "{" + ", ".join(f"{json.dumps(key)} = {value(one)}" for key, one in item.items() if one is not None) + "}"
-        return json.dumps(item)
-
-    path.write_text("\n".join(f"{key} = {value(item)}" for key, item in table.items() if item is not None) + "\n")
 
 
 @pytest.mark.distributed
