@@ -183,7 +183,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=None, help="folder for report.json and report.md (default: SOURCE/evaluation)")
     parser.add_argument("--shards", action="append", default=[], metavar="NAME=GLOB", help="held-out shards instead of the recipe's")
     parser.add_argument("--tasks", default="", help="comma-separated tasks to keep (default: all)")
-    parser.add_argument("--max-samples", type=int, default=0, help="first samples of each dataset (default: all)")
+    parser.add_argument("--max-samples", type=int, default=0, help="samples of each dataset, spread evenly over it (default: all)")
     parser.add_argument("--batch-size", type=int, default=64)
 
 
@@ -238,12 +238,14 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="new Hugging Face folder")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-shard-size", default="4GB")
+    parser.add_argument("--views", default="", help="comma-separated stock views to write as well: text, audio, image")
 
 
 def _export(arguments: Arguments) -> None:
     from megamm.export import export
 
-    folder = export(arguments.run, arguments.output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
+    views = tuple(filter(None, arguments.views.split(",")))
+    folder = export(arguments.run, arguments.output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size, views=views)
     print(f"exported to {folder}")
 
 

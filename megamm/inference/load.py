@@ -23,7 +23,7 @@ from megamm.models.build import config_from_recipe
 from megamm.models.configuration_megamm import MegaMMConfig
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.tokenizers.text import TextTokenizer
-from megamm.tokenizers.vocabulary import CONTROL_NAMES
+from megamm.tokenizers.vocabulary import CONTROL_NAMES, Vocabulary
 
 _log = get_logger("inference")
 
@@ -114,9 +114,8 @@ def newest_checkpoint(run: Path) -> Path:
     raise CheckpointError(f"{folder} holds no checkpoint; train the run until its first commit (checkpoint.every)")
 
 
-def run_config(recipe: Recipe, tokenizer: TextTokenizer) -> MegaMMConfig:
-    """Configuration of the model that a run trains over its archived vocabulary."""
-    vocabulary = tokenizer.vocabulary
+def run_config(recipe: Recipe, vocabulary: Vocabulary) -> MegaMMConfig:
+    """Configuration of the model that a recipe trains over a vocabulary."""
     ids = {name: vocabulary.control_id(name) for name in CONTROL_NAMES}
     return config_from_recipe(recipe.model, vocab_size=vocabulary.size, control_ids=ids)
 
@@ -136,7 +135,7 @@ def _from_run(run: Path, dtype: torch.dtype | None) -> Loaded:
     tokenizer = TextTokenizer.load(run / "tokenizer")
     checkpoint = newest_checkpoint(run)
     dtype = TRAINED_DTYPES[recipe.engine.precision] if dtype is None else dtype
-    model = _assemble(checkpoint, run_config(recipe, tokenizer), state_dict=checkpoint_state(checkpoint, dtype), dtype=dtype)
+    model = _assemble(checkpoint, run_config(recipe, tokenizer.vocabulary), state_dict=checkpoint_state(checkpoint, dtype), dtype=dtype)
     return Loaded(
         model=model,
         tokenizer=tokenizer,

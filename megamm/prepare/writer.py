@@ -31,7 +31,7 @@ class Shard:
 
 
 def sample_files(key: str, draft: Draft) -> dict[str, bytes]:
-    """The files of a sample by suffix, `json` first, after checking that every reader accepts them.
+    """The files of a sample by suffix, after checking that every reader accepts them.
 
     Args:
         key: Unique in the shard.

@@ -12,18 +12,16 @@ import torch
 
 from megamm.config import Recipe
 from megamm.data.deal import resolve_accumulation
-from megamm.engine import runtime, settings, weights
+from megamm.engine import distributed, runtime, settings, weights
 from megamm.engine.distributed import World
-from megamm.models.build import config_from_recipe, parameter_groups
+from megamm.inference.load import TRAINED_DTYPES, run_config
+from megamm.models.build import parameter_groups
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.configuration_megamm import MegaMMConfig
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.weights import pretrained_weights
 from megamm.tokenizers.text import TextTokenizer
-from megamm.tokenizers.vocabulary import CONTROL_NAMES, Vocabulary
 from megamm.train.schedule import lr_factor
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +54,19 @@ def load_tokenizer(recipe: Recipe, archived: Path | None = None) -> TextTokenize
     return TextTokenizer.load(Path(recipe.tokenizer.folder))
 
 
-def model_config_for(recipe: Recipe, vocabulary: Vocabulary) -> MegaMMConfig:
-    """The composed model's configuration over this vocabulary."""
-    return config_from_recipe(
-        recipe.model, vocab_size=vocabulary.size, control_ids={name: vocabulary.control_id(name) for name in CONTROL_NAMES}
-    )
-
-
 def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Trainer:
     """Build the model partitioned over the ranks, warm-start what the recipe says, and put it under DeepSpeed.
 
     Raises:
         ConfigError: Batch arithmetic, towers or settings that do not fit together.
     """
-    num_micro_steps = resolve_accumulation(recipe.batch, world.size)
-    ds_config = settings.deepspeed_config(
-        recipe.engine, batch=recipe.batch, optim=recipe.optim, world_size=world.size, accumulation=num_micro_steps
-    )
-    factor = lr_factor(recipe.schedule, recipe.train.steps)
-    config = model_config_for(recipe, tokenizer.vocabulary)
+    with distributed.fail_together():
+        num_micro_steps = resolve_accumulation(recipe.batch, world.size)
+        ds_config = settings.deepspeed_config(
+            recipe.engine, batch=recipe.batch, optim=recipe.optim, world_size=world.size, accumulation=num_micro_steps
+        )
+        factor = lr_factor(recipe.schedule, recipe.train.steps)
+        config = run_config(recipe, tokenizer.vocabulary)
     _seed(recipe, world)
 
     def construct() -> MegaMMForConditionalGeneration:
@@ -89,7 +81,7 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Tra
     model.train()
     engine = runtime.initialize(model, ds_config, _optimizer_groups(model, recipe), factor)
     return Trainer(
-        engine=engine, config=config, ds_config=ds_config, dtype=DTYPES[recipe.engine.precision], num_micro_steps=num_micro_steps
+        engine=engine, config=config, ds_config=ds_config, dtype=TRAINED_DTYPES[recipe.engine.precision], num_micro_steps=num_micro_steps
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megamm.config import load_recipe, recipe_names
+from megamm.inference.load import run_config
 from megamm.models.build import num_parameters
 from megamm.tokenizers.vocabulary import Vocabulary
-from megamm.train.build import model_config_for
 
 _PARTS = (("decoder", "language_model"), ("vision", "vision_tower"), ("audio", "audio_tower"))
 
@@ -15,7 +15,7 @@ def recipe_table() -> str:
     rows = [("recipe", "parameters", "decoder", "vision", "audio", "tokens a step", "steps", "description")]
     for name in recipe_names():
         recipe = load_recipe(name)
-        counts = num_parameters(model_config_for(recipe, Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size)))
+        counts = num_parameters(run_config(recipe, Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size)))
         parts = [_short(counts[part]) if part in counts else "-" for _, part in _PARTS]
         tokens = recipe.batch.row_tokens * recipe.batch.global_rows
         rows.append((name, _short(counts["total"]), *parts, f"{tokens:,}", f"{recipe.train.steps:,}", recipe.description))

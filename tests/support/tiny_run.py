@@ -48,7 +48,7 @@ def random_model(folder: Path, *, seed: int = 0, **model: Any) -> Loaded:
     one = recipe(**model)
     pieces = tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
-    network = MegaMMForConditionalGeneration(run_config(one, pieces)).eval()
+    network = MegaMMForConditionalGeneration(run_config(one, pieces.vocabulary)).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() > 1:
@@ -81,7 +81,7 @@ def train_on_ranks(run_name: str) -> None:
     world = distributed.start()
     one = load_resolved(run / "config.json")
     pieces = TextTokenizer.load(run / "tokenizer")
-    config = run_config(one, pieces)
+    config = run_config(one, pieces.vocabulary)
     ds_config = settings.deepspeed_config(one.engine, batch=one.batch, optim=one.optim, world_size=world.size, accumulation=1)
     model = weights.partitioned(lambda: MegaMMForConditionalGeneration(config), ds_config, seed=3)
     model.run_every_tower = True
