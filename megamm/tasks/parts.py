@@ -8,7 +8,8 @@
 | `mask` | `image`, `member`, `labels` | a PNG whose pixel value k is instance k of a picture, 0 none; `labels[k - 1]` names it |
 | `item` | `id`, maybe `text` | something a user met, with its description |
 
-A picture may have no box and no instance. `image` counts the chat's pictures from 0. Coordinates are source pixels, half-open: `[x1, x2)`, `[y1, y2)`.
+A picture may have no box and no instance. `image` counts the chat's pictures from 0. Coordinates are source pixels, half-open:
+`[x1, x2)`, `[y1, y2)`.
 """
 
 from __future__ import annotations
