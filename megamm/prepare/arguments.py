@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megamm.core.errors import DataError
 from megamm.prepare import SOURCES
 from megamm.prepare.source import SEED, Option, Source, count
 
@@ -52,7 +53,11 @@ def run(arguments: argparse.Namespace) -> list[str]:
     options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if source.input:
         options["input"] = arguments.input
-    return [line for report in prepare(source, job, **options) for line in report.lines()]
+    try:
+        reports = prepare(source, job, **options)
+    except KeyboardInterrupt:
+        raise DataError("interrupted; finished shards are kept, run the same command again to go on") from None
+    return [line for report in reports for line in report.lines()]
 
 
 def _add_source(parser: argparse.ArgumentParser, source: Source) -> None:

@@ -6,8 +6,9 @@ Every process and every part of a job array computes the same plan, so that a sh
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -89,15 +90,25 @@ def make_plan(records: Sequence[Record], splitting: Splitting, limits: Limits) -
     """
     if not records:
         raise DataError("the source holds no sample; look at its folder, its options and its notes")
-    _check_unique(records)
-    _check_held_out(records, splitting)
-    members: dict[str, list[int]] = {}
+    _check_splitting(splitting)
+    drafts: dict[str, _SplitDraft] = {}
+    sizes = np.empty(len(records), dtype=np.int64)
+    keys = np.empty(len(records), dtype=np.uint64)
+    found: set[str] = set()
+    # One pass, because a source may make its records as they are asked for.
     for index, record in enumerate(records):
-        members.setdefault(split_of(record, splitting), []).append(index)
-    for split in members:
-        if not _SPLIT.fullmatch(split):
-            raise ConfigError(f"split {split!r} cannot begin a file's name; use small letters, digits and '_'")
-    return [_plan_split(split, members[split], records, splitting.seed, limits) for split in sorted(members)]
+        if record.split and _wants_held_out(splitting):
+            raise ConfigError(f"the source splits itself ({record.key!r} is {record.split!r}); leave --test-share and --test-list out")
+        drafts.setdefault(split_of(record, splitting), _SplitDraft()).add(index, record)
+        sizes[index], keys[index] = record.num_bytes, xxhash.xxh3_64_intdigest(record.key.encode())
+        found |= splitting.test_names & {record.key, record.group}
+    if splitting.default not in drafts and splitting.default != Splitting().default:
+        raise ConfigError(
+            f"--split {splitting.default} names nothing, because the source splits itself ({', '.join(sorted(drafts))}); leave it out"
+        )
+    _check_unique(keys, records)
+    _check_names(splitting.test_names - found)
+    return [_plan_split(split, drafts[split], sizes, splitting.seed, limits) for split in sorted(drafts)]
 
 
 def split_of(record: Record, splitting: Splitting) -> str:
@@ -124,12 +135,25 @@ def read_names(path: Path) -> frozenset[str]:
     return frozenset(filter(None, map(str.strip, lines)))
 
 
-def _plan_split(split: str, members: Collection[int], records: Sequence[Record], seed: int, limits: Limits) -> SplitPlan:
-    numbers = np.fromiter(members, dtype=np.int64, count=len(members))
+@dataclass
+class _SplitDraft:
+    """What is known of a split while the records pass by."""
+
+    members: array[int] = field(default_factory=lambda: array("q"))
+    state: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+
+    def add(self, index: int, record: Record) -> None:
+        self.members.append(index)
+        self.state.update(f"{record.key} {record.num_bytes} {record.data!r}\n".encode(errors="surrogatepass"))
+
+
+def _plan_split(split: str, draft: _SplitDraft, sizes: np.ndarray, seed: int, limits: Limits) -> SplitPlan:
+    if not _SPLIT.fullmatch(split):
+        raise ConfigError(f"split {split!r} cannot begin a file's name; use small letters, digits and '_'")
+    members = np.frombuffer(draft.members, dtype=np.int64)
     key = derive_key(seed, xxhash.xxh3_64_intdigest(split.encode()))
-    order = numbers[permute(np.arange(len(numbers), dtype=np.int64), len(numbers), key)]
-    sizes = np.fromiter((records[index].num_bytes for index in order), dtype=np.int64, count=len(order))
-    return SplitPlan(split, order, _cut(sizes, limits), _digest(members, records))
+    order = members[permute(np.arange(len(members), dtype=np.int64), len(members), key)]
+    return SplitPlan(split, order, _cut(sizes[order], limits), draft.state.hexdigest())
 
 
 def _cut(sizes: np.ndarray, limits: Limits) -> np.ndarray:
@@ -144,36 +168,29 @@ def _cut(sizes: np.ndarray, limits: Limits) -> np.ndarray:
     return np.array(starts, dtype=np.int64)
 
 
-def _digest(members: Collection[int], records: Sequence[Record]) -> str:
-    state = xxhash.xxh3_128()
-    for index in members:
-        record = records[index]
-        state.update(f"{record.key} {record.num_bytes} {record.data!r}\n".encode(errors="surrogatepass"))
-    return state.hexdigest()
-
-
-def _check_unique(records: Sequence[Record]) -> None:
+def _check_unique(digests: np.ndarray, records: Sequence[Record]) -> None:
     """Eight bytes a record instead of a set of strings; equal digests are looked at again as strings."""
-    digests = np.fromiter((xxhash.xxh3_64_intdigest(record.key.encode()) for record in records), dtype=np.uint64, count=len(records))
     values, counts = np.unique(digests, return_counts=True)
     for value in values[counts > 1]:
-        keys = [records[index].key for index in np.flatnonzero(digests == value)]
+        keys = [records[index].key for index in np.flatnonzero(digests == value).tolist()]
         if len(set(keys)) < len(keys):
             raise DataError(f"key {keys[0]!r} belongs to {len(keys)} records; give every sample a key of its own")
 
 
-def _check_held_out(records: Sequence[Record], splitting: Splitting) -> None:
-    wants = bool(splitting.test_share or splitting.test_names)
+def _wants_held_out(splitting: Splitting) -> bool:
+    return bool(splitting.test_share or splitting.test_names)
+
+
+def _check_splitting(splitting: Splitting) -> None:
     if not 0 <= splitting.test_share < 1:
         raise ConfigError(f"--test-share {splitting.test_share} is not a share; give a number from 0 to below 1, such as 0.1")
-    if wants and splitting.default == "test":
+    if _wants_held_out(splitting) and splitting.default == "test":
         raise ConfigError("--split test puts everything into the test set already; leave --test-share and --test-list out")
-    if wants and (own := next((record for record in records if record.split), None)):
-        raise ConfigError(f"the source splits itself ({own.key!r} is {own.split!r}); leave --test-share and --test-list out")
-    known = {record.key for record in records if record.key in splitting.test_names}
-    known |= {record.group for record in records if record.group in splitting.test_names}
-    if missing := sorted(splitting.test_names - known):
+
+
+def _check_names(missing: Collection[str]) -> None:
+    if missing:
         raise DataError(
-            f"{len(missing)} names of --test-list are no key or group of the source, the first is {missing[0]!r}; "
+            f"{len(missing)} names of --test-list are no key or group of the source, the first is {min(missing)!r}; "
             "they would be trained on unnoticed, so correct the list"
         )

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -31,7 +31,7 @@ class _Failure:
     trace: str
 
 
-def run_tasks(tasks: Iterable[Task], make: Make, *, num_workers: int, advance: Callable[[int], None]) -> Iterator[Finished]:
+def run_tasks(tasks: Iterable[Task], make: Make, *, num_workers: int, advance: Callable[[int], None]) -> Generator[Finished]:
     """Do all tasks; results come as they are finished.
 
     Args:
@@ -89,7 +89,7 @@ class _Worker:
             try:
                 self.connection.send(task)
             except BrokenPipeError:
-                self._raise_death()
+                raise self._death() from None
         return task is not None
 
     def receive(self) -> int | Finished:
@@ -97,7 +97,7 @@ class _Worker:
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            self._raise_death()
+            raise self._death() from None
         if not isinstance(message, _Failure):
             return message
         if message.error is not None:
@@ -112,10 +112,10 @@ class _Worker:
         self._process.kill()
         self._process.join()
 
-    def _raise_death(self) -> Any:
+    def _death(self) -> DataError:
         self._process.join(_STOP_SECONDS)
         what = f"shard {self._task.path}" if self._task else "its work"
-        raise DataError(
+        return DataError(
             f"the process that wrote {what} ended by itself (exit code {self._process.exitcode}; -9 often means that memory ran out); "
             "use fewer --workers and run the same command again, finished shards are kept"
         )

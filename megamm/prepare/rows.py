@@ -6,16 +6,21 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from megamm.core.errors import ConfigError, DataError
 from megamm.prepare.source import Option
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 _ROW_ENDINGS = (*_DELIMITERS, ".jsonl")
+_ROWS_TO_KNOW = 1000
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A file of rows: the columns that occur, in order, and the rows."""
+    """A file of rows, read again whenever they are asked for.
+
+    Attributes:
+        path: The file.
+        columns: In the order in which they occur; of jsonl those of the first lines.
+        read: Yields the rows.
+    """
 
     path: Path
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    read: Callable[[], Iterator[Row]]
+
+    def rows(self) -> Iterator[Row]:
+        """The rows; one that cannot be read comes with its problem.
+
+        Raises:
+            DataError: The file is damaged.
+            OSError: It cannot be read.
+        """
+        return _whole(self.path, self.read())
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -47,8 +67,8 @@ def names(text: str) -> tuple[str, ...]:
 COLUMNS = Option("columns", "names of the columns of a csv or tsv file without a header line", names, (), "A,B,…")
 
 
-def read_table(path: Path, columns: Sequence[str] = ()) -> Table:
-    """Read a whole table. A row that cannot be read is kept with its problem.
+def open_table(path: Path, columns: Sequence[str] = ()) -> Table:
+    """Look at the columns of a table.
 
     In `.tsv` files quotes are characters like others; in `.csv` files they enclose values.
 
@@ -58,33 +78,20 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Table:
 
     Raises:
         ConfigError: Another kind of file, or no column at all.
-        DataError: The file is no table.
+        DataError: The file is damaged.
         OSError: It cannot be read.
     """
     kind = row_ending(path)
-    try:
-        return _read_json(path, columns) if kind == ".jsonl" else _read_csv(path, columns, kind)
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"{path} is no whole gzip file ({error}); fetch it again") from None
-
-
-def _read_json(path: Path, columns: Sequence[str]) -> Table:
-    if columns:
-        raise ConfigError(f"{path} names its columns in every line; leave --columns out")
-    rows = tuple(_json_rows(path))
-    return Table(path, tuple(dict.fromkeys(name for row in rows for name in row.values)), rows)
-
-
-def _read_csv(path: Path, columns: Sequence[str], kind: str) -> Table:
-    with open_text(path) as file:
-        reader = csv.reader(file, delimiter=_DELIMITERS[kind], quoting=csv.QUOTE_MINIMAL if kind == ".csv" else csv.QUOTE_NONE)
-        try:
-            header = tuple(columns) or tuple(next(reader, ()))
-            if not header or len(set(header)) < len(header):
-                raise ConfigError(f"{path} has the columns {list(header)}; name each once, in a header line or with --columns")
-            return Table(path, header, tuple(_csv_rows(reader, header)))
-        except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num}: {error}; correct the file or write it as jsonl") from None
+    if kind == ".jsonl":
+        if columns:
+            raise ConfigError(f"{path} names its columns in every line; leave --columns out")
+        table = Table(path, (), partial(_json_rows, path))
+        first = islice(table.rows(), _ROWS_TO_KNOW)
+        return replace(table, columns=tuple(dict.fromkeys(name for row in first for name in row.values)))
+    header = tuple(columns) or next((tuple(fields) for _, fields in _whole(path, _csv_lines(path, kind))), ())
+    if not header or len(set(header)) < len(header):
+        raise ConfigError(f"{path} has the columns {list(header)}; name each once, in a header line or with --columns")
+    return Table(path, header, partial(_csv_rows, path, kind, header, has_header=not columns))
 
 
 def row_ending(path: Path) -> str:
@@ -111,11 +118,25 @@ def is_text(value: str) -> bool:
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _csv_rows(reader: Any, header: Sequence[str]) -> Iterator[Row]:
-    for fields in reader:
-        number = reader.line_num
-        if not fields:
-            continue
+def _whole(path: Path, values: Iterator[Value]) -> Iterator[Value]:
+    try:
+        yield from values
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path} is no whole gzip file ({error}); fetch it again") from None
+
+
+def _csv_lines(path: Path, kind: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and values of each row that holds something, the header's as well."""
+    with open_text(path) as file:
+        reader = csv.reader(file, delimiter=_DELIMITERS[kind], quoting=csv.QUOTE_MINIMAL if kind == ".csv" else csv.QUOTE_NONE)
+        try:
+            yield from ((reader.line_num, fields) for fields in reader if fields)
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num}: {error}; correct the file or write it as jsonl") from None
+
+
+def _csv_rows(path: Path, kind: str, header: Sequence[str], *, has_header: bool) -> Iterator[Row]:
+    for number, fields in islice(_csv_lines(path, kind), has_header, None):
         if len(fields) != len(header):
             yield Row(number, {}, f"line {number} has {len(fields)} values for {len(header)} columns")
         elif not all(map(is_text, fields)):

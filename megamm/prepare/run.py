@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ def _prepare(source: Source, job: Job, options: Mapping[str, Any]) -> tuple[list
     part, num_parts = job.part
     if not 0 <= part < num_parts:
         raise ConfigError(f"--part {part}/{num_parts} does not exist; parts are counted from 0, so the last is {num_parts - 1}/{num_parts}")
+    if sys.stderr.isatty():
+        print("listing the input …", end="\r", file=sys.stderr, flush=True)
     listing = _list(source, {**options, **({"seed": job.splitting.seed} if SEED in source.options else {})})
     plans = make_plan(listing.records, job.splitting, job.limits)
     journals = [Journal(job.output, plan.split, job.part) for plan in plans]
@@ -141,10 +143,9 @@ def _write(listing: Listing, plans: Sequence[SplitPlan], journals: Sequence[Jour
         records = tuple(listing.records[index] for index in plans[which].records(number).tolist())
         return Task(job.output / f"{name}.tar", records, known[which].get(name))
 
-    remove_temporaries(job.output, {plans[which].shard_name(number) for which, number in shards})
     own: list[Finished] = []
     total = sum(len(plans[which].records(number)) for which, number in shards)
-    with _Progress(total) as progress:
+    with _swept(job.output, {plans[which].shard_name(number) for which, number in shards}), _Progress(total) as progress:
         tasks = (task(which, number) for which, number in shards)
         workers = max(1, min(job.num_workers, len(shards)))
         with closing(run_tasks(tasks, listing.make, num_workers=workers, advance=progress.advance)) as results:
@@ -154,6 +155,16 @@ def _write(listing: Listing, plans: Sequence[SplitPlan], journals: Sequence[Jour
                     journals[which].append(finished)
                 own.append(finished)
     return own
+
+
+@contextmanager
+def _swept(folder: Path, names: Collection[str]) -> Iterator[None]:
+    """Remove what killed processes left of some shards, and what an interruption at an unlucky moment leaves."""
+    remove_temporaries(folder, names)
+    try:
+        yield
+    finally:
+        remove_temporaries(folder, names)
 
 
 def _home_of_notes(plans: Sequence[SplitPlan], default: str) -> SplitPlan:

@@ -1,4 +1,8 @@
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 
@@ -57,6 +61,39 @@ def test_repeated_flags_and_parts(capsys, tmp_path):
     assert run(capsys, *words, "--part", "0/2")[0] == 0
     assert sorted(document["take"] for document, _ in samples(tmp_path / "out", "dev").values()) == ["0", "1", "2", "3"]
     assert json.loads((tmp_path / "out" / "dev-report.json").read_text())["made_from"]["seed"] == 5
+
+
+def test_an_interrupted_command_says_how_to_go_on(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("a line\n" * 60_000)
+    words = [
+        "text",
+        tmp_path / "a.txt",
+        "--documents",
+        "line",
+        "--max-samples-per-shard",
+        500,
+        "--workers",
+        1,
+        "--output",
+        tmp_path / "out",
+    ]
+    timer = threading.Timer(0.1, interrupt_when, [tmp_path / "out" / "train-00001.tar"])
+    timer.start()
+    code, _, error = run(capsys, *words)
+    timer.join()
+    assert code == 1
+    assert error.splitlines()[-1] == "megamm: interrupted; finished shards are kept, run the same command again to go on"
+    assert len(list((tmp_path / "out").glob("*.tar"))) in range(2, 120)
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def interrupt_when(path):
+    """What ctrl-c does, once the first shards are there."""
+    for _ in range(2000):
+        if path.exists():
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -98,6 +98,7 @@ def test_the_digest_sees_every_change_of_a_split():
         ({"records": records([1, 1]) + records([1])}, DataError, "key 'key-0' belongs to 2 records"),
         ({"splitting": Splitting("Train")}, ConfigError, "split 'Train' cannot begin a file's name"),
         ({"splitting": Splitting("a-b")}, ConfigError, "split 'a-b' cannot begin"),
+        ({"records": records([1], ["dev"]), "splitting": Splitting("val")}, ConfigError, r"--split val names nothing, .* itself \(dev\)"),
         ({"splitting": Splitting(test_share=1.5)}, ConfigError, "--test-share 1.5 is not a share"),
         ({"splitting": Splitting("test", test_share=0.5)}, ConfigError, "--split test puts everything"),
         (

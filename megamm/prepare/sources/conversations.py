@@ -21,7 +21,7 @@ from typing import Any
 from megamm.core.errors import ConfigError, DataError
 from megamm.prepare.inputs import below, existing_input, member, read_input, size_of
 from megamm.prepare.names import plain_key
-from megamm.prepare.rows import is_text, open_text, read_table
+from megamm.prepare.rows import is_text, open_table, open_text
 from megamm.prepare.source import ROOT, TASK, Draft, Listing, Record, Source
 
 _ROLES = {
@@ -59,7 +59,7 @@ def _conversations(path: Path) -> Iterator[tuple[int, Mapping[str, Any], str]]:
     """Number, document, and why it cannot be used."""
     ending = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
     if ending == ".jsonl":
-        for row in read_table(path).rows:
+        for row in open_table(path).rows():
             yield row.number, row.values, row.problem
         return
     if ending != ".json":

@@ -58,11 +58,12 @@ def _make(record: Record, *, input: Path, root: Path, layouts: Mapping[str, RowL
     values = _with_class_names(rows.select_columns(layout.used)[number].to_pylist()[0], _class_names(rows.features))
 
     def load(value: Any) -> tuple[bytes, str]:
-        content, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, "")
+        fields = value if isinstance(value, dict) else {"bytes" if isinstance(value, bytes) else "path": value}
+        content, path = fields.get("bytes"), fields.get("path")
         if isinstance(content, bytes) and content:
-            return content, name or "the medium"
-        if isinstance(name or content, str) and (name or content):
-            return read_input(below(root, name or content)), name or content
+            return content, path or "the medium"
+        if isinstance(path, str) and path:
+            return read_input(below(root, path)), path
         raise DataError(f"{str(value)[:80]!r} is neither stored bytes nor the path of a file")
 
     return layout.draft(values, load)
@@ -84,7 +85,7 @@ def _open(folder: str) -> dict[str, Any]:
     return {str(split): rows.with_format("arrow") for split, rows in splits.items()}
 
 
-def _class_names(features: Mapping[str, Any]) -> dict[str, Callable[[int], str]]:
+def _class_names(features: Mapping[str, Any]) -> dict[str, Callable[[int], Any]]:
     """Column -> number of a class to its name, for columns of classes or of lists of classes."""
     from datasets import ClassLabel
 

@@ -19,7 +19,7 @@ from megamm.prepare.columns import map_option, need, resolve
 from megamm.prepare.fields import as_text
 from megamm.prepare.inputs import existing_input
 from megamm.prepare.names import plain_key
-from megamm.prepare.rows import COLUMNS, Table, is_text, read_table
+from megamm.prepare.rows import COLUMNS, Table, is_text, open_table
 from megamm.prepare.source import PROMPT, Draft, Listing, Option, Record, Source, count, one_of
 
 _FIELDS = {
@@ -69,7 +69,7 @@ def _records(
         ConfigError: INPUT is no table, or a column is missing.
         DataError: Times are of two kinds, or the table cannot be read.
     """
-    table = read_table(existing_input(input, folder=False), columns)
+    table = open_table(existing_input(input, folder=False), columns)
     log, notes = _read_log(table, map)
     texts = _read_items(items) if items else {}
     met = {item for baskets in log.users.values() for _, names in baskets.values() for item in names}
@@ -134,7 +134,7 @@ def _read_log(table: Table, map: Sequence[tuple[str, str]]) -> tuple[_Log, list[
     user, item, time = (need(columns, field, table.columns, str(table.path)) for field in ("user", "item", "time"))
     basket = columns["basket"][0] if "basket" in columns else ""
     log, problems = _Log(), []
-    for row in table.rows:
+    for row in table.rows():
         try:
             values = {name: _text(row.values, name) for name in (user, item, time, basket) if name} if not row.problem else {}
         except DataError as error:
@@ -181,10 +181,10 @@ def _is_number(text: str) -> bool:
 
 
 def _read_items(path: Path) -> dict[str, str]:
-    table = read_table(existing_input(path, folder=False))
+    table = open_table(existing_input(path, folder=False))
     if missing := sorted({"item", "text"} - set(table.columns)):
         raise ConfigError(f"--items {path} has no column {missing[0]}; it needs item and text, its columns are {', '.join(table.columns)}")
-    return {as_text(row.values.get("item")): as_text(row.values.get("text")) for row in table.rows if not row.problem}
+    return {as_text(row.values.get("item")): as_text(row.values.get("text")) for row in table.rows() if not row.problem}
 
 
 SOURCE = Source(

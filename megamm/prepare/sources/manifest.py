@@ -11,7 +11,7 @@ from megamm.core.errors import DataError
 from megamm.prepare.columns import map_option
 from megamm.prepare.fields import FIELDS, MEDIA, RowLayout, row_layout
 from megamm.prepare.inputs import below, existing_input, read_input, size_of
-from megamm.prepare.rows import COLUMNS, Row, read_table
+from megamm.prepare.rows import COLUMNS, Row, open_table
 from megamm.prepare.source import PROMPT, ROOT, TASK, Draft, Listing, Record, Source
 
 
@@ -22,32 +22,35 @@ def _records(*, input: Path, map: Sequence[tuple[str, str]], columns: Sequence[s
         ConfigError: INPUT is no table, or its columns make no sample.
         DataError: The table cannot be read.
     """
-    table = read_table(existing_input(input, folder=False), columns)
+    table = open_table(existing_input(input, folder=False), columns)
     layout, notes = row_layout(map, table.columns, task=task, prompt=prompt, where=str(input))
     root = existing_input(root or input.parent, folder=True)
-    records = [_record(row, layout, root, layout.used) for row in table.rows]
-    return Listing(records, partial(_make, layout=layout, root=root), notes)
+    used = tuple(layout.used)
+    records = [_record(row, layout, root, used) for row in table.rows()]
+    return Listing(records, partial(_make, layout=layout, root=root, used=used), notes)
 
 
 def _record(row: Row, layout: RowLayout, root: Path, used: Sequence[str]) -> Record:
-    values = {column: row.values[column] for column in used if column in row.values}
-    size = sum(len(value) for value in values.values() if isinstance(value, str))
-    size += sum(_size(root, value) for field in MEDIA for value in layout.media(values, field))
+    """The record of a row; its data are the values of the columns in use, or the problem."""
+    if row.problem:
+        return layout.record({}, row.number, 0, row.problem)
+    size = sum(len(value) for value in row.values.values() if isinstance(value, str))
+    size += sum(_size(root, value) for field in MEDIA for value in layout.media(row.values, field))
     try:
-        return layout.record(values, row.number, size, Row(row.number, values, row.problem))
+        return layout.record(row.values, row.number, size, tuple(row.values.get(column) for column in used))
     except DataError as error:
-        return layout.record({}, row.number, 0, Row(row.number, {}, str(error)))
+        return layout.record({}, row.number, 0, str(error))
 
 
-def _make(record: Record, *, layout: RowLayout, root: Path) -> Draft:
+def _make(record: Record, *, layout: RowLayout, root: Path, used: Sequence[str]) -> Draft:
     def load(value: Any) -> tuple[bytes, str]:
         if not isinstance(value, str):
             raise DataError(f"{str(value)[:80]!r} is {type(value).__name__}, not the path of a file")
         return read_input(below(root, value)), value
 
-    if record.data.problem:
-        raise DataError(record.data.problem)
-    return layout.draft(record.data.values, load)
+    if isinstance(record.data, str):
+        raise DataError(record.data)
+    return layout.draft(dict(zip(used, record.data, strict=True)), load)
 
 
 def _size(root: Path, value: Any) -> int:
