@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.core.errors import ConfigError, DataError
-from megamm.core.files import canonical_json
+from megamm.core.files import canonical_json, digest_text
 from megamm.prepare.inputs import failure
 from megamm.prepare.journal import Journal
 from megamm.prepare.plan import Limits, SplitPlan, Splitting, make_plan
@@ -85,7 +85,7 @@ def _prepare(source: Source, job: Job, options: Mapping[str, Any]) -> tuple[list
     listing = _list(source, {**options, **({"seed": job.splitting.seed} if SEED in source.options else {})})
     plans = make_plan(listing.records, job.splitting, job.limits)
     journals = [Journal(job.output, plan.split, job.part) for plan in plans]
-    facts = [_facts(source, job, plan, options) for plan in plans]
+    facts = [_facts(source, listing, job, plan, options=options) for plan in plans]
     for journal, what in zip(journals, facts, strict=True):
         journal.claim(what)
     own = _write(listing, plans, journals, job)
@@ -116,7 +116,7 @@ def _list(source: Source, options: Mapping[str, Any]) -> Listing:
         ) from error
 
 
-def _facts(source: Source, job: Job, plan: SplitPlan, options: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(source: Source, listing: Listing, job: Job, plan: SplitPlan, *, options: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the bytes of a split: where the inputs lie does not."""
     defaults = {option.name: option.default for option in source.options if option.read is not Path and option is not SEED}
     facts = {
@@ -127,8 +127,15 @@ def _facts(source: Source, job: Job, plan: SplitPlan, options: Mapping[str, Any]
         "limits": [job.limits.num_samples, job.limits.num_bytes],
         "records": len(plan.order),
         "inputs": plan.digest,
+        "settings": _settings_digest(listing),
     }
     return json.loads(canonical_json(facts))  # tuples become lists, as they do on disk
+
+
+def _settings_digest(listing: Listing) -> str:
+    """Digest of what `make` was given besides the records, such as the names of classes."""
+    given = getattr(listing.make, "keywords", {})
+    return digest_text(repr(sorted((name, value) for name, value in given.items() if not isinstance(value, Path))))
 
 
 def _write(listing: Listing, plans: Sequence[SplitPlan], journals: Sequence[Journal], job: Job) -> list[Finished]:

@@ -51,8 +51,9 @@ class Listing:
 
     Attributes:
         records: In an order that depends on the input alone.
-        make: Reads a record's files and returns its sample; picklable, because other processes call it. A `DataError` that it raises
-            skips the record with that reason; an `OSError` ends the command, because the data is not to blame for it.
+        make: Reads a record's files and returns its sample; a function, or a `functools.partial` of one with keywords whose `repr` tells
+            them from others, picklable because other processes call it. A `DataError` that it raises skips the record with that
+            reason; an `OSError` ends the command, because the data is not to blame for it.
         notes: What of the input is no record, and why.
     """
 

@@ -156,6 +156,13 @@ def test_the_root_of_the_pictures_can_lie_elsewhere(tmp_path):
     assert samples(tmp_path / "out")["a"][0]["messages"][0]["content"][1]["text"] == "Cells?"
 
 
+def test_categories_that_changed_since_are_not_mixed(tmp_path):
+    prepare(tmp_path, annotation(1, bbox=[2, 1, 5.5, 3]))
+    path = write(tmp_path, annotation(1, bbox=[2, 1, 5.5, 3]), categories=[{"id": 3, "name": "RBC"}])
+    with pytest.raises(DataError, match="begun with settings"):
+        write_shards("coco", tmp_path / "out", input=path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
