@@ -140,7 +140,9 @@ def table(folder: Path, stopped_at: int, seconds: float) -> int:
     print()
     print(f"  {'what':<{widths[0]}}  {'measured':>{widths[1]}}  {'wanted':>{widths[2]}}")
     for what, measured, wanted, holds in rows:
-        print(f"  {what:<{widths[0]}}  {measured:>{widths[1]}}  {wanted:>{widths[2]}}  {'' if not wanted else 'holds' if holds else 'MISSED'}")
+        print(
+            f"  {what:<{widths[0]}}  {measured:>{widths[1]}}  {wanted:>{widths[2]}}  {'' if not wanted else 'holds' if holds else 'MISSED'}"
+        )
     print(f"\nThe trained model is in {folder / 'export'}; load it with transformers as its README.md says.")
     return 0 if all(row[3] for row in rows) else 1
 

@@ -128,7 +128,7 @@ def _data_verify(arguments: Arguments) -> None:
 
     for tar in arguments.shards:
         index = load_index(tar, verify_digest=True)
-        print(f"{tar}: {index.num_samples} samples, digest {index.tar_digest} holds")
+        print(f"{tar}: {index.num_samples} samples, digest {index.digest} holds")
 
 
 def _data_plan_lengths(arguments: Arguments) -> None:

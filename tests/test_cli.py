@@ -152,3 +152,10 @@ def test_one_run_and_everything_that_must_not_happen_to_it(recipe_file):
     assert "damaged" in last_line(megamm(folder, *words, "--run", "run"))
     assert (checkpoint / "manifest.json").read_bytes() == manifest
     assert json.loads((folder / "run" / "INTERRUPTED").read_text())["step"] == 2
+
+
+def test_verify_and_index_report_what_they_saw(capsys, data):
+    tar = data / "texts" / "train-00000.tar"
+    assert main(["data", "verify", str(tar)]) == 0 and main(["data", "index", str(tar)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{tar}: 6 samples, digest ") and lines[1] == f"{tar}: 6 samples"
