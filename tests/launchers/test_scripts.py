@@ -51,3 +51,31 @@ def test_srun_variables_become_ranks():
     variables = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "PATH": os.environ["PATH"]}
     command = [str(script), "sh", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE $OMP_NUM_THREADS"]
     assert subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout == "5 1 8 1\n"
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "visible", "expected"),
+    [
+        (1, None, "empty"),
+        (2, None, "unset"),
+        (0, None, "unset"),
+        (4, "3", "empty"),
+        (4, "3,1", "3,1"),
+        (4, "1,9", "empty"),
+        (4, "GPU-a,GPU-b", "GPU-a,GPU-b"),
+        (4, "-1", "-1"),
+        (4, "", "empty"),
+    ],
+)
+def test_more_ranks_than_gpus_run_on_the_cpu(tmp_path, num_gpus, visible, expected):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nfor i in $(seq {num_gpus}); do echo \"GPU $i: Some (UUID: GPU-$i)\"; echo '  MIG 1g Device 0:'; done\n")
+    program.chmod(0o755)
+    variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    if visible is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = visible
+    show = '[ -z "${CUDA_VISIBLE_DEVICES-x}" ] && echo empty || echo "${CUDA_VISIBLE_DEVICES-unset}"'
+    result = subprocess.run([LOCAL, "2", "sh", "-c", show], env=variables, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [expected] * 2
+    assert result.stderr.count("run on the CPU") == (expected == "empty" and visible != "")
