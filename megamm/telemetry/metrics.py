@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def _drop_after(path: Path, step: int) -> None:
 def _tensorboard(folder: Path, resumed_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+    # At step 0 too: a run that crashed before its first checkpoint left points that are written again.
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
 
 def _wandb(folder: Path, config: Telemetry, recipe: Mapping[str, Any]) -> Any:
@@ -92,5 +94,13 @@ def _wandb(folder: Path, config: Telemetry, recipe: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ConfigError("telemetry.wandb=true, but wandb is not installed; pip install 'megamm[wandb]'") from error
-    identity = folder.resolve().name
-    return wandb.init(project=config.wandb_project, name=identity, dir=str(folder), config=dict(recipe), resume="allow", id=identity)
+    name, identity = folder.resolve().name, _wandb_id(folder)
+    return wandb.init(project=config.wandb_project, name=name, dir=str(folder), config=dict(recipe), resume="allow", id=identity)
+
+
+def _wandb_id(folder: Path) -> str:
+    """Made once a run and kept in its folder: folders of one name must not share a run, and a resumed run goes on in its own."""
+    path = folder / "wandb_id.txt"
+    if not path.is_file():
+        write_text(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()

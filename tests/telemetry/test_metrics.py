@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamm.config import Telemetry
@@ -31,9 +32,22 @@ def test_numbers_reach_tensorboard_and_not_a_number_stays_readable(tmp_path):
     assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2.5, "nan"]
 
 
-def test_wandb_offline_gets_the_same_numbers(tmp_path, monkeypatch):
-    import pytest
+@pytest.mark.parametrize("resumed, kept", [(0, [1]), (1, [1, 2])])
+def test_tensorboard_forgets_the_points_that_are_written_again(tmp_path, resumed, kept):
+    log = MetricsLog(tmp_path, Telemetry(), resumed_step=0, recipe={})
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    log = MetricsLog(tmp_path, Telemetry(), resumed_step=resumed, recipe={})
+    log.write(resumed + 1, {"loss": 2.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == kept
+    assert events.Scalars("loss")[-1].value == 2.0
 
+
+def test_wandb_offline_gets_the_same_numbers(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is an extra")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -41,3 +55,16 @@ def test_wandb_offline_gets_the_same_numbers(tmp_path, monkeypatch):
     log.write(1, {"loss": 2.5})
     log.close()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_runs_in_folders_of_one_name_have_their_own_wandb_run_and_keep_it(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is an extra")
+    calls = []
+    monkeypatch.setattr(wandb, "init", lambda **arguments: calls.append(arguments))
+    config = Telemetry(tensorboard=False, wandb=True)
+    for parent in ("one", "two", "one"):
+        (tmp_path / parent / "tiny").mkdir(parents=True, exist_ok=True)
+        MetricsLog(tmp_path / parent / "tiny", config, resumed_step=0, recipe={})._file.close()
+    assert [call["name"] for call in calls] == ["tiny"] * 3
+    assert calls[0]["id"] == calls[2]["id"] != calls[1]["id"]
+    assert (tmp_path / "one" / "tiny" / "wandb_id.txt").read_text().strip() == calls[0]["id"]
