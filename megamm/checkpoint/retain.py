@@ -28,12 +28,13 @@ def retain(folder: Path, settings: Checkpointing, world: World) -> list[str]:
     Returns:
         Names of the deleted folders.
     """
-    steps = broadcast_json([step for step, _ in committed(folder)])
-    names = {step: path.name for step, path in committed(folder)}
-    surplus = superseded(steps, settings)
+    # Rank 0's listing only: on a network file system the other ranks may not see the newest folder yet.
+    listing = broadcast_json([[step, path.name] for step, path in committed(folder)])
+    names: dict[int, str] = dict(listing)
+    surplus = superseded(list(names), settings)
     if not surplus:
         return []
-    if problem := problem_of(folder / names[steps[-1]], world):
+    if problem := problem_of(folder / names[max(names)], world):
         if world.rank == 0:
             _log.warning("no checkpoint is deleted: %s", problem)
         return []

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megamm.checkpoint import retain as module
 from megamm.checkpoint.manifest import MANIFEST, committed
 from megamm.checkpoint.retain import retain, superseded
 from megamm.config.schema import Checkpointing
@@ -35,6 +36,13 @@ def test_nothing_is_deleted_when_the_newest_is_damaged(folder, world):
     (folder / "step_00000040" / MANIFEST).unlink()
     assert retain(folder, Checkpointing(keep_last=1), world) == []
     assert len(committed(folder)) == 4
+
+
+def test_a_rank_with_a_late_listing_follows_rank_0(folder, world, monkeypatch):
+    everything = [[step, f"step_{step:08d}"] for step in (10, 20, 30, 40)]
+    monkeypatch.setattr(module, "committed", lambda _: committed(folder)[:3])
+    monkeypatch.setattr(module, "broadcast_json", lambda _: everything)
+    assert retain(folder, Checkpointing(keep_last=1), world) == ["step_00000010", "step_00000020", "step_00000030"]
 
 
 def test_a_deletion_that_was_cut_short_is_finished(folder, world):
