@@ -32,10 +32,13 @@ class Documents:
     """Where the documents of a batch of packed rows lie; made once a forward and handed to every layer.
 
     Attributes:
-        lengths: For each row the lengths in tokens of the documents to attend in, in order; what is left of a row is padding.
+        groups: (number of documents, their length in tokens), shortest first; a group is one call. Padding is in none. Empty
+            where the variable-length kernel runs.
+        places: int64[tokens of all groups], the groups' tokens in order as places in the flattened batch; on the device of the
+            model. None where the variable-length kernel runs.
         boundaries: int32[number of documents + 1], first token of every document in the flattened batch, padding
             included; on the device of the model. None where the variable-length kernel does not run.
-        longest: Length of the longest entry of `boundaries`, in tokens.
+        longest: Length in tokens of the longest document between `boundaries`; 0 without them.
     """
 
     groups: tuple[tuple[int, int], ...]

@@ -112,7 +112,7 @@ def test_variable_length_kernel_equals_documents_one_by_one(dtype):
     outs, grads = [], []
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
         inputs = [x.detach().to(device, dtype).to(kind).requires_grad_() for x in on_cpu]
-        documents = make_documents(lengths, padding, torch.zeros(2, 400, 1, device=device, dtype=kind))
+        documents = make_documents(lengths, padding, torch.zeros(3, 400, 1, device=device, dtype=kind))
         assert device == "cpu" or (documents.boundaries[-1] == 3 * 400 and documents.longest == 300)
         out, _ = document_attention(MODULE, *inputs, None, documents=documents, scaling=0.3)
         grads.append([g.cpu().double() for g in torch.autograd.grad(out, inputs, upstream.to(device, kind))])
