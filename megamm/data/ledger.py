@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,21 +50,20 @@ def merge(entries: Iterable[Skipped]) -> list[Skipped]:
     return [entry for _, entry in sorted({entry.position: entry for entry in entries}.items())]
 
 
-def check_budget(skipped: Iterable[Skipped], num_samples: int, max_share: float) -> None:
+def check_budget(num_skipped: float, num_samples: float, max_share: float, *, last: Skipped | None = None) -> None:
     """End a run whose data are rotten.
 
     Args:
-        skipped: What was skipped among `num_samples` planned samples.
+        num_skipped: Samples that were skipped among `num_samples`; a rank's share of what all ranks skip may be a fraction.
         num_samples: Samples that were planned so far.
         max_share: Share of skipped samples that is still borne.
+        last: The one to name.
 
     Raises:
-        DataError: More were skipped; names the last one.
+        DataError: More were skipped.
     """
-    entries = list(skipped)
-    if len(entries) > max_share * max(num_samples, MIN_BUDGET_SAMPLES):
-        last = entries[-1]
+    if num_skipped > max_share * max(num_samples, MIN_BUDGET_SAMPLES):
+        example = "" if last is None else f"; the last is {last.dataset}/{last.key} in {last.shard}: {last.reason}"
         raise DataError(
-            f"{len(entries)} of {num_samples} samples were skipped, data.max_skipped_share is {max_share}; "
-            f"the last is {last.dataset}/{last.key} in {last.shard}: {last.reason}"
+            f"{math.ceil(num_skipped)} of {math.ceil(num_samples)} samples were skipped, data.max_skipped_share is {max_share}{example}"
         )

@@ -16,6 +16,7 @@ from functools import cached_property
 from types import TracebackType
 
 from megamm.core.errors import ConfigError, DataError
+from megamm.core.logging import get_logger
 from megamm.core.types import Batch, PackedRow, TokenSequence
 from megamm.data.collate import collate
 from megamm.data.deal import deal, resolve_accumulation
@@ -28,6 +29,7 @@ from megamm.data.rows import PlannedRow, PlannedSample
 from megamm.data.source import SampleSource
 from megamm.data.state import LoaderState
 
+_log = get_logger("data")
 _STUCK_SECONDS = 300.0
 _TOKEN_BYTES = 5 * 8
 
@@ -72,6 +74,10 @@ class StepLoader:
 
     State: `StepData.state`, the same on all ranks. A loader started from it delivers the same global batches as one that
     never stopped, at any world size, accumulation, number of threads and prefetch depth.
+
+    Budget: each rank holds what it failed to decode, and an equal share of the samples that no row holds, against the samples
+    that it planned. It is counted from where this loader started: a resumed run begins with a fresh budget. Every sample that
+    is skipped is logged as a warning, the first time and by the rank that answers for it.
     """
 
     def __init__(
@@ -113,8 +119,9 @@ class StepLoader:
         self._state = plan.start() if state is None else plan.resume(state)
         self._excluded = frozenset(key for exclusion in self._state.exclusions for key in exclusion.keys)
         self._pad_id = plan.tokenizer.vocabulary.control_id("pad")
-        self._num_planned = 0
-        self._skipped: list[Skipped] = []
+        self._num_planned = self._num_skipped = 0.0
+        self._last_skipped: Skipped | None = None
+        self._logged: set[tuple[str, str]] = set()
 
         self._changed = threading.Condition()
         self._ready: deque[StepData] = deque()
@@ -184,10 +191,10 @@ class StepLoader:
         self._state = LoaderState(self._state.step + 1, step.state, self._state.identity, self._state.exclusions)
         hands = deal(step.rows, self._world_size, self._plan.batch.micro_rows, self._accumulation)
         mine = [[() if row is None else row.samples for row in slots] for slots in hands[self._rank]]
-        # All ranks see what no row holds; one of them answers for it.
-        unfit = step.unfit if self._rank == 0 else ()
+        # All ranks see what no row holds; one of them answers for each.
+        unfit = [sample for sample in step.unfit if sample.position % self._world_size == self._rank]
         skipped = [self._source.skipped(sample, self._plan.unfit_reason(sample)) for sample in unfit]
-        return _Planned(step.rows, mine, skipped, self._state, self._num_bytes(mine))
+        return _Planned(step.rows, mine, skipped, len(step.unfit), self._state, self._num_bytes(mine))
 
     def _num_bytes(self, slots: list[list[tuple[PlannedSample, ...]]]) -> int:
         rows = [row for step in slots for row in step]
@@ -222,20 +229,33 @@ class StepLoader:
         return _Pending(planned, futures)
 
     def _finish(self, pending: _Pending) -> StepData:
-        planned, skipped = pending.planned, list(pending.planned.skipped)
-        self._num_planned += len(skipped)
+        planned, failed = pending.planned, []
+        # A mixture may put a dataset's samples on the positions of few ranks: the budget takes an equal share, not this rank's.
+        num_unfit = planned.num_unfit / self._world_size
+        num_planned = num_unfit
         micro_batches = []
         for step in pending.futures:
             rows = []
             for row in step:
                 results = [self._result(sample, future) for sample, future in row]
-                skipped += [result for result in results if isinstance(result, Skipped)]
+                failed += [result for result in results if isinstance(result, Skipped)]
                 rows.append(PackedRow([result for result in results if isinstance(result, TokenSequence)]))
-                self._num_planned += len(results)
+                num_planned += len(results)
             micro_batches.append(collate(rows, self._plan.batch.row_tokens, self._pad_id, self._plan.tasks))
-        self._skipped += skipped
-        check_budget(self._skipped, self._num_planned, self._plan.data.max_skipped_share)
+        skipped = planned.skipped + failed
+        self._num_planned += num_planned
+        self._num_skipped += num_unfit + len(failed)
+        self._note(skipped)
+        check_budget(self._num_skipped, self._num_planned, self._plan.data.max_skipped_share, last=self._last_skipped)
         return StepData(planned.state.step, micro_batches, skipped, planned.state, planned.rows, planned.num_bytes, self._source)
+
+    def _note(self, skipped: list[Skipped]) -> None:
+        """Warn of samples that this rank skips, once each however many epochs there are."""
+        for entry in skipped:
+            self._last_skipped, name = entry, (entry.dataset, entry.key)
+            if name not in self._logged:
+                self._logged.add(name)
+                _log.warning("skipped %s/%s in %s: %s", entry.dataset, entry.key, entry.shard, entry.reason)
 
     def _result(self, sample: PlannedSample, future: Future[TokenSequence | Skipped]) -> TokenSequence | Skipped:
         try:
@@ -253,11 +273,12 @@ class StuckDecoder(DataError):
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A step of this rank before it is decoded; `slots` are samples by micro-step and row."""
+    """A step of this rank before it is decoded; `slots` are samples by micro-step and row, `num_unfit` counts those of all ranks."""
 
     rows: list[PlannedRow]
     slots: list[list[tuple[PlannedSample, ...]]]
     skipped: list[Skipped]
+    num_unfit: int
     state: LoaderState
     num_bytes: int
 

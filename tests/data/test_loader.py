@@ -387,6 +387,56 @@ def test_rows_of_another_size_leave_out_what_does_not_fit(corpus, open_plan):
     assert sorted(finished) == list(range(state.window * 32))
 
 
+def small_rows(plan_of, corpus, **changes):
+    """A plan whose rows are too short for many samples."""
+    return plan_of(corpus, batch=Batching(row_tokens=24, global_rows=8), **changes)
+
+
+def test_each_rank_answers_for_its_share_of_what_no_row_holds(corpus, open_plan, monkeypatch):
+    monkeypatch.setattr("megamm.data.ledger.MIN_BUDGET_SAMPLES", 100)
+    num_steps = 40
+    with StepLoader(small_rows(open_plan, corpus, max_skipped_share=1.0)) as loader:
+        steps = list(itertools.islice(loader, num_steps))
+    alone = [{entry.position: entry for entry in step.skipped} for step in steps]
+    num_skipped = sum(map(len, alone))
+    share = num_skipped / (num_skipped + sum(step.num_samples for step in steps))
+    assert num_skipped > 50
+    # A little more than these data need, and far less than all of it held against one rank of four.
+    plan = small_rows(open_plan, corpus, max_skipped_share=share * 1.3)
+    loaders = [StepLoader(plan, rank=rank, world_size=4) for rank in range(4)]
+    try:
+        for expected in alone:
+            parts = [next(loader).skipped for loader in loaders]
+            entries = [entry for part in parts for entry in part]
+            assert len(entries) == len(expected) and {entry.position: entry for entry in entries} == expected
+            assert all(entry.position % 4 == rank for rank, part in enumerate(parts) for entry in part)
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def test_what_no_row_holds_ends_every_rank_together(corpus, open_plan):
+    """Also a rank whose positions all fit: its share of the budget is spent as well."""
+    plan = small_rows(open_plan, corpus, max_skipped_share=0.0)
+    for rank in range(8):
+        with StepLoader(plan, rank=rank, world_size=8) as loader, pytest.raises(DataError, match=r"samples were skipped, data\.max"):
+            next(loader)
+
+
+def test_skipped_samples_are_logged_once_by_the_rank_that_answers_for_them(corpus, open_plan, caplog):
+    plan = small_rows(open_plan, corpus, max_skipped_share=1.0)
+    for rank in range(2):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="megamm.data"), StepLoader(plan, rank=rank, world_size=2) as loader:
+            entries = [entry for step in itertools.islice(loader, 60) for entry in step.skipped]
+        lines = [f"skipped {entry.dataset}/{entry.key} in {entry.shard}: {entry.reason}" for entry in entries]
+        assert len(set(lines)) < len(lines), "no epoch came twice"
+        # Decoding runs ahead of the consumer, so later lines may follow.
+        wanted = list(dict.fromkeys(lines))
+        messages = [record.getMessage() for record in caplog.records]
+        assert messages[: len(wanted)] == wanted and len(set(messages)) == len(messages)
+
+
 def settle(condition) -> None:
     deadline = time.monotonic() + 10
     while not condition():
