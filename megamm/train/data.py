@@ -96,10 +96,13 @@ def plan_all_lengths(recipe: Recipe, tokenizer: TextTokenizer) -> Iterator[str]:
         for name, dataset in datasets.items():
             tars = find_shards(name, dataset, Path(recipe.data.root))
             written = ensure_lengths(tars, tokenizer, rules)
-            lengths = [load_lengths(tar, key) for tar in tars]
-            num_samples = sum(len(one.lengths) for one in lengths)
-            num_tokens = sum(int(one.tokens.sum()) for one in lengths)
-            num_bad = sum(len(one.problems) for one in lengths)
+            num_samples = num_tokens = num_bad = 0
+            for tar in tars:
+                # One map at a time: each holds a file open.
+                one = load_lengths(tar, key)
+                num_samples += len(one.lengths)
+                num_tokens += int(one.tokens.sum())
+                num_bad += len(one.problems)
             yield (
                 f"{part}: {name}: {num_samples:,} samples, {num_tokens:,} tokens, {num_bad} that cannot be used, "
                 f"shards: {len(tars)}, planned now: {len(written)}"
