@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    env.apply_defaults()
     try:
+        env.apply_defaults()
         command, arguments = _parse(words)
         command.run(arguments)
     except MegaMMError as error:
@@ -48,10 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == "0" or not error.on_all_ranks:
             print(f"megamm: {error}" if rank == "0" else f"megamm (rank {rank}): {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("megamm: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output (a pager, head) is gone; nothing more to say to it.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"megamm: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -83,7 +92,18 @@ def _recipe_argument(parser: argparse.ArgumentParser) -> None:
 def _recipe(arguments: Arguments):
     from megamm.config import load_recipe
 
-    return load_recipe(arguments.recipe, arguments.overrides)
+    with _same_on_all_ranks():
+        return load_recipe(arguments.recipe, arguments.overrides)
+
+
+@contextlib.contextmanager
+def _same_on_all_ranks():
+    """Errors inside come from the command's words and shared files alone: every rank raises them, and one prints them."""
+    try:
+        yield
+    except MegaMMError as error:
+        error.on_all_ranks = True
+        raise
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------
@@ -150,10 +170,13 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(arguments: Arguments) -> None:
+    from megamm.config import resumed_recipe
     from megamm.train.interruption import StopRequest
 
     recipe = _recipe(arguments)
     folder = arguments.run or Path("runs") / recipe.name
+    with _same_on_all_ranks():
+        recipe = resumed_recipe(folder / "config.json", recipe, arguments.overrides)
     # Before the slow imports: a signal that comes meanwhile must not kill the rank.
     with StopRequest(folder / "STOP") as stop:
         from megamm.train.pretrain import pretrain

@@ -1,6 +1,6 @@
 """Recipes: frozen dataclasses, read strictly from TOML or JSON. Imports no torch."""
 
-from megamm.config.read import apply_overrides, from_dict, load_recipe, load_resolved, recipe_names, to_dict
+from megamm.config.read import apply_overrides, from_dict, load_recipe, load_resolved, recipe_names, resumed_recipe, to_dict
 from megamm.config.schema import (
     AudioFeatures,
     Augment,
@@ -46,5 +46,6 @@ __all__ = [
     "load_recipe",
     "load_resolved",
     "recipe_names",
+    "resumed_recipe",
     "to_dict",
 ]

@@ -43,7 +43,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if name.endswith(".toml") or path.is_file():
         if not path.is_file():
             raise ConfigError(f"recipe {name} does not exist; give a TOML file or one of: {', '.join(recipe_names())}")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"recipe {name} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     elif name in recipe_names():
         text = resources.files("megamm.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     else:
@@ -64,6 +67,25 @@ def load_resolved(path: Path) -> Recipe:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; name a run folder that `megamm pretrain` wrote")
     return from_dict(read_json(path))
+
+
+def resumed_recipe(archived: Path, recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """What a run goes on with: its archived recipe with this command's overrides, where there is one.
+
+    Args:
+        archived: The run's `config.json`; it need not exist.
+        recipe: What the command names, overrides applied; taken where nothing is archived.
+        overrides: Of this command.
+
+    Raises:
+        ConfigError: The run is of a recipe of another name, or the archive cannot be read.
+    """
+    if not archived.is_file():
+        return recipe
+    table = read_json(archived)
+    if table.get("name") != recipe.name:
+        raise ConfigError(f"{archived.parent} holds a run of {table.get('name')!r}, not of {recipe.name!r}; name another folder with --run")
+    return from_dict(apply_overrides(table, overrides))
 
 
 def from_dict(table: dict[str, Any]) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -233,7 +233,12 @@ class Loss:
 
 @dataclass(frozen=True, config=_STRICT)
 class Optimizer:
-    """AdamW on fp32 master weights; decay leaves out norms, biases and embeddings of positions (1-d parameters)."""
+    """AdamW on fp32 master weights; decay leaves out norms, biases and embeddings of positions (1-d parameters).
+
+    Attributes:
+        max_grad_norm: Gradients are clipped to this norm; 0 for never.
+        max_unapplied_updates: Updates in a row that may be skipped for gradients that are not finite before the run ends.
+    """
 
     lr: Annotated[float, Field(gt=0)] = 3e-4
     beta1: Fraction = 0.9
@@ -241,6 +246,7 @@ class Optimizer:
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: NonNegative = 0.1
     max_grad_norm: NonNegative = 1.0
+    max_unapplied_updates: Count = 10
 
 
 @dataclass(frozen=True, config=_STRICT)

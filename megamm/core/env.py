@@ -37,7 +37,7 @@ def rank_info() -> RankInfo:
     if len(present) < len(names):
         missing = sorted(set(names) - set(present))
         raise ConfigError(f"{', '.join(missing)} not set beside {', '.join(present)}; start ranks through launchers/node.sh")
-    info = RankInfo(*(int(os.environ[name]) for name in names))
+    info = RankInfo(*(_integer(name) for name in names))
     if not 0 <= info.rank < info.world_size:
         raise ConfigError(f"RANK={info.rank} is not below WORLD_SIZE={info.world_size}; start ranks through launchers/node.sh")
     return info
@@ -47,6 +47,13 @@ def apply_defaults() -> None:
     """Set the environment that the libraries read at import; what the user set stays."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "WORLD_SIZE" in os.environ and _integer("WORLD_SIZE") > 1:
         # Ranks share the cores; more threads than cores make gloo ranks wait for each other.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _integer(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text} is not a number; start ranks through launchers/node.sh")
+    return int(text)

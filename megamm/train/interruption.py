@@ -46,7 +46,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """What asked, for the INTERRUPTED marker."""
+        """What asked, where something did, for the INTERRUPTED marker."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        return "STOP file" if self._stop_file.exists() else "another rank"
+        return "STOP file"

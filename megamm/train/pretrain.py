@@ -52,6 +52,8 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, stop: StopRequest) -> N
     try:
         with distributed.fail_together():
             run.check(recipe, resume=resume)
+            # A folder that is refused must stay as it is, so a new run's files come later.
+            setup(RankInfo(world.rank, world.local_rank, world.size), folder=run.logs if run.is_run() else None)
         if run.done.is_file():
             if world.is_main:
                 print(f"{path} is done (it holds DONE); start a new run with another --run", file=sys.stderr)
@@ -71,27 +73,40 @@ def _train(recipe: Recipe, run: RunFolder, world: World, *, resume: str, stop: S
     trainer = build_trainer(recipe, tokenizer, world)
     fingerprints = {"tokenizer": tokenizer.fingerprint}
     start = find_start(run, trainer.engine, world, resume=resume, fingerprints=fingerprints)
+    # Everything that can be refused is refused before the run folder changes.
+    with distributed.fail_together():
+        loader = data.loader(start.data_state, world)
+    metrics = None
     with distributed.fail_together():
         if world.is_main:
             run.archive(recipe, trainer.ds_config)
-            run.clear_markers()
+            metrics = MetricsLog(run.path, recipe.telemetry, resumed_step=start.step, recipe=to_dict(recipe))
+            run.begin()
     setup(RankInfo(world.rank, world.local_rank, world.size), folder=run.logs)
     _log.info("%s from step %d of %d on %d ranks", recipe.name, start.step, recipe.train.steps, world.size)
-    _loop(run, world, data, trainer, start, stop, fingerprints)
+    _loop(run, world, data, trainer, start, stop, loader, metrics, fingerprints)
 
 
 def _loop(
-    run: RunFolder, world: World, data: TrainingData, trainer: Trainer, start: Start, stop: StopRequest, fingerprints: dict[str, str]
+    run: RunFolder,
+    world: World,
+    data: TrainingData,
+    trainer: Trainer,
+    start: Start,
+    stop: StopRequest,
+    loader: StepLoader,
+    metrics: MetricsLog | None,
+    fingerprints: dict[str, str],
 ) -> None:
     recipe, step = data.recipe, start.step
     report = StepReport(recipe, trainer.config, world)
-    metrics = MetricsLog(run.path, recipe.telemetry, resumed_step=step, recipe=to_dict(recipe)) if world.is_main else None
     bar = Bar(step, recipe.train.steps) if world.is_main else None
     ledger = list(start.ledger)
-    num_skipped = len(ledger)
+    num_skipped = distributed.all_reduce_sum([len(ledger)])[0]
+    num_unapplied = 0
     stopping = False
 
-    with data.loader(start.data_state, world) as loader:
+    with loader:
         while step < recipe.train.steps and not stopping:
             report.begin()
             batch, failure = _next(loader)
@@ -106,31 +121,37 @@ def _loop(
                 num_tasks=len(data.tasks),
             )
             if batch is None or counts.num_failed:
-                raise _on_all_ranks(failure or DataError("another rank could not load its data; its message says why"))
+                raise _first_failure(failure)
             result = train_step(trainer, micro_batches, counts, world=world, tasks=data.tasks)
             step += 1
             ledger += batch.skipped
             num_skipped += counts.num_skipped
             stopping = counts.stop_requested or step == recipe.train.stop_after
+            num_unapplied = 0 if result.applied else num_unapplied + 1
+            if num_unapplied > recipe.optim.max_unapplied_updates:
+                raise _diverged(num_unapplied, step)
 
             if metrics and bar and due(step, recipe.telemetry.every):
                 values = report.values(counts, result)
-                metrics.write(step, {**values, "skipped_samples": num_skipped, "sample_keys": sample_keys_digest(batch)})
+                metrics.write(step, {**values, "skipped_samples": int(num_skipped), "sample_keys": sample_keys_digest(batch)})
                 bar.update(step, loss=result.loss, tokens_per_second=values["tokens_per_second"])
             if data.held_out and (due(step, recipe.evaluation.every) or step == recipe.train.steps):
-                losses = held_out_loss(trainer, data.held_out_batches(world), world=world, tasks=data.tasks)
+                with distributed.fail_together():
+                    held_out = list(data.held_out_batches(world))
+                losses = held_out_loss(trainer, held_out, world=world, tasks=data.tasks)
                 if metrics:
                     metrics.write(step, {f"held_out/{name}": value for name, value in losses.items()})
             if due(step, recipe.checkpoint.every) or stopping or step == recipe.train.steps:
                 _commit(run, recipe, trainer, world, Progress(step, batch.state.to_json(), _all_entries(ledger), fingerprints=fingerprints))
 
+    reasons = [reason for reason in distributed.gather_json(stop.reason if stop.requested else None) if reason]
     if metrics and bar:
         metrics.close()
         bar.close()
         if step == recipe.train.steps:
             run.mark(run.done, step=step)
         else:
-            run.mark(run.interrupted, step=step, reason=stop.reason)
+            run.mark(run.interrupted, step=step, reason=reasons[0] if reasons else "stop_after")
     distributed.barrier()
 
 
@@ -147,9 +168,22 @@ def _next(loader: StepLoader) -> tuple[StepData | None, MegaMMError | None]:
         return None, error
 
 
-def _on_all_ranks(error: MegaMMError) -> MegaMMError:
-    # The rank that failed prints its own message; the others have nothing to add.
-    _log.error("%s", error)
+def _first_failure(own: MegaMMError | None) -> MegaMMError:
+    """What failed on the first rank that failed, on every rank."""
+    messages = distributed.gather_json(None if own is None else str(own))
+    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+    error = DataError(message)
+    error.on_all_ranks = True
+    _log.info("rank %d could not load its data", rank)
+    return error
+
+
+def _diverged(num_unapplied: int, step: int) -> MegaMMError:
+    error = MegaMMError(
+        f"step {step}: {num_unapplied} updates in a row were skipped, because gradients were not finite; "
+        "the last checkpoint is from before: resume it with a lower optim.lr in a new --run"
+    )
+    error.on_all_ranks = True
     return error
 
 

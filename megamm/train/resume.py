@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megamm.checkpoint.choose import newest_good, require_good
 from megamm.checkpoint.load import load
+from megamm.checkpoint.manifest import committed
 from megamm.core.errors import CheckpointError
 from megamm.core.logging import get_logger
 from megamm.data.ledger import Skipped
@@ -49,12 +50,25 @@ def find_start(run: RunFolder, engine: Engine, world: World, *, resume: str, fin
     """
     if resume == "never":
         return Start()
-    if resume == "auto":
+    own = {step: path for step, path in committed(run.checkpoints)}
+    asked = Path(resume).resolve()
+    if resume != "auto" and asked.parent == run.checkpoints.resolve():
+        later = sorted(path.name for path in own.values() if path.name > asked.name)
+        if later:
+            raise _together(
+                CheckpointError(
+                    f"{run.path} went on after {asked.name} ({', '.join(later)}); resume it in a new run: --run OTHER --resume {resume}"
+                )
+            )
+    # A run that was started from another run's checkpoint and has its own since then goes on from these.
+    if resume == "auto" or (own and asked.parent != run.checkpoints.resolve()):
         choice = newest_good(run.checkpoints, world)
         if choice.folder is None and choice.damaged:
-            raise CheckpointError(
-                f"every checkpoint in {run.checkpoints} is damaged ({', '.join(sorted(choice.damaged))}); "
-                "restore one, or start anew with another --run"
+            raise _together(
+                CheckpointError(
+                    f"every checkpoint in {run.checkpoints} is damaged ({', '.join(sorted(choice.damaged))}); "
+                    "restore one, or start anew with another --run"
+                )
             )
         folder = choice.folder
     else:
@@ -65,9 +79,14 @@ def find_start(run: RunFolder, engine: Engine, world: World, *, resume: str, fin
     for name, expected in fingerprints.items():
         found = loaded.manifest.fingerprints.get(name)
         if found != expected:
-            raise CheckpointError(
-                f"checkpoint {folder} was written with {name} {found}, this run has {expected}; resume with what it was written with"
-            )
+            message = f"checkpoint {folder} was written with {name} {found}, this run has {expected}; resume with what it was written with"
+            raise _together(CheckpointError(message))
     _log.info("resumed from %s (written by %d ranks)", folder, loaded.manifest.world_size)
     ledger = tuple(Skipped.from_json(entry) for entry in loaded.ledger) if world.is_main else ()
     return Start(step=loaded.manifest.step, data_state=LoaderState.from_json(loaded.data_state), ledger=ledger)
+
+
+def _together(error: CheckpointError) -> CheckpointError:
+    """Mark an error that every rank finds by itself."""
+    error.on_all_ranks = True
+    return error

@@ -69,7 +69,11 @@ class RunFolder:
                 there is something to resume and it must not be.
         """
         if not self.is_run():
-            if self.path.exists() and any(entry.name != "logs" for entry in self.path.iterdir()):
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"{self.path} is a file; name a folder with --run")
+            # What a launcher, or a start that was cut off, leaves behind.
+            own = {"logs", "STOP", self.tokenizer.name, "ds_config.json", "environment.json"}
+            if self.path.exists() and any(entry.name not in own and not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; name an empty folder with --run")
             return
         if resume == "never":
@@ -92,15 +96,14 @@ class RunFolder:
 
     def mark(self, marker: Path, **facts: Any) -> None:
         """Leave `marker` (INTERRUPTED or DONE) with its facts as JSON, and take the other one and STOP away."""
+        write_text(marker, json.dumps(facts, sort_keys=True) + "\n")
         for other in (self.interrupted, self.done, self.stop):
             if other != marker:
                 other.unlink(missing_ok=True)
-        write_text(marker, json.dumps(facts, sort_keys=True) + "\n")
 
-    def clear_markers(self) -> None:
-        """Take INTERRUPTED and STOP away when a run starts or resumes."""
-        for marker in (self.interrupted, self.stop):
-            marker.unlink(missing_ok=True)
+    def begin(self) -> None:
+        """Take INTERRUPTED away: from here on the run is under way. STOP stays until it was obeyed."""
+        self.interrupted.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:
