@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,15 @@ def test_readmes_commands_run_in_order(tmp_path):
     asked = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert asked.returncode == 0, asked.stderr[-3000:]
     assert "images: the exported model says" in asked.stdout and "modules of megamm that were imported: 0" in asked.stdout
+    check_final_table(tmp_path)
+
+
+def check_final_table(folder: Path) -> None:
+    """The quick start's last step over real reports: an untrained model misses the accuracies and nothing else."""
+    shutil.copytree(folder / "runs" / "tiny", folder / "runs" / "unbroken")
+    shutil.copytree(folder / "runs" / "tiny" / "evaluation", folder / "evaluation")
+    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import quickstart; sys.exit(quickstart.table(pathlib.Path(sys.argv[2]), 2, 60.0))"
+    words = [sys.executable, "-c", code, str(CHECKOUT / "launchers"), str(folder)]
+    table = subprocess.run(words, capture_output=True, text=True, check=False)
+    missed = [line for line in table.stdout.splitlines() if line.endswith("MISSED")]
+    assert table.returncode == 1 and len(missed) == 2 and all("accuracy" in line for line in missed), table.stdout + table.stderr
