@@ -11,7 +11,7 @@ from megamm.core.errors import ConfigError
 from megamm.core.logging import get_logger
 from megamm.evaluation.held_out import SkippedSample, held_out_patterns, list_places, read_samples
 from megamm.evaluation.judge import Record, judge
-from megamm.evaluation.report import Report, make_report
+from megamm.evaluation.report import Report, check_output, make_report
 from megamm.inference.load import load_model
 from megamm.tasks import TASKS
 
@@ -32,7 +32,8 @@ def evaluate(
     """Evaluate a run's newest good checkpoint or an exported folder.
 
     Chats are answered greedily up to `max_new_tokens` and compared with their last stored answer; plain documents are
-    scored. Every held-out sample counts in exactly one place: a row, the skipped ones, or (its task was not asked for) nowhere.
+    scored. Every held-out sample counts in exactly one place: a row, the skipped ones (also those of tasks that nobody knows,
+    unless `tasks` are given), or nowhere when `tasks` leave it out.
 
     Args:
         source: Run folder or exported folder.
@@ -45,19 +46,20 @@ def evaluate(
         device: Where the model runs; None takes the GPU where there is one.
 
     Raises:
-        ConfigError: No such source, shards or task, or no sample to evaluate.
+        ConfigError: No such source or task, no sample to evaluate, or an output folder that holds other files.
         CheckpointError: The run has no good checkpoint.
-        DataError: A shard is missing, or changed since it was indexed.
+        DataError: Shards are missing, or changed since they were indexed.
     """
     _check(tasks, max_samples=max_samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    if output is not None:
+        check_output(output)
     start = time.monotonic()
     loaded = load_model(source, device=device)
     patterns = dict(datasets) if datasets else held_out_patterns(loaded.recipe)
     places = list_places(patterns, max_samples)
     records: list[Record] = []
     skipped: list[SkippedSample] = []
-    wanted = frozenset(tasks) or frozenset(TASKS)
-    for result in judge(loaded, read_samples(places), tasks=wanted, batch_size=batch_size, max_new_tokens=max_new_tokens):
+    for result in judge(loaded, read_samples(places), tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens):
         if isinstance(result, SkippedSample):
             skipped.append(result)
             _log.warning("skipped %s/%s in %s: %s", result.dataset, result.key, result.shard, result.reason)
@@ -66,12 +68,12 @@ def evaluate(
     if not records:
         raise ConfigError(
             f"none of {len(places)} held-out samples could be evaluated ({len(skipped)} skipped, the rest of other tasks than "
-            f"{', '.join(sorted(wanted))}); name other tasks or shards"
+            f"{', '.join(sorted(tasks or TASKS))}); name other tasks or shards"
         )
     settings = {
         "version": __version__,
         "datasets": {name: str(pattern) for name, pattern in patterns.items()},
-        "tasks": sorted(wanted),
+        "tasks": sorted(set(tasks or TASKS)),
         "max_samples": max_samples,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamm.config import Recipe
+from megamm.config import Dataset, Recipe
 from megamm.core.errors import ConfigError
 from megamm.core.types import Sample
+from megamm.data.datasets import find_shards
 from megamm.data.encode import parse_document
 from megamm.data.index import read_shard_facts
 from megamm.data.ledger import BadSample
@@ -57,16 +57,11 @@ def list_places(patterns: Mapping[str, str], max_samples: int | None = None) -> 
         max_samples: At most so many of each dataset, spread evenly over it, because neighbours in a shard are often alike.
 
     Raises:
-        ConfigError: A pattern matches nothing.
-        DataError: A shard has no usable index.
+        DataError: A pattern matches nothing, or a shard is gone or has no usable index.
     """
     places = []
     for dataset, pattern in patterns.items():
-        tars = [Path(path) for path in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207, patterns may be absolute
-        if not tars:
-            raise ConfigError(
-                f"no shard of held-out dataset {dataset!r} matches {pattern}; check data.root or give --shards {dataset}=GLOB"
-            )
+        tars = find_shards(dataset, Dataset(str(pattern)), Path())
         own = [Place(dataset, tar, number) for tar in tars for number in range(read_shard_facts(tar).num_samples)]
         places += own if max_samples is None else _spread(own, max_samples)
     return places

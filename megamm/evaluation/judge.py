@@ -17,7 +17,7 @@ from megamm.inference.generate import Sampling, generate
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import Prompt, make_prompt
 from megamm.inference.score import token_losses
-from megamm.tasks import template
+from megamm.tasks import TASKS, template
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,13 @@ def judge(
 ) -> Iterator[Record | SkippedSample]:
     """Answer or score each sample once; of every sample of `tasks` comes one record or one reason to skip it.
 
-    The order is that of full batches. Samples of other tasks are left out; a sample that cannot be read has no known task
-    and is reported.
+    The order is that of full batches. Samples of other tasks are left out; a sample that cannot be read, or whose task nobody
+    knows while none are asked for, is reported.
 
     Args:
         loaded: The model.
         samples: From `read_samples`.
-        tasks: Names of the tasks that count.
+        tasks: Names of the tasks that count; empty for all.
         batch_size: Samples that run at once.
         max_new_tokens: Bound on an answer.
     """
@@ -117,7 +117,10 @@ def judge(
         if isinstance(sample, SkippedSample):
             yield sample
             continue
-        if sample.task not in tasks:
+        if tasks and sample.task not in tasks:
+            continue
+        if sample.task not in TASKS:
+            yield skipped(place, sample.key, f"task {sample.task!r} is not known; the tasks are {', '.join(TASKS)}")
             continue
         try:
             item = _prepare(loaded, encoder, place, sample, max_new_tokens)

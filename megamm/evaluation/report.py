@@ -6,11 +6,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megamm.core.files import write_json, write_text
+from megamm.core.errors import ConfigError
+from megamm.core.files import read_json, write_json, write_text
 from megamm.evaluation.held_out import SkippedSample
 from megamm.evaluation.judge import Answered, Record, Scored
 from megamm.tasks import TASKS
@@ -97,6 +98,34 @@ class Report:
         write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
         write_text(folder / REPORT_MARKDOWN, self.to_markdown())
         write_json(folder / REPORT_JSON, self.to_dict())
+
+
+def check_output(folder: Path) -> None:
+    """Make sure that writing a report there replaces nothing but an earlier report.
+
+    Raises:
+        ConfigError: The folder is a file, holds other files, or its `report.json` is of another kind.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file; name a folder for the report")
+    own = {REPORT_JSON, REPORT_MARKDOWN, PREDICTIONS}
+    # A run that was killed while it wrote one of them may have left its temporary neighbour.
+    left = tuple(f".{name}." for name in own)
+    if foreign := sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(left)):
+        raise ConfigError(f"output {folder} holds {foreign[0]}, which is no part of a report; name an empty folder or one of an evaluation")
+    path = folder / REPORT_JSON
+    if path.exists() and not _is_report(path):
+        raise ConfigError(f"output {folder} holds a {REPORT_JSON} that is no evaluation's; name an empty folder or one of an evaluation")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        value = read_json(path)
+    except (ValueError, OSError):
+        return False
+    return isinstance(value, dict) and {field.name for field in fields(Report)} - {"records"} <= value.keys()
 
 
 def make_report(

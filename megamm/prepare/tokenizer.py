@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -10,9 +9,10 @@ from pathlib import Path
 
 import xxhash
 
-from megamm.config.schema import Recipe
+from megamm.config.schema import Dataset, Recipe
 from megamm.core.errors import DataError
 from megamm.core.types import Part
+from megamm.data.datasets import find_shards
 from megamm.data.index import load_index
 from megamm.tasks.template import parse_sample
 from megamm.tokenizers import text
@@ -25,13 +25,10 @@ def texts(patterns: Iterable[str]) -> Iterator[str]:
         patterns: Paths or globs of tar files.
 
     Raises:
-        DataError: A pattern matches nothing, a shard has no index or changed, or a sample is not a chat; names it.
+        DataError: A pattern matches nothing, a shard is gone, has no index or changed, or a sample is not a chat; names it.
     """
     for pattern in patterns:
-        tars = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207, patterns may be absolute
-        if not tars:
-            raise DataError(f"no shard matches {pattern}; write shards with `megamm prepare` or change the pattern")
-        for tar in tars:
+        for tar in find_shards(pattern, Dataset(pattern), Path()):
             yield from _shard_texts(tar)
 
 

@@ -196,7 +196,7 @@ def test_what_cannot_be_evaluated_is_named(run, datasets, root):
         evaluate(run, datasets=datasets, tasks=["guessing"])
     with pytest.raises(ConfigError, match="batch_size=0 evaluates nothing"):
         evaluate(run, datasets=datasets, batch_size=0)
-    with pytest.raises(ConfigError, match="no shard of held-out dataset 'gone' matches"):
+    with pytest.raises(DataError, match="dataset gone: no shard matches"):
         evaluate(run, datasets={"gone": str(root / "gone-*.tar")})
     with pytest.raises(ConfigError, match=r"has no data\.held_out"):
         evaluate(run)
@@ -211,3 +211,46 @@ def test_a_shard_that_changed_ends_the_evaluation(run, tmp_path):
     tar.write_bytes(tar.read_bytes() + bytes(512))
     with pytest.raises(DataError, match="changed since it was indexed"):
         evaluate(run, datasets={"texts": str(tar)}, **SETTINGS)
+
+
+def test_a_shard_that_is_gone_is_noticed(tmp_path):
+    for number in range(2):
+        write_index(write_tar(tmp_path / f"texts-{number}.tar", {"a": as_files(text_document("say"))}))
+    (tmp_path / "texts-1.tar").unlink()
+    with pytest.raises(DataError, match=r"texts-1\.tar does not exist, but its index does"):
+        list_places({"texts": str(tmp_path / "texts-*.tar")})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("report.json", '{"figures": [1, 2]}', r"holds a report\.json that is no evaluation's"),
+        ("report.json", "not JSON", r"holds a report\.json that is no evaluation's"),
+        ("notes.txt", "mine", r"holds notes\.txt, which is no part of a report"),
+    ],
+)
+def test_files_of_others_are_not_overwritten(run, datasets, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        evaluate(run, datasets={"texts": datasets["texts"]}, output=tmp_path, **SETTINGS)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+def test_an_earlier_report_is_replaced(run, datasets, tmp_path):
+    for max_samples in (1, 2):
+        evaluate(run, datasets={"texts": datasets["texts"]}, output=tmp_path, max_samples=max_samples, **SETTINGS)
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["max_samples"] == 2
+    with pytest.raises(ConfigError, match="is a file"):
+        evaluate(run, datasets=datasets, output=tmp_path / "report.md")
+
+
+def test_samples_of_unknown_tasks_are_skipped_with_the_reason(run, tmp_path):
+    ask = [{"type": "text", "text": "say one"}]
+    samples = {"a": as_files(text_document("say")), "b": as_files(chat(ask, "one", task="guessing"))}
+    write_index(write_tar(tmp_path / "mixed.tar", samples))
+    datasets = {"mixed": str(tmp_path / "mixed.tar")}
+    report = evaluate(run, datasets=datasets, **SETTINGS)
+    assert [record.key for record in report.records] == ["a"]
+    (entry,) = report.skipped
+    assert entry.key == "b" and entry.reason.startswith("task 'guessing' is not known; the tasks are ")
+    assert not evaluate(run, datasets=datasets, tasks=["text"], **SETTINGS).skipped

@@ -8,7 +8,7 @@ from megamm.core.errors import ConfigError, DataError
 from megamm.prepare.tokenizer import make_tokenizer, texts
 from megamm.tokenizers.text import TextTokenizer
 from tests.support.preparing import write_shards
-from tests.support.shards import as_files, jpeg, write_tar
+from tests.support.shards import as_files, jpeg, text_document, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +56,13 @@ def test_labels_of_boxes_masks_and_items_are_texts(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"a": as_files(document, _0_jpg=picture, _1_png=jpeg(2, 2, format="PNG"))})
     write_index(tar)
     assert list(texts([str(tar)])) == ["A lamp", "cell", "nucleus"]
+
+
+def test_a_shard_that_is_gone_is_noticed(tmp_path):
+    from megamm.data.index import write_index
+
+    for number in range(2):
+        write_index(write_tar(tmp_path / f"text-{number}.tar", {"a": as_files(text_document("say"))}))
+    (tmp_path / "text-1.tar").unlink()
+    with pytest.raises(DataError, match=r"text-1\.tar does not exist, but its index does"):
+        list(texts([str(tmp_path / "text-*.tar")]))
