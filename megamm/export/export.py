@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def export(
         output: New or empty folder.
         dtype: Type of the exported weights: `bfloat16`, `float16` or `float32`. Training computes in a cast of its float32
             master weights, so the training precision loses nothing that training computed with.
-        max_shard_size: Bound on a weight file, such as `4GB`.
+        max_shard_size: Bound on a weight file: a number with KB, MB, GB or TB, such as `4GB`.
         views: Stock views to write as well, into `views/NAME` (see `models.views`); each repeats its part of the weights.
         parity: Prove the folder in a fresh process and write `parity.json`.
 
@@ -53,10 +54,13 @@ def export(
     Raises:
         ConfigError: `run` is not a run folder.
         CheckpointError: The run has no good checkpoint.
-        ExportError: `output` is not empty, `dtype` or a view is unknown, or the folder does not answer as the trained model does.
+        ExportError: `output` is not empty or cannot be written, `dtype`, `max_shard_size` or a view is unknown, or the folder does
+            not answer as the trained model does.
     """
     if dtype not in DTYPES:
         raise ExportError(f"dtype={dtype} cannot be exported; use one of {', '.join(DTYPES)}")
+    if not _is_size(max_shard_size):
+        raise ExportError(f"max_shard_size={max_shard_size} is no size of a file; write a number with KB, MB, GB or TB, such as 4GB")
     refuse_used_folder(output)
     loaded = load_model(run, dtype=DTYPES[dtype], device="cpu")
     if loaded.recipe is None:
@@ -81,11 +85,11 @@ def refuse_used_folder(output: Path) -> None:
     """Refuse an output that would overwrite something.
 
     Raises:
-        ExportError: `output` is a file or a folder with something in it.
+        ExportError: `output` is a file or a folder with something in it, or cannot be looked into.
     """
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if os.path.lexists(output):
+    with _naming(output):
+        used = os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
+    if used:
         raise ExportError(f"{output} is not an empty folder; name a new one, or remove what is there")
 
 
@@ -108,6 +112,11 @@ def write_folder(loaded: Loaded, folder: Path, *, max_shard_size: str) -> None:
     write_text(folder / "README.md", model_card(loaded, num_parameters(loaded.config)))
 
 
+def _is_size(text: str) -> bool:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", text.strip(), re.IGNORECASE)
+    return found is not None and float(found[1]) > 0
+
+
 def _add_auto_map(path: Path) -> None:
     table: dict[str, Any] = read_json(path)
     write_json(path, table | {"auto_map": AUTO_MAP})
@@ -126,13 +135,14 @@ def _rounding(run: Path, references: list[Expected], dtype: str, num_elements: i
 @contextmanager
 def _whole_folder(output: Path) -> Iterator[Path]:
     """A temporary neighbour of `output` that takes its name on success and is removed on an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    with _naming(output):
+        temporary.mkdir(parents=True)
     try:
-        yield temporary
-        _sync(temporary)
+        with _naming(output):
+            yield temporary
+            _sync(temporary)
         # Replaces an empty folder; fails, as it should, when something was put there meanwhile.
         try:
             temporary.rename(output)
@@ -141,6 +151,16 @@ def _whole_folder(output: Path) -> Iterator[Path]:
         sync_folder(output.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _naming(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line that names `output`."""
+    try:
+        yield
+    except OSError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ExportError(f"{output} cannot be written: {reason}; name a folder that you may write, with room for the model") from error
 
 
 def _sync(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """From a run trained by the real engine to a folder that stands alone."""
 
+import errno
+import importlib
 import json
 import subprocess
 import sys
@@ -63,6 +65,8 @@ def test_the_export_proves_itself(trained):
     report = read_json(folder / "parity.json")
     assert report["holds"] is True
     assert report["step"] == 3
+    assert report["max_abs_difference"] == 0
+    assert report["tolerance"] in [row["tolerance"] for row in report["probes"]]
     assert [row["probe"] for row in report["probes"]] == ["text", "image", "audio", "image_audio"]
     for row in report["probes"]:
         assert row["max_logit_difference"] == 0
@@ -158,7 +162,9 @@ def test_changed_or_missing_weights_break_the_proof(tmp_path):
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(ExportError, match="differs from the trained model on probe 'text'"):
         prove(folder, references, {})
-    assert read_json(folder / "parity.json")["holds"] is False
+    report = read_json(folder / "parity.json")
+    assert report["holds"] is False
+    assert report["max_abs_difference"] > report["tolerance"] > 0
     del tensors["model.language_model.norm.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(ExportError, match=r"fresh process cannot use .*the weights do not fit.*norm\.weight"):
@@ -217,9 +223,30 @@ def test_an_empty_output_is_filled_and_a_failure_leaves_nothing(tmp_path):
         export(run, tmp_path / "other", views=("speech",))
     with pytest.raises(ExportError, match="dtype=int8 cannot be exported"):
         export(run, tmp_path / "other", dtype="int8")
+    for size in ("banana", "4", "4GiB", "0GB", "-1GB", "nanGB"):
+        with pytest.raises(ExportError, match=f"max_shard_size={size} is no size of a file"):
+            export(run, tmp_path / "other", max_shard_size=size)
     with pytest.raises(ExportError, match="is an exported folder already"):
         export(output, tmp_path / "other")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "output"}
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    write_run(run)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ExportError, match=r"file/output cannot be written: .*Not a directory") as caught:
+        export(run, tmp_path / "file" / "output", parity=False)
+    assert "\n" not in str(caught.value)
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(importlib.import_module("megamm.export.export"), "write_text", full)
+    with pytest.raises(ExportError, match=r"output cannot be written: .*No space left on device: .*README\.md") as caught:
+        export(run, tmp_path / "output", parity=False)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "file"}
 
 
 def test_a_damaged_run_is_refused(tmp_path):

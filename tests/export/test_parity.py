@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from megamm.core.types import Part
-from megamm.export.parity import Expected, row_of
+from megamm.export.parity import Expected, row_of, worst_of
 from megamm.export.probes import make_probes
 from megamm.inference import make_prompt
 from tests.support.tiny_run import random_model
@@ -39,11 +39,12 @@ def test_equal_sides_hold(loaded):
     assert row["tolerance"] == pytest.approx(8e-5)
 
 
-@pytest.mark.parametrize("dtype, below, above", [(torch.float32, 7e-5, 9e-5), (torch.bfloat16, 0.24, 0.26), (torch.float16, 0.03, 0.032)])
-def test_logits_must_agree_within_the_types_tolerance(loaded, dtype, below, above):
+@pytest.mark.parametrize("dtype, below, above", [(torch.float32, 7e-5, 9e-5), (torch.bfloat16, 0.06, 0.065), (torch.float16, 0.03, 0.032)])
+@pytest.mark.parametrize("which", ["logits", "processed_logits"])
+def test_logits_must_agree_within_the_types_tolerance(loaded, dtype, below, above, which):
     for change, holds in ((below, True), (above, False), (float("nan"), False), (float("inf"), False)):
         reference, results = sides(loaded, dtype)
-        results["image/logits"][0, 2, 3] += change
+        results[f"image/{which}"][0, 2, 3] += change
         assert row_of(reference, results, dtype)["holds"] is holds
 
 
@@ -58,11 +59,32 @@ def test_prompt_tokens_and_features_must_agree(loaded):
     assert row["max_feature_differences"] == [pytest.approx(2e-4, rel=1e-2)]
 
 
+def test_answers_must_be_equal(loaded):
+    reference, results = sides(loaded)
+    results["image/answer"][0, 1] += 1
+    row = row_of(reference, results, torch.float32)
+    assert not row["holds"] and not row["equal_answer"]
+
+
 def test_other_shapes_never_hold(loaded):
     reference, results = sides(loaded)
     results["image/logits"] = results["image/logits"][:, :, :-1]
     row = row_of(reference, results, torch.float32)
     assert not row["holds"] and row["max_logit_difference"] is None
+    assert worst_of([row | {"max_logit_difference": 1e9}, row]) == row
+
+
+def test_small_logits_keep_the_tolerance_of_their_addends(loaded):
+    reference, results = sides(loaded)
+    reference.logits.zero_()
+    results["image/logits"].zero_()
+    results["image/processed_logits"].zero_()
+    assert row_of(reference, results, torch.bfloat16)["tolerance"] == 2**-10
+
+
+def test_the_worst_probe_is_the_one_closest_to_its_own_tolerance():
+    rows = [{"max_logit_difference": 0.5, "tolerance": 1.0}, {"max_logit_difference": 0.1, "tolerance": 0.125}]
+    assert worst_of(rows) is rows[1]
 
 
 def test_probes_ask_about_every_modality_and_are_the_same_every_time(loaded):
