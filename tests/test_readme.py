@@ -72,7 +72,8 @@ def check_final_table(folder: Path) -> None:
     """The quick start's last step over real reports: an untrained model misses the accuracies and nothing else."""
     shutil.copytree(folder / "runs" / "tiny", folder / "runs" / "unbroken")
     shutil.copytree(folder / "runs" / "tiny" / "evaluation", folder / "evaluation")
-    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import quickstart; sys.exit(quickstart.table(pathlib.Path(sys.argv[2]), 2, 60.0))"
+    start = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import quickstart; "
+    code = start + "sys.exit(quickstart.table(pathlib.Path(sys.argv[2]), 2, 60.0))"
     words = [sys.executable, "-c", code, str(CHECKOUT / "launchers"), str(folder)]
     table = subprocess.run(words, capture_output=True, text=True, check=False)
     missed = [line for line in table.stdout.splitlines() if line.endswith("MISSED")]
