@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -13,16 +12,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import tomli
 from pydantic import TypeAdapter, ValidationError
 
 from megamm.config.schema import Recipe
 from megamm.core.errors import ConfigError
 from megamm.core.files import read_json
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _ADAPTER = TypeAdapter(Recipe)
 
@@ -52,8 +47,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     else:
         raise ConfigError(f"recipe {name!r} is not known{_suggest(name, recipe_names())}; the recipes are: {', '.join(recipe_names())}")
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name} is not valid TOML: {error}") from error
     return from_dict(apply_overrides(table, overrides))
 
@@ -144,8 +139,8 @@ def _value(text: str, *, wants_text: bool) -> Any:
     if wants_text:
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
         return text
 
 
