@@ -187,8 +187,8 @@ class StepLoader:
                 self._changed.notify_all()
 
     def _plan_step(self) -> _Planned:
-        step = self._plan.rows(self._state.plan, self._plan.batch.global_rows)
-        self._state = LoaderState(self._state.step + 1, step.state, self._state.identity, self._state.exclusions)
+        step = self._plan.next_step(self._state)
+        self._state = step.state
         hands = deal(step.rows, self._world_size, self._plan.batch.micro_rows, self._accumulation)
         mine = [[() if row is None else row.samples for row in slots] for slots in hands[self._rank]]
         # All ranks see what no row holds; one of them answers for each.

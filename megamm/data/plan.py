@@ -39,16 +39,16 @@ class PlannedStep:
     Attributes:
         rows: In their global order.
         unfit: Samples of the windows that this step opened which no row holds; they go to the ledger.
-        state: Where the next step begins.
+        state: What resuming after this step needs.
     """
 
     rows: list[PlannedRow]
     unfit: tuple[PlannedSample, ...]
-    state: PlanState
+    state: LoaderState
 
 
 class DataPlan:
-    """The training data of a run, planned. Stateless: `rows` is a function of the place that it is given.
+    """The training data of a run, planned. Stateless: `next_step` is a function of the place that it is given.
 
     Attributes:
         datasets: By name, sorted.
@@ -128,12 +128,20 @@ class DataPlan:
         _log.info("data weights %s hold from position %d on", dict(zip(self._names, self._weights(), strict=True)), first)
         return replace(state, plan=replace(state.plan, segments=segments))
 
-    def rows(self, state: PlanState, num_rows: int) -> PlannedStep:
-        """The next `num_rows` rows.
+    def next_step(self, state: LoaderState) -> PlannedStep:
+        """The step after a state: the one function that leads from step to step.
+
+        Args:
+            state: From `start`, `resume` or the step before.
 
         Raises:
             DataError: Window after window holds no sample that fits a row.
         """
+        rows, unfit, place = self._take(state.plan, self.batch.global_rows)
+        return PlannedStep(rows, unfit, replace(state, step=state.step + 1, plan=place))
+
+    def _take(self, state: PlanState, num_rows: int) -> tuple[list[PlannedRow], tuple[PlannedSample, ...], PlanState]:
+        """The next `num_rows` rows, what no row of the windows opened for them holds, and where to go on."""
         rows: list[PlannedRow] = []
         unfit: list[PlannedSample] = []
         number, row, num_empty = state.window, state.row, 0
@@ -152,7 +160,7 @@ class DataPlan:
                     f"no sample among {num_empty * self.data.window} positions fits a row: {self.unfit_reason(unfit[-1])}; "
                     "look at the data, or raise batch.row_tokens, data.row_patches or data.row_frames"
                 )
-        return PlannedStep(rows, tuple(unfit), PlanState(number, row, state.segments))
+        return rows, tuple(unfit), PlanState(number, row, state.segments)
 
     def unfit_reason(self, sample: PlannedSample) -> str:
         """Why no row holds a sample."""

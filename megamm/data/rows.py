@@ -42,6 +42,7 @@ class PlannedSample:
         tokens: Planned tokens.
         patches: Planned patches.
         frames: Planned mel frames.
+        variant: Which of the lengths that its dataset was planned with; above 0 only where augmentation changes lengths.
     """
 
     position: int
@@ -51,6 +52,7 @@ class PlannedSample:
     tokens: int
     patches: int
     frames: int
+    variant: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Window:
         indices: int64[n], sample inside its dataset.
         epochs: int64[n].
         lengths: int32[n, 3], tokens, patches and frames.
+        variants: int64[n], which of the lengths of its dataset each sample has.
         members: int64, places (0 to n - 1) of the samples of row 0, then of row 1, ...; by position within a row.
         starts: int64[R + 1], where each row starts in `members`.
         unfit: int64, places of the samples that no row holds.
@@ -76,6 +79,7 @@ class Window:
     indices: np.ndarray
     epochs: np.ndarray
     lengths: np.ndarray
+    variants: np.ndarray
     members: np.ndarray
     starts: np.ndarray
     unfit: np.ndarray
@@ -94,6 +98,7 @@ class Window:
         capacity: tuple[int, int, int],
         costs: RowCosts,
         row_key: int | None,
+        variants: np.ndarray | None = None,
     ) -> Window:
         """Pack samples into rows.
 
@@ -107,6 +112,7 @@ class Window:
             capacity: Tokens, patches and frames of a row.
             costs: What makes a row costly.
             row_key: Shuffles the rows; None keeps them in the order of packing.
+            variants: int64[n]; zeros by default.
         """
         packed = pack(lengths, capacity)
         num_rows = int(packed.max(initial=UNFIT)) + 1
@@ -123,6 +129,7 @@ class Window:
             indices=indices,
             epochs=epochs,
             lengths=lengths,
+            variants=np.zeros_like(indices) if variants is None else variants,
             members=fit[np.argsort(rows, kind="stable")],
             starts=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))]),
             unfit=np.flatnonzero(packed == UNFIT),
@@ -136,11 +143,11 @@ class Window:
 
     def samples(self, places: np.ndarray) -> tuple[PlannedSample, ...]:
         """The samples at some places."""
-        columns = (self.positions, self.datasets, self.indices, self.epochs)
+        columns = (self.positions, self.datasets, self.indices, self.epochs, self.variants)
         rows = zip(*(column[places].tolist() for column in columns), self.lengths[places].tolist(), strict=True)
         return tuple(
-            PlannedSample(position, self.dataset_names[dataset], index, epoch, *lengths)
-            for position, dataset, index, epoch, lengths in rows
+            PlannedSample(position, self.dataset_names[dataset], index, epoch, *lengths, variant)
+            for position, dataset, index, epoch, variant, lengths in rows
         )
 
 

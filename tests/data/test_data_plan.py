@@ -17,6 +17,7 @@ from megamm.core.errors import DataError
 from megamm.data.datasets import ShardSet
 from megamm.data.features import MediaRules
 from megamm.data.plan import DataPlan
+from megamm.data.rows import PlannedSample
 from megamm.data.state import LoaderState, PlanState
 
 CAPACITY = (100, 40, 40)
@@ -31,10 +32,15 @@ def shard_set(name: str, num_samples: list[int], tokens: int | None = None) -> S
     return ShardSet(name, tars, starts, "digest", ("text",), "key", lengths.astype(np.int32))
 
 
-def plan_of(datasets: list[ShardSet], tokenizer, *, weights=None, seed: int = 0, **changes) -> DataPlan:
+def plan_of(datasets: list[ShardSet], tokenizer, *, weights=None, seed: int = 0, num_rows: int = 8, **changes) -> DataPlan:
     train = {dataset.name: Dataset("x", weight) for dataset, weight in zip(datasets, weights or [1.0] * len(datasets), strict=True)}
     data = replace(Data(train=train, window=64, row_patches=CAPACITY[1], row_frames=CAPACITY[2]), **changes)
-    return DataPlan(datasets, data, Batching(row_tokens=CAPACITY[0]), rules=MediaRules(None, None, 1), tokenizer=tokenizer, seed=seed)
+    batch = Batching(row_tokens=CAPACITY[0], global_rows=num_rows)
+    return DataPlan(datasets, data, batch, rules=MediaRules(None, None, 1), tokenizer=tokenizer, seed=seed)
+
+
+def first_rows(plan: DataPlan) -> list[tuple[PlannedSample, ...]]:
+    return [row.samples for row in plan.next_step(plan.start()).rows]
 
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(lambda sizes: sum(sizes) > 0)
@@ -51,11 +57,11 @@ SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(lambda sizes
 def test_every_position_is_consumed_once_and_no_row_overflows(tokenizer, datasets, window, block, shuffle_window, num_rows):
     sets = [shard_set(f"d{number}", sizes) for number, (sizes, _) in enumerate(datasets)]
     weights = [weight for _, weight in datasets]
-    plan = plan_of(sets, tokenizer, weights=weights, window=window, shuffle_block=block, shuffle_window=shuffle_window)
-    state, positions, seen = plan.start().plan, [], set()
+    plan = plan_of(sets, tokenizer, weights=weights, window=window, shuffle_block=block, shuffle_window=shuffle_window, num_rows=num_rows)
+    state, positions, seen = plan.start(), [], set()
     for _ in range(8):
         try:
-            step = plan.rows(state, num_rows)
+            step = plan.next_step(state)
         except DataError:
             return
         assert len(step.rows) == num_rows
@@ -69,7 +75,7 @@ def test_every_position_is_consumed_once_and_no_row_overflows(tokenizer, dataset
             assert (sample.dataset, sample.index, sample.epoch) not in seen
             seen.add((sample.dataset, sample.index, sample.epoch))
         state = step.state
-    finished = state.window * window
+    finished = state.plan.window * window
     assert sorted(position for position in positions if position < finished) == list(range(finished))
     assert len(positions) == len(set(positions))
 
@@ -78,17 +84,17 @@ def test_every_position_is_consumed_once_and_no_row_overflows(tokenizer, dataset
 @settings(max_examples=30)
 def test_steps_of_any_size_are_cuts_of_one_stream_of_rows(tokenizer, first, seed, second):
     """What rows there are does not depend on how many are taken at once."""
-    plan = plan_of([shard_set("a", [50, 60])], tokenizer, seed=seed)
-    whole = plan.rows(plan.start().plan, first + second)
-    one = plan.rows(plan.start().plan, first)
-    two = plan_of([shard_set("a", [50, 60])], tokenizer, seed=seed).rows(one.state, second)
+    whole, one, two = (plan_of([shard_set("a", [50, 60])], tokenizer, seed=seed, num_rows=num) for num in (first + second, first, second))
+    whole = whole.next_step(whole.start())
+    one = one.next_step(one.start())
+    two = two.next_step(one.state)
     assert [row.samples for row in (*one.rows, *two.rows)] == [row.samples for row in whole.rows]
-    assert one.unfit + two.unfit == whole.unfit and two.state == whole.state
+    assert one.unfit + two.unfit == whole.unfit and two.state.plan == whole.state.plan
 
 
 def test_epochs_are_complete_and_differ(tokenizer):
-    plan = plan_of([shard_set("a", [30, 0, 34], tokens=10)], tokenizer)
-    samples = [sample for row in plan.rows(plan.start().plan, 20).rows for sample in row.samples]
+    plan = plan_of([shard_set("a", [30, 0, 34], tokens=10)], tokenizer, num_rows=20)
+    samples = [sample for row in first_rows(plan) for sample in row]
     orders = {epoch: [s.index for s in sorted(samples, key=lambda s: s.position) if s.epoch == epoch] for epoch in (0, 1)}
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(64))
     assert orders[0] != orders[1]
@@ -96,8 +102,8 @@ def test_epochs_are_complete_and_differ(tokenizer):
 
 def test_rows_are_not_taken_from_long_to_short(tokenizer):
     """Packing opens rows for the largest samples first; their cost must not fall along the window."""
-    plan = plan_of([shard_set("a", [4096])], tokenizer, window=2048)
-    costs = [row.cost for row in plan.rows(plan.start().plan, 300).rows]
+    plan = plan_of([shard_set("a", [4096])], tokenizer, window=2048, num_rows=300)
+    costs = [row.cost for row in plan.next_step(plan.start()).rows]
     assert abs(np.corrcoef(np.arange(300), costs)[0, 1]) < 0.2
 
 
@@ -106,7 +112,7 @@ def test_names_not_their_order_in_the_recipe_decide(tokenizer):
     a, b = shard_set("a", [50]), shard_set("b", [70])
     one, two = plan_of([a, b], tokenizer, weights=[2.0, 1.0]), plan_of([b, a], tokenizer, weights=[1.0, 2.0])
     assert one.fingerprint == two.fingerprint
-    assert [row.samples for row in one.rows(one.start().plan, 9).rows] == [row.samples for row in two.rows(two.start().plan, 9).rows]
+    assert first_rows(one) == first_rows(two)
 
 
 def test_identity_names_everything_that_the_rows_depend_on(tokenizer):
@@ -127,9 +133,9 @@ def test_identity_names_everything_that_the_rows_depend_on(tokenizer):
 
 
 def test_data_that_fit_no_row_are_an_error_not_an_endless_search(tokenizer):
-    plan = plan_of([shard_set("a", [50], tokens=101)], tokenizer)
+    plan = plan_of([shard_set("a", [50], tokens=101)], tokenizer, num_rows=1)
     with pytest.raises(DataError, match=r"no sample among 6400 positions fits a row: takes 101 tokens.*a row holds 100"):
-        plan.rows(plan.start().plan, 1)
+        plan.next_step(plan.start())
 
 
 def test_a_billion_samples_are_planned_anywhere_at_once(tokenizer):
@@ -138,10 +144,10 @@ def test_a_billion_samples_are_planned_anywhere_at_once(tokenizer):
     dataset = ShardSet("a", tuple(map(Path, map(str, range(100_000)))), starts, "digest", ("text",), "key", lengths)
 
     def plan_three_places() -> None:
-        plan = plan_of([dataset], tokenizer, shuffle_block=16, window=2048)
-        state = plan.start().plan
+        plan = plan_of([dataset], tokenizer, shuffle_block=16, window=2048, num_rows=256)
+        state = plan.start()
         for window in (0, 10**6, 4 * 10**5):
-            assert len(plan.rows(PlanState(window, 3, state.segments), 256).rows) == 256
+            assert len(plan.next_step(replace(state, plan=PlanState(window, 3, state.plan.segments))).rows) == 256
 
     started = time.process_time()
     plan_three_places()

@@ -16,7 +16,7 @@ from megamm.data.lengths import ensure_lengths, lengths_key, lengths_path, load_
 from megamm.data.reader import LocalReader
 from megamm.data.rows import PlannedSample
 from megamm.data.source import SampleSource
-from tests.data.conftest import MODEL
+from tests.data.conftest import BATCH, MODEL
 from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
 
 RULES = MediaRules.of(MODEL, Data())
@@ -97,16 +97,17 @@ def test_other_settings_are_other_files(tokenizer):
 
 def test_large_datasets_map_one_joined_file(corpus, tmp_path, tokenizer, open_plan, monkeypatch):
     root = shutil.copytree(corpus, tmp_path / "corpus")
-    whole = open_plan(root)
-    expected = [row.samples for row in whole.rows(whole.start().plan, 30).rows]
+    batch = replace(BATCH, global_rows=30)
+    whole = open_plan(root, batch=batch)
+    expected = [row.samples for row in whole.next_step(whole.start()).rows]
     monkeypatch.setattr("megamm.data.lengths.IN_MEMORY_SAMPLES", 20)
     with pytest.raises(DataError, match=r"lengths-\w+\.npy is missing; run `megamm data plan-lengths`"):
         open_plan(root)
     for name in ("digits", "words", "text"):
         assert ensure_lengths(sorted(root.glob(f"{name}/*.tar")), tokenizer, RULES) == []
-    mapped = open_plan(root)
+    mapped = open_plan(root, batch=batch)
     assert mapped.fingerprint == whole.fingerprint
-    assert [row.samples for row in mapped.rows(mapped.start().plan, 30).rows] == expected
+    assert [row.samples for row in mapped.next_step(mapped.start()).rows] == expected
     (joined,) = root.glob("digits/lengths-*.npy")
     joined.write_bytes(joined.read_bytes()[:-4])
     with pytest.raises(DataError, match="is damaged"):
