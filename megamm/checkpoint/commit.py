@@ -20,13 +20,14 @@ from megamm.checkpoint.manifest import (
     LEDGER,
     MANIFEST,
     Fence,
+    FileFacts,
     Manifest,
     ParameterEntry,
     rank_file,
     software_versions,
     step_folder,
 )
-from megamm.checkpoint.shards import FileFacts, write_bytes, write_shard
+from megamm.checkpoint.shards import write_bytes, write_shard
 from megamm.core.errors import CheckpointError
 from megamm.core.files import canonical_json, sync_folder
 from megamm.engine import partitions
@@ -42,14 +43,12 @@ class Progress:
         step: Optimizer steps that were run.
         data_state: What the data plan needs to go on after this step.
         ledger: Skipped samples so far, one table each.
-        train: Whatever the training loop wants back.
         fingerprints: Name -> digest of what must not change under a resumed run.
     """
 
     step: int
     data_state: dict[str, Any] = field(default_factory=dict)
     ledger: Sequence[dict[str, Any]] = ()
-    train: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
@@ -123,7 +122,6 @@ def _manifest(temporary: Path, engine: Engine, world: World, progress: Progress,
         files=files,
         parameters=tuple(ParameterEntry(**asdict(facts)) for facts in partitions.parameter_table(engine)),
         engine=partitions.counters(engine),
-        train=progress.train,
         fingerprints=progress.fingerprints,
         software=software_versions(),
         fence=fence_from_environment(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from megamm.checkpoint import random_states
-from megamm.checkpoint.manifest import DATA_STATE, LEDGER, Manifest, ParameterEntry, rank_file, read_manifest
+from megamm.checkpoint.manifest import Manifest, ParameterEntry, rank_file, read_data_state, read_ledger, read_manifest
 from megamm.checkpoint.slicing import pieces
 from megamm.core.errors import CheckpointError
 from megamm.engine import partitions
@@ -92,16 +91,6 @@ def load(folder: Path, engine: Engine, world: World) -> Loaded:
         if manifest.world_size == world.size:
             random_states.restore(slices.random_states(world.rank), world.device)
     return Loaded(manifest, read_data_state(folder), read_ledger(folder))
-
-
-def read_data_state(folder: Path) -> dict[str, Any]:
-    """Where the data plan stood."""
-    return json.loads((folder / DATA_STATE).read_bytes())
-
-
-def read_ledger(folder: Path) -> list[dict[str, Any]]:
-    """Samples that were skipped until then."""
-    return [json.loads(line) for line in (folder / LEDGER).read_text(encoding="utf-8").splitlines()]
 
 
 def check_model(folder: Path, manifest: Manifest, table: Sequence[ParameterEntry]) -> None:

@@ -10,16 +10,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megamm.checkpoint.shards import FileFacts
 from megamm.core.errors import CheckpointError
 from megamm.core.files import canonical_json, digest_file, digest_text
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
 LEDGER = "ledger.jsonl"
 _PREFIX = "step_"
 _SOFTWARE = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What a manifest says of a file: its size in bytes and its xxh3-128 in hexadecimal."""
+
+    num_bytes: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,6 @@ class Manifest:
         files: File name -> size and digest, of every file but the manifest.
         parameters: In the model's order, buffers last.
         engine: Counters of the engine (`engine.partitions.counters`).
-        train: Whatever the training loop wants back.
         fingerprints: Name (`model`, `config`, `data`, ...) -> digest.
         software: Package -> version.
         fence: Who wrote it.
@@ -61,7 +67,6 @@ class Manifest:
     files: dict[str, FileFacts]
     parameters: tuple[ParameterEntry, ...]
     engine: dict[str, Any]
-    train: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     fence: Fence = Fence()
@@ -141,6 +146,16 @@ def check_file(folder: Path, name: str, facts: FileFacts) -> None:
         raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
     if digest != facts.digest:
         raise CheckpointError(f"checkpoint {folder}: {name} is damaged (its digest does not match the manifest)")
+
+
+def read_data_state(folder: Path) -> dict[str, Any]:
+    """Where the data plan stood."""
+    return json.loads((folder / DATA_STATE).read_bytes())
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """Samples that were skipped until then."""
+    return [json.loads(line) for line in (folder / LEDGER).read_text(encoding="utf-8").splitlines()]
 
 
 def verify(folder: Path) -> Manifest:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import xxhash
+
+from megamm.checkpoint.manifest import FileFacts
 
 _DTYPES = {
     torch.float64: "F64",
@@ -26,14 +27,6 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class FileFacts:
-    """What a manifest says of a file: its size in bytes and its xxh3-128 in hexadecimal."""
-
-    num_bytes: int
-    digest: str
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileFacts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -18,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from megamm.config.schema import Recipe
 from megamm.core.errors import ConfigError
 from megamm.core.files import read_json
+from megamm.core.names import did_you_mean
 
 _ADAPTER = TypeAdapter(Recipe)
 
@@ -45,7 +45,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     elif name in recipe_names():
         text = resources.files("megamm.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise ConfigError(f"recipe {name!r} is not known{_suggest(name, recipe_names())}; the recipes are: {', '.join(recipe_names())}")
+        raise ConfigError(f"recipe {name!r} is not known{did_you_mean(name, recipe_names())}; the recipes are: {', '.join(recipe_names())}")
     try:
         table = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
@@ -132,7 +132,7 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             if not rest:
                 raise ConfigError(f"--{key} has no value; write --{key} VALUE")
             text = rest.pop(0)
-        yield key.replace("-", "_"), text
+        yield key, text
 
 
 def _value(text: str, *, wants_text: bool) -> Any:
@@ -171,7 +171,7 @@ def _one_line(error: ValidationError) -> str:
     key = ".".join(place)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _fields_at(place[:-1])
-        return f"{key} is not a key of a recipe{_suggest(place[-1], known)}; {_scope(place[:-1])} has: {', '.join(known)}"
+        return f"{key} is not a key of a recipe{did_you_mean(place[-1], known)}; {_scope(place[:-1])} has: {', '.join(known)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing; every recipe must set it"
     more = f" (and {error.error_count() - 1} more mistakes)" if error.error_count() > 1 else ""
@@ -191,8 +191,3 @@ def _fields_at(place: list[str]) -> list[str]:
         elif typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

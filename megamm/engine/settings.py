@@ -6,7 +6,6 @@ that the run archives, so both are refused. Nothing is `"auto"`: DeepSpeed drops
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sysconfig
@@ -16,6 +15,7 @@ from typing import Any
 
 from megamm.config.schema import Batching, Engine, Optimizer
 from megamm.core.errors import ConfigError
+from megamm.core.names import did_you_mean
 
 _PRESET_KEYS = ("zero_optimization", "aio")
 # DeepSpeed ignores a top-level key that it does not know, so a misspelled override would do nothing.
@@ -91,8 +91,7 @@ def load_preset(name: str) -> dict[str, Any]:
         ConfigError: There is no such preset, it is not JSON, or it sets what a recipe decides.
     """
     if name not in preset_names():
-        close = difflib.get_close_matches(name, preset_names(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, preset_names())
         raise ConfigError(f"engine.preset={name!r} is not known{hint}; the presets are: {', '.join(preset_names())}")
     path = presets_folder() / f"{name}.json"
     try:
@@ -151,12 +150,12 @@ def _refuse_shared_key(key: str, value: Any, recipe: Mapping[str, Any]) -> None:
 def _check_override(key: str) -> None:
     top, _, rest = key.partition(".")
     if top not in _OVERRIDABLE:
-        raise ConfigError(f"engine.overrides: {key} is not a DeepSpeed key{_suggest(top, _OVERRIDABLE)}")
+        raise ConfigError(f"engine.overrides: {key} is not a DeepSpeed key{did_you_mean(top, _OVERRIDABLE)}")
     if top == "zero_optimization":
         known = _zero_keys()
         name = rest.partition(".")[0]
         if name not in known:
-            raise ConfigError(f"engine.overrides: {key} is not a DeepSpeed key{_suggest(name, known)}")
+            raise ConfigError(f"engine.overrides: {key} is not a DeepSpeed key{did_you_mean(name, known)}")
 
 
 def _zero_keys() -> list[str]:
@@ -166,11 +165,6 @@ def _zero_keys() -> list[str]:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     return [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
-
-
-def _suggest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from megamm.config.schema import ImageFeatures, Model, Optimizer, Tower
 from megamm.core.errors import ConfigError
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
+from megamm.core.names import did_you_mean
 from megamm.models.configuration_megamm import MegaMMConfig
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.parts import FrozenBatchNorm2d
@@ -238,9 +238,7 @@ def _tower_config(name: str, tower: Tower, values: dict[str, Any]) -> PreTrained
     known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map) | set(_ROPE_KEYS)
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"model.{name}.config.{key} is not a key of {kind.__name__}{hint}")
+            raise ConfigError(f"model.{name}.config.{key} is not a key of {kind.__name__}{did_you_mean(key, known)}")
     try:
         return kind(**values)
     except (StrictDataclassError, TypeError, ValueError) as error:

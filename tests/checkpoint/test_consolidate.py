@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from megamm.checkpoint.consolidate import consolidate
-from megamm.checkpoint.load import Slices, check_model, read_data_state, read_ledger
-from megamm.checkpoint.manifest import ParameterEntry, read_manifest
+from megamm.checkpoint.load import Slices, check_model
+from megamm.checkpoint.manifest import ParameterEntry, read_data_state, read_ledger, read_manifest
 from megamm.core.errors import CheckpointError
 from tests.support.checkpoints import some_tensors, write_checkpoint
 

@@ -62,7 +62,7 @@ def train_unbroken(folder):
         torch.manual_seed(50 + world.rank)
         root = Path(folder) / variant
         go_on(engine, world, 0, SAVED)
-        save(root / "run", engine, world, Progress(SAVED, {"row": 17}, [{"key": "bad"}], {"best": 0.5}, {"config": "c0ffee"}))
+        save(root / "run", engine, world, Progress(SAVED, {"row": 17}, [{"key": "bad"}], {"config": "c0ffee"}))
         losses = go_on(engine, world, SAVED, LAST)
         save(root / "unbroken", engine, world, Progress(LAST))
         bounds = {name: weights.partition_bounds(param) for name, param in engine.module.named_parameters()}
@@ -104,7 +104,7 @@ def resume(folder):
         save(root / f"resumed_by_{world.size}", engine, world, Progress(LAST))
         found[variant] = {
             "losses": losses,
-            "rest": [loaded.manifest.step, loaded.data_state, loaded.ledger, loaded.manifest.train, loaded.manifest.fingerprints],
+            "rest": [loaded.manifest.step, loaded.data_state, loaded.ledger, loaded.manifest.fingerprints],
         }
         engine.close()
     found["refused"] = refuse_another_model(folder, world)
@@ -201,7 +201,7 @@ def test_other_numbers_of_ranks_go_on_alike(unbroken, by_others):
 
 
 def test_what_goes_with_the_state_comes_back(by_two, by_others):
-    expected = [SAVED, {"row": 17}, [{"key": "bad"}], {"best": 0.5}, {"config": "c0ffee"}]
+    expected = [SAVED, {"row": 17}, [{"key": "bad"}], {"config": "c0ffee"}]
     for rank in [*by_two, *by_others[1]]:
         assert all(rank[variant]["rest"] == expected for variant in VARIANTS)
 

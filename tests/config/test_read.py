@@ -72,3 +72,10 @@ def test_resolved_config_is_what_a_run_archived(tmp_path):
     assert load_resolved(tmp_path / "config.json") == recipe
     with pytest.raises(ConfigError, match="does not exist"):
         load_resolved(tmp_path / "other" / "config.json")
+
+
+def test_hyphens_are_kept_so_that_a_dataset_may_have_them():
+    recipe = load_recipe("tiny", ["--data.train.my-set.shards", "my-set/*.tar"])
+    assert recipe.data.train["my-set"].shards == "my-set/*.tar"
+    with pytest.raises(ConfigError, match=r"optim.weight-decay is not a key of a recipe; did you mean 'weight_decay'"):
+        load_recipe("tiny", ["--optim.weight-decay", "0.1"])
