@@ -45,6 +45,11 @@ class TextTokenizer:
         self._pieces = tokenizers.Tokenizer.from_str(json.dumps(pieces))
         self._pieces.encode_special_tokens = True
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # The library's pickle forgets it: a copy in another process would read an adopted tokenizer's control strings in a user's text.
+        self._pieces.encode_special_tokens = True
+
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
         """Read a folder that `train` or `adopt` wrote.

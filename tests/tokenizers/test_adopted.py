@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pytest
 import tokenizers
@@ -68,6 +69,13 @@ def test_its_ordinary_added_tokens_work_and_its_special_ones_are_text(adopted):
     ids = ours.encode("<|im_start|><|end|>")
     assert len(ids) > 2
     assert ours.decode(ids) == "<|im_start|><|end|>"
+
+
+def test_a_copy_in_another_process_reads_them_alike(adopted):
+    _, ours, _ = adopted
+    copy = pickle.loads(pickle.dumps(ours))
+    assert copy.encode("<|im_start|><|end|>") == ours.encode("<|im_start|><|end|>")
+    assert copy.fingerprint == ours.fingerprint
 
 
 def test_a_special_token_of_our_spelling_keeps_its_id_under_another(adopted):
