@@ -129,26 +129,67 @@ class Augment:
     """Random changes of training media, drawn anew for every position; 0 leaves a thing alone.
 
     Attributes:
+        image_crop: Largest share of the area that a random crop takes away; the rest fills the picture's own grid again.
+        image_stretch: Largest change of a crop's aspect ratio, as a share.
         image_shift: Largest shift along each side, as a share of it.
         image_zoom: Largest change of scale: sizes are multiplied by 1 - zoom to 1 + zoom.
         image_rotate_degrees: Largest turn to either side.
         image_flip: Mirror half of the pictures left to right.
         image_brightness: Largest change of brightness, as a share.
+        image_contrast: Largest change of contrast, as a share.
+        image_saturation: Largest change of saturation, as a share.
+        image_hue: Largest turn of the colour circle, as a share of it.
         audio_gain_db: Largest change of loudness in decibels.
         audio_noise: Largest level of white noise, as a share of the sound's own level.
+        audio_speeds: Sounds are played at one of these speeds, pitch included; the planner draws it, because it changes lengths.
         audio_mask_frames: Longest stretch of mel frames that is blanked.
         audio_mask_bands: Widest band of mel bands that is blanked.
+        audio_masks: Stretches and bands that are blanked, each.
     """
 
+    image_crop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    image_stretch: Annotated[float, Field(ge=0, lt=1)] = 0.0
     image_shift: Fraction = 0.0
     image_zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
     image_rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
     image_flip: bool = False
     image_brightness: Fraction = 0.0
+    image_contrast: Fraction = 0.0
+    image_saturation: Fraction = 0.0
+    image_hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     audio_gain_db: NonNegative = 0.0
     audio_noise: NonNegative = 0.0
+    audio_speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], Field(min_length=1, max_length=16)] = (1.0,)
     audio_mask_frames: Count = 0
     audio_mask_bands: Count = 0
+    audio_masks: Positive = 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SampleMapping:
+    """What the members of samples mean that are not chats of our own, such as `.jpg` beside `.txt`.
+
+    A text stands in a member (`txt`, `cls`) or in a field of a JSON member (`json:caption`, `json:meta.caption`). A member is named by
+    its suffix in small letters; of several with `|` between them (`jpg|png`) the first that a sample has is taken.
+
+    Attributes:
+        task: Name of the task; `text` makes the answer a plain document.
+        answer: Where the answer, or the document, stands.
+        prompt: What the user says after the media, the same for all samples; empty for the task's own instruction.
+        question: Where what the user asks of this sample stands; it follows `prompt`.
+        image: The picture's member.
+        audio: The sound's member.
+        classes: Names of classes; an answer is a number into them or one of them. A string names a file with one a line,
+            relative to `data.root`.
+    """
+
+    task: str
+    answer: str
+    prompt: str = ""
+    question: str = ""
+    image: str = ""
+    audio: str = ""
+    classes: tuple[str, ...] | str = ()
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -159,11 +200,40 @@ class Dataset:
         shards: A path or glob of tar files, relative to `data.root`.
         weight: Share of samples relative to the other datasets.
         augment: Random changes of its media in training; held-out data are never changed.
+        mapping: What its members mean; absent where samples are `KEY.json` chats.
     """
 
     shards: str
     weight: Annotated[float, Field(gt=0)] = 1.0
     augment: Augment = Augment()
+    mapping: SampleMapping | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Limits:
+    """What is refused before anything is allocated for it; refused samples are skipped and enter the ledger.
+
+    How long a sound may last is `model.audio_features.max_seconds`.
+
+    Attributes:
+        pixels: Pixels of a picture, as its header says (Pillow itself takes no more than this can be set to).
+        rate_hz: Sampling rate of a sound.
+        sample_bytes: Bytes of a sample in its shard.
+        text_bytes: Bytes of a JSON or text member.
+        values: Objects and lists of a JSON member.
+        members: Files of a sample.
+        messages: Messages of a chat.
+        parts: Parts of all messages together.
+    """
+
+    pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 64_000_000
+    rate_hz: Positive = 384_000
+    sample_bytes: Positive = 256 << 20
+    text_bytes: Positive = 4 << 20
+    values: Positive = 100_000
+    members: Positive = 1024
+    messages: Positive = 4096
+    parts: Positive = 16_384
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -181,9 +251,13 @@ class Data:
         row_frames: Capacity of a row for audio-tower input, in mel frames.
         prefetch_steps: Steps decoded ahead.
         prefetch_bytes: Bound on the bytes of decoded batches waiting.
-        decode_threads: Threads that read and decode.
+        decoders: Where samples are read and decoded: in `threads` of this process or in `processes` of their own.
+        decode_workers: Threads or processes a rank.
+        decode_timeout_seconds: A sample that takes longer to decode is given up (reading has its own limits).
         max_skipped_share: Share of skipped samples that turns into an error.
-        max_pixels: Larger pictures are refused from their header.
+        max_skipped_in_a_row: Samples of a rank skipped one after the other that turn into an error.
+        limits: What is refused from headers.
+        reading: How the bytes of shards are read.
     """
 
     root: str = "data"
@@ -196,9 +270,13 @@ class Data:
     row_frames: Positive = 12000
     prefetch_steps: Positive = 4
     prefetch_bytes: Positive = 1 << 30
-    decode_threads: Positive = 1
+    decoders: Literal["threads", "processes"] = "threads"
+    decode_workers: Positive = 1
+    decode_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
     max_skipped_share: Fraction = 0.01
-    max_pixels: Positive = 64_000_000
+    max_skipped_in_a_row: Positive = 100
+    limits: Limits = Limits()
+    reading: Reading = Reading()
 
 
 @dataclass(frozen=True, config=_STRICT)

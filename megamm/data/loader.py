@@ -128,7 +128,7 @@ class StepLoader:
         self._num_held = self._bytes_held = 0
         self._error: BaseException | None = None
         self._closed = False
-        self._decoders = ThreadPoolExecutor(plan.data.decode_threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(plan.data.decode_workers, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         self._thread.start()
 

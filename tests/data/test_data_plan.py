@@ -128,7 +128,7 @@ def test_identity_names_everything_that_the_rows_depend_on(tokenizer):
     ]
     assert len({plan.fingerprint for plan in (base, *others)}) == len(others) + 1
     # What only changes how fast and on how many ranks it runs is not part of the plan.
-    same = plan_of([shard_set("a", [50])], tokenizer, decode_threads=9, prefetch_steps=9, prefetch_bytes=9)
+    same = plan_of([shard_set("a", [50])], tokenizer, decode_workers=9, prefetch_steps=9, prefetch_bytes=9)
     assert same.fingerprint == base.fingerprint
 
 

@@ -84,7 +84,7 @@ def test_any_scale_gives_the_same_global_batches(
     corpus, open_plan, reference, world_size, micro_rows, accumulation, threads, prefetch, num_bytes
 ):
     batch = replace(BATCH, micro_rows=micro_rows, accumulation=accumulation)
-    plan = open_plan(corpus, batch=batch, decode_threads=threads, prefetch_steps=prefetch, prefetch_bytes=num_bytes)
+    plan = open_plan(corpus, batch=batch, decode_workers=threads, prefetch_steps=prefetch, prefetch_bytes=num_bytes)
     assert global_steps(plan, NUM_STEPS, world_size=world_size) == reference
 
 
@@ -353,7 +353,7 @@ def vars_of(batch):
 
 def test_closing_leaves_no_threads(corpus, open_plan):
     before = set(threading.enumerate())
-    loader = StepLoader(open_plan(corpus, decode_threads=3))
+    loader = StepLoader(open_plan(corpus, decode_workers=3))
     next(loader)
     loader.close()
     loader.close()

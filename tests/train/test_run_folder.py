@@ -34,7 +34,7 @@ def test_what_changes_the_computation_is_refused_by_name(tmp_path):
 
 def test_what_only_changes_the_execution_may_change(tmp_path):
     folder = started(tmp_path)
-    folder.check(load_recipe("tiny", ["--batch.micro_rows", "2", "--data.decode_threads", "3", "--telemetry.every", "5"]))
+    folder.check(load_recipe("tiny", ["--batch.micro_rows", "2", "--data.decode_workers", "3", "--telemetry.every", "5"]))
 
 
 def test_markers_replace_each_other(tmp_path):
