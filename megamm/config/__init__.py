@@ -20,6 +20,7 @@ from megamm.config.schema import (
     Tokenizer,
     Tower,
     Training,
+    WeightChange,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Tokenizer",
     "Tower",
     "Training",
+    "WeightChange",
     "apply_overrides",
     "from_dict",
     "load_recipe",

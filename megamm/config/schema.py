@@ -198,13 +198,13 @@ class Dataset:
 
     Attributes:
         shards: A path or glob of tar files, relative to `data.root`.
-        weight: Share of samples relative to the other datasets.
+        weight: Share of samples relative to the other datasets; 0 draws none (until `data.schedule` or another weight says so).
         augment: Random changes of its media in training; held-out data are never changed.
         mapping: What its members mean; absent where samples are `KEY.json` chats.
     """
 
     shards: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: NonNegative = 1.0
     augment: Augment = Augment()
     mapping: SampleMapping | None = None
 
@@ -237,12 +237,26 @@ class Limits:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class WeightChange:
+    """Other weights of the mixture from a step on.
+
+    Attributes:
+        step: The first step that they may reach: they hold from the first position of the next whole window.
+        weights: Dataset name -> weight; datasets that are not named keep theirs, 0 draws none.
+    """
+
+    step: Positive
+    weights: dict[str, NonNegative]
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Data:
     """Where samples come from and how they are ordered and packed.
 
     Attributes:
         root: Folder that shard paths are relative to.
         train: Name -> dataset of the mixture.
+        schedule: Changes of the mixture's weights, by ascending step.
         held_out: Name -> dataset that is only evaluated.
         window: Sample positions that are packed together (more fill, more memory).
         shuffle_block: Neighbouring samples that stay together when read (1 shuffles single samples).
@@ -262,6 +276,7 @@ class Data:
 
     root: str = "data"
     train: dict[str, Dataset] = Field(default_factory=dict)
+    schedule: tuple[WeightChange, ...] = ()
     held_out: dict[str, Dataset] = Field(default_factory=dict)
     window: Positive = 512
     shuffle_block: Positive = 1
