@@ -197,7 +197,7 @@ class Dataset:
     """One dataset of the mixture.
 
     Attributes:
-        shards: A path or glob of tar files, relative to `data.root`.
+        shards: A path or glob of tar files, relative to `data.root`, or a URL; `{00000..00099}` names a range.
         weight: Share of samples relative to the other datasets; 0 draws none (until `data.schedule` or another weight says so).
         augment: Random changes of its media in training; held-out data are never changed.
         mapping: What its members mean; absent where samples are `KEY.json` chats.
@@ -247,6 +247,33 @@ class WeightChange:
 
     step: Positive
     weights: dict[str, NonNegative]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Reading:
+    """How the bytes of shards are read. Nothing here changes what is read.
+
+    Attributes:
+        sidecars: Folder for the indexes and lengths of remote shards; empty for `sidecars` under `data.root`.
+        max_open_files: Local shards that stay open.
+        block_bytes: Remote shards are read, buffered and cached in blocks of this size.
+        read_ahead_blocks: Blocks fetched ahead where a remote shard is read in order.
+        buffer_bytes: Bound on the remote blocks that a process holds.
+        timeout_seconds: Longest wait for a connection, for the next bytes, and for a whole request.
+        retries: Further tries of a request that failed in a way that may pass.
+        cache_folder: Keep remote blocks in this folder of the node; empty for no cache.
+        cache_bytes: Bound on that folder.
+    """
+
+    sidecars: str = ""
+    max_open_files: Positive = 128
+    block_bytes: Annotated[int, Field(ge=4096)] = 1 << 20
+    read_ahead_blocks: Count = 4
+    buffer_bytes: Positive = 256 << 20
+    timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    retries: Count = 5
+    cache_folder: str = ""
+    cache_bytes: Positive = 64 << 30
 
 
 @dataclass(frozen=True, config=_STRICT)
