@@ -12,11 +12,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from megamm.config import AudioFeatures, Data, ImageFeatures
+from megamm.config import AudioFeatures, ImageFeatures, Limits
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES, audio_num_tokens, image_num_tokens
 from megamm.core.types import AudioInput, ImageInput
 from megamm.data.augment import Changes
-from megamm.data.features import check_pixels, check_seconds, image_grid, resampled_length
+from megamm.data.features import DEFAULT_LIMITS, check_pixels, check_sound, image_grid, resampled_length
 from megamm.data.media import MediaError, exif_orientation, open_image, read_facts
 
 # PIL.Image.Transpose of each EXIF orientation: what brings the stored pixels upright.
@@ -24,9 +24,7 @@ _UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _MAX_MEL_HZ = 8000.0
 
 
-def image_input(
-    content: bytes, features: ImageFeatures, *, max_pixels: int = Data.max_pixels, changes: Changes | None = None
-) -> ImageInput:
+def image_input(content: bytes, features: ImageFeatures, *, limits: Limits = DEFAULT_LIMITS, changes: Changes | None = None) -> ImageInput:
     """Decode a picture: upright, RGB, resized, normalised and cut into patches (or kept as a square for a CNN tower).
 
     Transparent pictures are laid on white. Animations give their first frame.
@@ -34,7 +32,7 @@ def image_input(
     Args:
         content: A JPEG, PNG or WebP file.
         features: How the tower wants it.
-        max_pixels: Larger pictures are refused.
+        limits: What is refused.
         changes: Augmentation.
 
     Raises:
@@ -45,7 +43,7 @@ def image_input(
     from PIL import Image
 
     with open_image(io.BytesIO(content)) as opened:
-        check_pixels(opened.width, opened.height, max_pixels)
+        check_pixels(opened.width, opened.height, limits)
         orientation = exif_orientation(opened)
         try:
             picture = _rgb(opened)
@@ -68,12 +66,13 @@ def image_input(
     return ImageInput(pixels, grid, image_num_tokens(grid, features.merge))
 
 
-def audio_input(content: bytes, features: AudioFeatures, *, changes: Changes | None = None) -> AudioInput:
+def audio_input(content: bytes, features: AudioFeatures, *, limits: Limits = DEFAULT_LIMITS, changes: Changes | None = None) -> AudioInput:
     """Decode a sound: mono, at the model's rate, log-mel.
 
     Args:
         content: A WAV, FLAC, OGG or MP3 file.
         features: How the tower wants it.
+        limits: What is refused.
         changes: Augmentation.
 
     Raises:
@@ -82,7 +81,7 @@ def audio_input(content: bytes, features: AudioFeatures, *, changes: Changes | N
     import soundfile
 
     facts = read_facts("audio", io.BytesIO(content))
-    check_seconds(facts.num_frames, facts.rate_hz, features.max_seconds)
+    check_sound(facts.num_frames, facts.rate_hz, features, limits)
     try:
         wave_FC, rate_hz = soundfile.read(io.BytesIO(content), frames=facts.num_frames, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:

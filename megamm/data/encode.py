@@ -72,13 +72,11 @@ class SampleEncoder:
         """
         try:
             images = [
-                image_input(
-                    _content_of(part, sample.media), _tower(self.rules.image, "vision"), max_pixels=self.rules.max_pixels, changes=changes
-                )
+                image_input(_content_of(part, sample.media), _tower(self.rules.image, "vision"), limits=self.rules.limits, changes=changes)
                 for part in _parts(sample, "image")
             ]
             audios = [
-                audio_input(_content_of(part, sample.media), _tower(self.rules.audio, "audio"), changes=changes)
+                audio_input(_content_of(part, sample.media), _tower(self.rules.audio, "audio"), limits=self.rules.limits, changes=changes)
                 for part in _parts(sample, "audio")
             ]
             encoded = template.encode(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megamm.config import AudioFeatures, Data, ImageFeatures, Model
+from megamm.config import AudioFeatures, Data, ImageFeatures, Limits, Model
 from megamm.core.files import canonical_json, digest_text
 from megamm.core.lengths import audio_num_mel_frames, audio_num_tokens, image_num_tokens, patch_grid
 from megamm.core.types import MediaFacts
 from megamm.data.media import MediaError
+
+DEFAULT_LIMITS = Limits()
+MIN_RATE_HZ = 1000
+"""Below it a small file would become a long sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +32,17 @@ class MediaRules:
     Attributes:
         image: None where the model has no vision tower.
         audio: None where the model has no audio tower.
-        max_pixels: Larger pictures are refused.
+        limits: What is refused.
     """
 
     image: ImageFeatures | None
     audio: AudioFeatures | None
-    max_pixels: int
+    limits: Limits = DEFAULT_LIMITS
 
     @classmethod
     def of(cls, model: Model, data: Data) -> MediaRules:
         """The rules that a recipe states."""
-        return cls(model.image_features if model.vision else None, model.audio_features if model.audio else None, data.max_pixels)
+        return cls(model.image_features if model.vision else None, model.audio_features if model.audio else None, data.limits)
 
     @property
     def fingerprint(self) -> str:
@@ -54,13 +58,13 @@ class MediaRules:
         if facts.type == "image":
             if self.image is None:
                 raise MediaError("the model has no vision tower for a picture; set model.vision or leave the dataset out")
-            check_pixels(facts.width, facts.height, self.max_pixels)
+            check_pixels(facts.width, facts.height, self.limits)
             grid = image_grid(facts.width, facts.height, self.image)
             tokens = image_num_tokens(grid, self.image.merge)
             return Footprint(tokens, patches=grid[0] * grid[1] if self.image.kind == "naflex" else tokens)
         if self.audio is None:
             raise MediaError("the model has no audio tower for a sound; set model.audio or leave the dataset out")
-        check_seconds(facts.num_frames, facts.rate_hz, self.audio.max_seconds)
+        check_sound(facts.num_frames, facts.rate_hz, self.audio, self.limits)
         num_samples = resampled_length(facts.num_frames, facts.rate_hz, self.audio.rate_hz)
         frames = audio_num_mel_frames(num_samples, self.audio.hop_length, self.audio.min_samples)
         return Footprint(audio_num_tokens(frames), frames=frames)
@@ -78,21 +82,23 @@ def resampled_length(num_frames: int, rate_hz: int, target_hz: int) -> int:
     return -(-num_frames * target_hz // rate_hz)
 
 
-def check_pixels(width: int, height: int, max_pixels: int) -> None:
+def check_pixels(width: int, height: int, limits: Limits) -> None:
     """Refuse pictures beyond the limit.
 
     Raises:
         MediaError: The picture has more pixels.
     """
-    if width * height > max_pixels:
-        raise MediaError(f"the picture has {width} x {height} pixels, data.max_pixels is {max_pixels}")
+    if width * height > limits.pixels:
+        raise MediaError(f"the picture has {width} x {height} pixels, data.limits.pixels is {limits.pixels}")
 
 
-def check_seconds(num_frames: int, rate_hz: int, max_seconds: float) -> None:
-    """Refuse sounds beyond the limit.
+def check_sound(num_frames: int, rate_hz: int, features: AudioFeatures, limits: Limits) -> None:
+    """Refuse sounds beyond the limits, or of a rate that no recording has.
 
     Raises:
-        MediaError: The sound is longer.
+        MediaError: The sound is longer, or its rate lies outside of `MIN_RATE_HZ` and the limit.
     """
-    if num_frames > max_seconds * rate_hz:
-        raise MediaError(f"the sound lasts {num_frames / rate_hz:.1f} s, model.audio_features.max_seconds is {max_seconds}")
+    if not MIN_RATE_HZ <= rate_hz <= limits.rate_hz:
+        raise MediaError(f"the sound has a rate of {rate_hz} Hz, taken are {MIN_RATE_HZ} Hz to data.limits.rate_hz ({limits.rate_hz})")
+    if num_frames > features.max_seconds * rate_hz:
+        raise MediaError(f"the sound lasts {num_frames / rate_hz:.1f} s, model.audio_features.max_seconds is {features.max_seconds}")

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from megamm.checkpoint.consolidate import consolidate
 from megamm.checkpoint.manifest import committed, read_manifest, verify
-from megamm.config import AudioFeatures, Data, ImageFeatures, Recipe, load_resolved
+from megamm.config import AudioFeatures, ImageFeatures, Recipe, load_resolved
 from megamm.core.errors import CheckpointError, ConfigError
 from megamm.core.files import read_json
 from megamm.core.logging import get_logger
@@ -174,7 +174,6 @@ def _media_rules(config: MegaMMConfig) -> MediaRules:
     return MediaRules(
         image=None if config.vision_config is None else ImageFeatures(**image),
         audio=None if config.audio_config is None else AudioFeatures(**config.audio_features),
-        max_pixels=Data.max_pixels,
     )
 
 

@@ -44,10 +44,8 @@ def make_prompt(loaded: Loaded, messages: Sequence[Message], media: Mapping[str,
         DataError: A medium is missing, cannot be decoded or has no tower in this model, or the chat already ends with an answer.
     """
     rules = loaded.media
-    images = [
-        image_input(content, rules.image, max_pixels=rules.max_pixels) for content in _contents("image", rules.image, messages, media)
-    ]
-    audios = [audio_input(content, rules.audio) for content in _contents("audio", rules.audio, messages, media)]
+    images = [image_input(content, rules.image, limits=rules.limits) for content in _contents("image", rules.image, messages, media)]
+    audios = [audio_input(content, rules.audio, limits=rules.limits) for content in _contents("audio", rules.audio, messages, media)]
     ids = template.prompt(
         messages,
         loaded.tokenizer,

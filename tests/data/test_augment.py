@@ -10,7 +10,17 @@ from megamm.data.decode import audio_input, image_input
 from tests.support.shards import flac, jpeg
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
-EVERYTHING = Augment(0.2, 0.2, 15.0, True, 0.3, 6.0, 0.1, 10, 5)
+EVERYTHING = Augment(
+    image_shift=0.2,
+    image_zoom=0.2,
+    image_rotate_degrees=15.0,
+    image_flip=True,
+    image_brightness=0.3,
+    audio_gain_db=6.0,
+    audio_noise=0.1,
+    audio_mask_frames=10,
+    audio_mask_bands=5,
+)
 
 
 def changes(position=0, **settings):

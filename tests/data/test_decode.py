@@ -20,7 +20,7 @@ from megamm.data.features import MediaRules, resampled_length
 from megamm.data.media import MediaError, read_facts
 from tests.support.shards import flac, jpeg
 
-RULES = MediaRules(ImageFeatures(), AudioFeatures(), 64_000_000)
+RULES = MediaRules(ImageFeatures(), AudioFeatures())
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -68,7 +68,7 @@ def test_sound_equals_the_qwen3_asr_extractor(num_samples, kind):
 @settings(max_examples=25)
 def test_a_picture_takes_what_was_planned(width, height, merge, kind):
     features = ImageFeatures(kind=kind, patch_size=8, max_patches=36, merge=merge, size=64, stride=16)
-    rules = MediaRules(features, None, 64_000_000)
+    rules = MediaRules(features, None)
     planned = rules.footprint(MediaFacts("image", width, height))
     found = image_input(encoded(Image.new("RGB", (width, height))), features)
     assert planned.tokens == found.num_tokens
@@ -217,7 +217,7 @@ def test_useless_sounds_are_refused():
 
 
 def test_models_without_a_tower_refuse_its_media():
-    none = MediaRules(None, None, 1)
+    none = MediaRules(None, None)
     with pytest.raises(MediaError, match="no vision tower"):
         none.footprint(MediaFacts("image", 1, 1))
     with pytest.raises(MediaError, match="no audio tower"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megamm.config import Data
+from megamm.config import Data, Limits
 from megamm.core.errors import DataError
 from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
@@ -51,7 +51,7 @@ def test_what_cannot_be_used_has_a_reason_and_length_zero(tmp_path, tokenizer):
     }
     tar = write_tar(tmp_path / "x.tar", samples)
     write_index(tar)
-    rules = replace(RULES, max_pixels=40_000, audio=replace(RULES.audio, max_seconds=0.5))
+    rules = replace(RULES, limits=Limits(pixels=40_000), audio=replace(RULES.audio, max_seconds=0.5))
     lengths = plan_lengths(tar, tokenizer, rules)
     assert set(lengths.problems) == set(range(1, 7))
     assert lengths.tokens[0] > 0 and not lengths.lengths[1:].any()
@@ -91,7 +91,12 @@ def test_lengths_are_made_once_and_again_when_the_shard_changes(tmp_path, tokeni
 
 
 def test_other_settings_are_other_files(tokenizer):
-    rules = [RULES, replace(RULES, max_pixels=1), replace(RULES, image=replace(RULES.image, max_patches=9)), replace(RULES, audio=None)]
+    rules = [
+        RULES,
+        replace(RULES, limits=Limits(pixels=1)),
+        replace(RULES, image=replace(RULES.image, max_patches=9)),
+        replace(RULES, audio=None),
+    ]
     assert len({lengths_key(tokenizer, one) for one in rules}) == 4
 
 
