@@ -36,7 +36,7 @@ def plan_of(datasets: list[ShardSet], tokenizer, *, weights=None, seed: int = 0,
     train = {dataset.name: Dataset("x", weight) for dataset, weight in zip(datasets, weights or [1.0] * len(datasets), strict=True)}
     data = replace(Data(train=train, window=64, row_patches=CAPACITY[1], row_frames=CAPACITY[2]), **changes)
     batch = Batching(row_tokens=CAPACITY[0], global_rows=num_rows)
-    return DataPlan(datasets, data, batch, rules=MediaRules(None, None, 1), tokenizer=tokenizer, seed=seed)
+    return DataPlan(datasets, data, batch, rules=MediaRules(None, None), tokenizer=tokenizer, seed=seed)
 
 
 def first_rows(plan: DataPlan) -> list[tuple[PlannedSample, ...]]:
