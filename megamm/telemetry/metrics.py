@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from megamm.config import Telemetry
 from megamm.core.errors import ConfigError
 from megamm.core.files import write_text
+from megamm.core.json_lines import JsonLines, cut_back
 
 Value = float | int | str
 
@@ -32,16 +32,15 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, config: Telemetry, *, resumed_step: int, recipe: Mapping[str, Any]):
-        self._path = folder / "metrics.jsonl"
-        _drop_after(self._path, resumed_step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        path = folder / "metrics.jsonl"
+        cut_back(path, resumed_step)
+        self._lines = JsonLines(path)
         self._tensorboard = _tensorboard(folder, resumed_step) if config.tensorboard else None
         self._wandb = _wandb(folder, config, recipe) if config.wandb else None
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Log `values` of one step; numbers also go to TensorBoard and Weights & Biases."""
-        self._file.write(json.dumps({"step": step, **{name: _plain(value) for name, value in values.items()}}) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, **{name: _plain(value) for name, value in values.items()}})
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -51,35 +50,16 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close every sink."""
-        self._file.close()
+        self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`; a last line torn by a crash is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 def _plain(value: Value) -> Value:
     # JSON knows no NaN; a diverged loss must still be readable.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _drop_after(path: Path, step: int) -> None:
-    if path.is_file():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _tensorboard(folder: Path, resumed_step: int) -> Any:

@@ -4,7 +4,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamm.config import Telemetry
-from megamm.telemetry.metrics import MetricsLog, read_metrics
+from megamm.core.json_lines import read_json_lines
+from megamm.telemetry.metrics import MetricsLog
 
 
 def test_resuming_drops_what_a_crash_wrote_past_the_checkpoint(tmp_path):
@@ -17,7 +18,7 @@ def test_resuming_drops_what_a_crash_wrote_past_the_checkpoint(tmp_path):
     log = MetricsLog(tmp_path, Telemetry(tensorboard=False), resumed_step=3, recipe={})
     log.write(4, {"loss": 40.0})
     log.close()
-    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert [(line["step"], line["loss"]) for line in read_json_lines(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
 def test_numbers_reach_tensorboard_and_not_a_number_stays_readable(tmp_path):

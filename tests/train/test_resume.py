@@ -10,7 +10,7 @@ import pytest
 
 from megamm.checkpoint.manifest import read_manifest
 from megamm.config import to_dict
-from megamm.telemetry.metrics import read_metrics
+from megamm.core.json_lines import read_json_lines
 from tests.support.recipes import write_recipe
 from tests.support.runs import make_data, recipe_over
 
@@ -22,7 +22,7 @@ def train(folder: Path, num_ranks: int, run: str, *overrides: str) -> list[dict]
     command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", "pretrain", "recipe.toml", "--run", run, *overrides]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stderr[-4000:]
-    return [line for line in read_metrics(folder / run / "metrics.jsonl") if "loss" in line]
+    return [line for line in read_json_lines(folder / run / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_half_and_half_equals_the_whole_bit_for_bit(folder):
     halves, unbroken = folder / "halves", folder / "unbroken"
     assert json.loads((halves / "INTERRUPTED").read_text())["step"] == 6
     resumed = train(folder, 2, "halves")
-    whole = [line for line in read_metrics(unbroken / "metrics.jsonl") if "loss" in line]
+    whole = [line for line in read_json_lines(unbroken / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in resumed] == list(range(1, 13))
     for mine, theirs in zip(resumed, whole, strict=True):
         for name in ("loss", "grad_norm", "lr", "sample_keys", "tokens", "supervised_tokens"):
@@ -57,7 +57,7 @@ def test_half_and_half_equals_the_whole_bit_for_bit(folder):
 @pytest.mark.distributed
 @pytest.mark.integration
 def test_another_number_of_ranks_goes_on_with_the_same_samples(folder):
-    whole = [line for line in read_metrics(folder / "unbroken" / "metrics.jsonl") if "loss" in line]
+    whole = [line for line in read_json_lines(folder / "unbroken" / "metrics.jsonl") if "loss" in line]
     source = folder / "halves" / "checkpoints" / "step_00000006"
     # A run of its own that starts from the other run's checkpoint, on one rank with another accumulation.
     lines = train(folder, 1, "single", "--resume", str(source), "--batch.micro_rows", "3")
@@ -83,10 +83,10 @@ def test_what_a_run_leaves_behind(folder):
         "logs",
         "checkpoints",
     } <= names
-    last = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line][-1]
+    last = [line for line in read_json_lines(run / "metrics.jsonl") if "loss" in line][-1]
     wanted = {"grad_norm", "lr", "tokens_per_second", "supervised_tokens_per_second", "padding_share", "data_wait_share", "memory_gib"}
     assert wanted | {"skipped_samples", "loss/classification", "loss/speech_recognition", "loss/text"} <= set(last)
-    held_out = [line for line in read_metrics(run / "metrics.jsonl") if "held_out/loss" in line]
+    held_out = [line for line in read_json_lines(run / "metrics.jsonl") if "held_out/loss" in line]
     assert [line["step"] for line in held_out] == [6, 12]
     settings = json.loads((run / "ds_config.json").read_text())
     assert settings["zero_optimization"]["stage"] == 3 and settings["bf16"]["enabled"] and "auto" not in json.dumps(settings)
