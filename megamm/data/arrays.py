@@ -1,6 +1,9 @@
 """Sidecar files: NumPy arrays and JSON facts in one safetensors file, memory-mapped on load and protected by a digest.
 
-safetensors itself notices no flipped bit, so the digest of the facts and of every array is part of the file.
+safetensors itself notices no flipped bit, so the digest of the facts and of every array is part of the file. Its writer
+orders the header by chance; here equal contents are equal bytes, so that sidecars can be compared and cached by digest.
+
+Source: the format of safetensors files (8 bytes of header size, a JSON header padded to 8 bytes, arrays without gaps).
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from safetensors.numpy import save
 
 from megamm.core.errors import DataError
 from megamm.core.files import atomic_file, canonical_json, digest_text
@@ -31,6 +33,7 @@ _DTYPES = {
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 256 << 20
 _BLOCK_BYTES = 1 << 20
+_ALIGNMENT_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,22 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[st
     Returns:
         The file's digest.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # Wide types first, as safetensors does it, so that every array is aligned.
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    raw = {name: np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data for name in names}
     text = canonical_json(dict(facts))
-    digest = _digest(
-        text,
-        {
-            name: [_NAMES[array.dtype], list(array.shape), xxhash.xxh3_128_hexdigest(array.reshape(-1).view(np.uint8).data)]
-            for name, array in arrays.items()
-        },
-    )
+    contents = {name: [_NAMES[arrays[name].dtype], list(arrays[name].shape), xxhash.xxh3_128_hexdigest(raw[name])] for name in names}
+    digest = _digest(text, contents)
+    header: dict[str, Any] = {"__metadata__": {"facts": text, "digest": digest}}
+    end = 0
+    for name in names:
+        start, end = end, end + len(raw[name])
+        header[name] = {"dtype": contents[name][0], "shape": contents[name][1], "data_offsets": [start, end]}
+    head = canonical_json(header).encode()
+    head += b" " * (-len(head) % _ALIGNMENT_BYTES)
     with atomic_file(path) as file:
-        file.write(save(arrays, {"facts": text, "digest": digest}))
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.writelines(raw[name] for name in names)
     return digest
 
 
