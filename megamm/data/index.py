@@ -3,13 +3,12 @@
 `X.tar.index` says where every member lies, what its bytes hash to and what its media are like, so that a sample is one
 positioned read and planning never opens a tar. Damage of the archive refuses the shard; trouble inside one sample (a
 picture whose header is broken) is noted, and that sample is skipped with its reason, because one rotten file must not
-cost the rest.
+cost the rest. What the members of a sample mean is not asked here but by `mapping`: one index serves every recipe.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -26,10 +25,10 @@ from megamm.core.types import MediaFacts
 from megamm.data.arrays import load_arrays, read_facts, write_arrays
 from megamm.data.media import FileRange, MediaError, media_type
 from megamm.data.media import read_facts as read_media_facts
-from megamm.data.tar import TarError, TarMember, scan
+from megamm.data.shards import RemoteShard, Shard, sidecar_path
+from megamm.data.tar import ReadAt, TarError, TarMember, scan
 
-INDEX_VERSION = 1
-MAX_JSON_BYTES = 16 << 20
+INDEX_VERSION = 2
 _MEDIA_CODES = {"image": 1, "audio": 2}
 _MEDIA_NAMES = {code: name for name, code in _MEDIA_CODES.items()}
 # WebDataset's own rule: the key ends at the first dot of the file's name, the rest is the member's suffix.
@@ -114,34 +113,47 @@ class ShardIndex:
 _ARRAYS = tuple(name for name, kind in ShardIndex.__annotations__.items() if kind == "np.ndarray")
 
 
-def index_path(tar: Path) -> Path:
+def index_path(tar: Shard) -> Path:
     """Where the index of `tar` lies."""
-    return tar.with_name(tar.name + ".index")
+    return sidecar_path(tar, ".index")
 
 
 def build_index(tar: Path) -> ShardIndex:
     """Read a shard once, check all of it, and return its index.
 
     Raises:
-        DataError: The shard is missing, is not a whole tar of regular files, a key's members are not adjacent, a key or
-            a member occurs twice, or a sample has no `KEY.json`; the message names shard and key.
+        DataError: The shard is missing, is not a whole tar of regular files, a key's members are not adjacent, or a key or
+            a member occurs twice; the message names shard and key.
     """
     try:
         with tar.open("rb") as file:
-            return _build(file.fileno(), os.fstat(file.fileno()).st_size)
+            descriptor = file.fileno()
+            return build_index_from(tar, lambda offset, size: os.pread(descriptor, size, offset), os.fstat(descriptor).st_size)
     except FileNotFoundError:
         raise DataError(f"shard {tar} does not exist; check the path") from None
-    except TarError as error:
-        raise DataError(f"shard {tar}: {error}; write it again") from None
 
 
-def write_index(tar: Path, index: ShardIndex | None = None) -> ShardIndex:
-    """Write the sidecar of `tar` atomically, building the index unless it is given; returns it.
+def build_index_from(shard: Shard, read: ReadAt, size: int) -> ShardIndex:
+    """`build_index` of `size` bytes that come from anywhere, read once and in order (media headers a second time).
 
     Raises:
         DataError: As `build_index`.
     """
-    index = build_index(tar) if index is None else index
+    try:
+        return _build(read, size)
+    except TarError as error:
+        raise DataError(f"shard {shard}: {error}; write it again") from None
+
+
+def write_index(tar: Shard, index: ShardIndex | None = None) -> ShardIndex:
+    """Write the sidecar of `tar` atomically, building the index unless it is given (a remote one must be); returns it.
+
+    Raises:
+        DataError: As `build_index`.
+    """
+    if index is None:
+        assert isinstance(tar, Path), "the index of a remote shard is built over a reader"
+        index = build_index(tar)
     facts = {
         "version": INDEX_VERSION,
         "num_samples": index.num_samples,
@@ -154,12 +166,12 @@ def write_index(tar: Path, index: ShardIndex | None = None) -> ShardIndex:
     return index
 
 
-def load_index(tar: Path, verify_digest: bool = False) -> ShardIndex:
+def load_index(tar: Shard, verify_digest: bool = False) -> ShardIndex:
     """Map the index of a shard, after checking that the shard still has the size that was indexed.
 
     Args:
         tar: The shard.
-        verify_digest: Also read the whole shard and compare its digest.
+        verify_digest: Also read the whole shard and compare its digest (local shards; `sidecars.verify` reads remote ones).
 
     Raises:
         DataError: Shard or index is missing, the index is damaged or of another version, or the shard changed.
@@ -167,8 +179,10 @@ def load_index(tar: Path, verify_digest: bool = False) -> ShardIndex:
     check_unchanged(tar, read_shard_facts(tar))
     file = load_arrays(index_path(tar), subject=f"shard {tar}", fix=_fix(tar))
     facts = file.facts
-    if verify_digest and (found := digest_file(tar)) != facts["digest"]:
-        raise DataError(f"shard {tar} changed since it was indexed: digest {found}, indexed {facts['digest']}; {_fix(tar)}")
+    if verify_digest:
+        assert isinstance(tar, Path), "remote shards are verified over a reader"
+        if (found := digest_file(tar)) != facts["digest"]:
+            raise DataError(f"shard {tar} changed since it was indexed: digest {found}, indexed {facts['digest']}; {_fix(tar)}")
     return ShardIndex(
         tar_size=facts["tar_size"],
         digest=facts["digest"],
@@ -187,7 +201,7 @@ class ShardFacts:
     digest: str
 
 
-def read_shard_facts(tar: Path) -> ShardFacts:
+def read_shard_facts(tar: Shard) -> ShardFacts:
     """Read the header of a shard's index.
 
     Raises:
@@ -200,19 +214,21 @@ def read_shard_facts(tar: Path) -> ShardFacts:
             raise DataError(f"shard {tar}: its index has version {facts['version']}, this is {INDEX_VERSION}; {_fix(tar)}")
         return ShardFacts(int(facts["num_samples"]), int(facts["tar_size"]), str(facts["digest"]))
     except FileNotFoundError:
-        if not tar.exists():
+        if isinstance(tar, Path) and not tar.exists():
             raise DataError(f"shard {tar} does not exist; check data.root and the dataset's shards") from None
         raise DataError(f"shard {tar}: {path.name} is missing; {_fix(tar)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"shard {tar}: {path.name} is damaged ({error}); delete it and {_fix(tar)}") from None
 
 
-def check_unchanged(tar: Path, facts: ShardFacts) -> None:
-    """Compare the shard's size with the indexed one.
+def check_unchanged(tar: Shard, facts: ShardFacts) -> None:
+    """Compare the shard's size with the indexed one; of a remote shard `RemoteReader` does it when it is first read.
 
     Raises:
         DataError: The shard is missing or has another size.
     """
+    if isinstance(tar, RemoteShard):
+        return
     try:
         size = tar.stat().st_size
     except FileNotFoundError:
@@ -221,7 +237,7 @@ def check_unchanged(tar: Path, facts: ShardFacts) -> None:
         raise DataError(f"shard {tar} changed since it was indexed: {size} bytes, indexed {facts.tar_size}; {_fix(tar)}")
 
 
-def _fix(tar: Path) -> str:
+def _fix(tar: Shard) -> str:
     return f"run `megamm data index {tar}`"
 
 
@@ -241,25 +257,27 @@ class _Columns:
     problems: dict[int, str] = field(default_factory=dict)
 
 
-def _build(descriptor: int, tar_size: int) -> ShardIndex:
+def _build(read: ReadAt, tar_size: int) -> ShardIndex:
     columns, digest = _Columns(), xxhash.xxh3_128()
     seen: set[str] = set()
-    key, suffixes = None, dict[str, str]()
-    for member, stream in scan(descriptor, tar_size, digest.update):
+    key, suffixes = None, set[str]()
+    for member, stream in scan(read, tar_size, digest.update):
         new_key, suffix = _split(member.name)
         if new_key != key:
-            _close_sample(columns, key, suffixes)
+            if key is not None:
+                columns.starts.append(len(columns.offsets))
             if new_key in seen:
                 raise TarError(f"key {new_key!r} occurs twice, or its members are not adjacent")
             seen.add(new_key)
-            key, suffixes = new_key, {}
+            key, suffixes = new_key, set()
             columns.keys.append(key)
         # WebDataset's readers take suffixes in lower case, where `a.JPG` and `a.jpg` would be one member.
         if suffix.lower() in suffixes:
             raise TarError(f"member {member.name!r} occurs twice")
-        suffixes[suffix.lower()] = suffix
-        _add_member(columns, member, suffix, stream(), descriptor)
-    _close_sample(columns, key, suffixes)
+        suffixes.add(suffix.lower())
+        _add_member(columns, member, suffix, stream(), read)
+    if key is not None:
+        columns.starts.append(len(columns.offsets))
     return _finished(columns, tar_size, digest.hexdigest())
 
 
@@ -270,48 +288,24 @@ def _split(name: str) -> tuple[str, str]:
     return match.group(1), match.group(2)
 
 
-def _close_sample(columns: _Columns, key: str | None, suffixes: dict[str, str]) -> None:
-    if key is None:
-        return
-    if suffixes.get("json") != "json":
-        raise TarError(f"sample {key!r} has no {key}.json")
-    columns.starts.append(len(columns.offsets))
-
-
-def _add_member(columns: _Columns, member: TarMember, suffix: str, stream: Iterable[bytes], descriptor: int) -> None:
+def _add_member(columns: _Columns, member: TarMember, suffix: str, stream: Iterable[bytes], read: ReadAt) -> None:
     digest = xxhash.xxh3_64()
-    text = io.BytesIO() if suffix == "json" and member.size <= MAX_JSON_BYTES else None
     for block in stream:
         digest.update(block)
-        if text is not None:
-            text.write(block)
     columns.offsets.append(member.offset)
     columns.sizes.append(member.size)
     columns.digests.append(digest.intdigest())
     columns.suffixes.append(columns.suffix_numbers.setdefault(suffix, len(columns.suffix_numbers)))
     code, facts = 0, (0, 0)
     try:
-        if suffix == "json":
-            _check_json(text, member.size)
-        elif type_ := media_type(suffix):
-            file = io.BufferedReader(FileRange(descriptor, member.offset, member.size))
+        if type_ := media_type(suffix):
+            file = io.BufferedReader(FileRange(read, member.offset, member.size))
             found = read_media_facts(type_, cast(BinaryIO, file))
             code, facts = _MEDIA_CODES[type_], (found.width, found.height) if type_ == "image" else (found.num_frames, found.rate_hz)
     except MediaError as error:
         columns.problems.setdefault(len(columns.keys) - 1, f"{suffix}: {error}")
     columns.types.append(code)
     columns.facts.append(facts)
-
-
-def _check_json(text: io.BytesIO | None, size: int) -> None:
-    if text is None:
-        raise MediaError(f"{size} bytes of JSON, the limit is {MAX_JSON_BYTES}")
-    try:
-        document = json.loads(text.getvalue().decode())
-    except (ValueError, RecursionError) as error:
-        raise MediaError(f"not JSON in UTF-8 ({error})") from None
-    if not isinstance(document, dict):
-        raise MediaError("not a JSON object")
 
 
 def _finished(columns: _Columns, tar_size: int, digest: str) -> ShardIndex:

@@ -20,7 +20,8 @@ from megamm.data.encode import SampleEncoder, parse_document
 from megamm.data.features import MediaRules
 from megamm.data.index import ShardFacts, load_index, read_shard_facts
 from megamm.data.ledger import BadSample
-from megamm.data.reader import LocalReader, ShardReader
+from megamm.data.reader import LocalReader, Reader, ShardReader
+from megamm.data.shards import Shard, sidecar_path
 from megamm.tokenizers.text import TextTokenizer
 
 LENGTHS_VERSION = 1
@@ -76,19 +77,19 @@ def lengths_key(tokenizer: TextTokenizer, rules: MediaRules) -> str:
     return digest_text(canonical_json([LENGTHS_VERSION, tokenizer.fingerprint, rules.fingerprint]))[:16]
 
 
-def lengths_path(tar: Path, key: str) -> Path:
+def lengths_path(tar: Shard, key: str) -> Path:
     """Where the lengths of a shard under some settings lie."""
-    return tar.with_name(f"{tar.name}.lengths-{key}")
+    return sidecar_path(tar, f".lengths-{key}")
 
 
-def plan_lengths(tar: Path, tokenizer: TextTokenizer, rules: MediaRules) -> SampleLengths:
-    """Measure every sample of a shard from its JSON and its media's headers.
+def plan_lengths(tar: Shard, tokenizer: TextTokenizer, rules: MediaRules, *, reader: Reader | None = None) -> SampleLengths:
+    """Measure every sample of a shard from its JSON and its media's headers; `reader` reads it, `LocalReader` by default.
 
     Raises:
         DataError: The shard or its index is missing, damaged or changed.
     """
-    index, reader = load_index(tar), LocalReader()
-    shard, encoder = ShardReader(tar, index, reader), SampleEncoder(tokenizer, rules)
+    index, own = load_index(tar), LocalReader()
+    shard, encoder = ShardReader(tar, index, reader or own), SampleEncoder(tokenizer, rules)
     lengths = np.zeros((index.num_samples, 3), dtype=np.int32)
     tasks = np.zeros(index.num_samples, dtype=np.uint16)
     task_numbers: dict[str, int] = {}
@@ -104,17 +105,17 @@ def plan_lengths(tar: Path, tokenizer: TextTokenizer, rules: MediaRules) -> Samp
             continue
         lengths[number] = size.tokens, size.patches, size.frames
         tasks[number] = task_numbers.setdefault(sample.task, len(task_numbers))
-    reader.close()
+    own.close()
     return SampleLengths(lengths, tasks, tuple(task_numbers), problems)
 
 
-def write_lengths(tar: Path, tokenizer: TextTokenizer, rules: MediaRules) -> SampleLengths:
-    """`plan_lengths`, written beside the shard.
+def write_lengths(tar: Shard, tokenizer: TextTokenizer, rules: MediaRules, *, reader: Reader | None = None) -> SampleLengths:
+    """`plan_lengths`, written where the shard's sidecars lie.
 
     Raises:
         DataError: As `plan_lengths`.
     """
-    planned, key = plan_lengths(tar, tokenizer, rules), lengths_key(tokenizer, rules)
+    planned, key = plan_lengths(tar, tokenizer, rules, reader=reader), lengths_key(tokenizer, rules)
     facts = {
         "version": LENGTHS_VERSION,
         "key": key,
@@ -126,13 +127,14 @@ def write_lengths(tar: Path, tokenizer: TextTokenizer, rules: MediaRules) -> Sam
     return SampleLengths(planned.lengths, planned.tasks, planned.task_names, planned.problems, digest)
 
 
-def ensure_lengths(tars: Sequence[Path], tokenizer: TextTokenizer, rules: MediaRules) -> list[Path]:
+def ensure_lengths(tars: Sequence[Shard], tokenizer: TextTokenizer, rules: MediaRules, *, reader: Reader | None = None) -> list[Shard]:
     """Write what is missing or stale of a dataset's lengths; one process a file system should call this.
 
     Args:
         tars: All shards of the dataset, in its order.
         tokenizer: Of the run.
         rules: How media become tower inputs.
+        reader: Where bytes come from; local files by default.
 
     Returns:
         The shards whose lengths were written.
@@ -147,7 +149,7 @@ def ensure_lengths(tars: Sequence[Path], tokenizer: TextTokenizer, rules: MediaR
         try:
             facts = read_lengths_facts(tar, key, shard)
         except DataError:
-            write_lengths(tar, tokenizer, rules)
+            write_lengths(tar, tokenizer, rules, reader=reader)
             written.append(tar)
             facts = read_lengths_facts(tar, key, shard)
         digests.append(facts.digest)
@@ -157,7 +159,7 @@ def ensure_lengths(tars: Sequence[Path], tokenizer: TextTokenizer, rules: MediaR
     return written
 
 
-def joined_lengths(tars: Sequence[Path], key: str, digests: Sequence[str], starts: np.ndarray) -> np.ndarray:
+def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], starts: np.ndarray) -> np.ndarray:
     """The lengths of all shards of a dataset as one array.
 
     Read into memory, or for large datasets mapped from the file that `ensure_lengths` joined, so that any sample of a
@@ -192,12 +194,12 @@ def joined_lengths(tars: Sequence[Path], key: str, digests: Sequence[str], start
     return joined.view(np.ndarray)
 
 
-def _joined_path(tars: Sequence[Path], digests: Sequence[str]) -> Path:
+def _joined_path(tars: Sequence[Shard], digests: Sequence[str]) -> Path:
     """Named by what it joins: a changed shard or another set of shards is another file."""
-    return tars[0].with_name(f"lengths-{digest_text(canonical_json(list(digests)))[:16]}.npy")
+    return sidecar_path(tars[0], "").with_name(f"lengths-{digest_text(canonical_json(list(digests)))[:16]}.npy")
 
 
-def _write_joined(path: Path, tars: Sequence[Path], key: str, sizes: Sequence[int]) -> None:
+def _write_joined(path: Path, tars: Sequence[Shard], key: str, sizes: Sequence[int]) -> None:
     """Join shard after shard through a mapped file: memory does not grow with the dataset."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -214,7 +216,7 @@ def _write_joined(path: Path, tars: Sequence[Path], key: str, sizes: Sequence[in
         temporary.unlink(missing_ok=True)
 
 
-def read_lengths_facts(tar: Path, key: str, shard: ShardFacts) -> LengthsFacts:
+def read_lengths_facts(tar: Shard, key: str, shard: ShardFacts) -> LengthsFacts:
     """Read the header of a shard's lengths.
 
     Args:
@@ -238,7 +240,7 @@ def read_lengths_facts(tar: Path, key: str, shard: ShardFacts) -> LengthsFacts:
     raise DataError(f"shard {tar}: {path.name} {reason}; {_FIX}")
 
 
-def load_lengths(tar: Path, key: str) -> SampleLengths:
+def load_lengths(tar: Shard, key: str) -> SampleLengths:
     """Map the planned lengths of a shard.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from megamm.core.errors import DataError
 from megamm.core.types import MediaFacts
+from megamm.data.tar import ReadAt
 
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
 AUDIO_ENDINGS = frozenset({"wav", "flac", "ogg", "opus", "mp3"})
@@ -95,11 +96,11 @@ def _brief(error: BaseException) -> str:
 
 
 class FileRange(io.RawIOBase):
-    """A stretch of an open file as a file of its own, read by position so that the descriptor can be shared."""
+    """A stretch of a file as a file of its own, read by position so that what reads it can be shared."""
 
-    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+    def __init__(self, read: ReadAt, offset: int, size: int) -> None:
         super().__init__()
-        self._descriptor, self._offset, self._size = descriptor, offset, size
+        self._read_at, self._offset, self._size = read, offset, size
         self._position = 0
 
     def readable(self) -> bool:
@@ -119,7 +120,7 @@ class FileRange(io.RawIOBase):
     def readinto(self, buffer) -> int:
         """Fill `buffer` from the current position, never beyond the stretch."""
         wanted = max(0, min(len(buffer), self._size - self._position))
-        content = os.pread(self._descriptor, wanted, self._offset + self._position)
+        content = self._read_at(self._offset + self._position, wanted)
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)

@@ -1,25 +1,27 @@
 """A strict reader of tar headers: what cannot be trusted is refused, where usual readers stop early or guess.
 
-Takes ustar, GNU (long names, large sizes) and PAX archives of regular files. Nothing else in a shard has a use, and
-links, devices, sparse files or paths outside the sample would be ways to smuggle something in.
+Takes ustar, GNU (long names, large sizes) and PAX archives of regular files, and steps over the entries of folders that the
+tar command writes. Nothing else in a shard has a use, and links, devices, sparse files or paths outside the sample would be
+ways to smuggle something in.
 
 Source: POSIX.1-2008 "pax Interchange Format"; GNU tar manual, "Basic Tar Format".
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+ReadAt = Callable[[int, int], bytes]
+"""Bytes at an offset, as many as asked for unless the file ends."""
 BLOCK_BYTES = 512
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHUNK_BYTES = 1 << 20
 _MAX_EXTENSION_BYTES = 1 << 20
 _PAX_TAKEN = frozenset({"path", "size"})
 _PAX_HARMLESS = re.compile(r"([amc]time|[ug]id|[ug]name|comment|SCHILY\.(dev|ino|nlink|fflags|acl\..+|xattr\..+)|LIBARCHIVE\..+)\Z")
-_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"5": "a folder", b"6": "a pipe"}
+_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
 
 class TarError(ValueError):
@@ -35,11 +37,11 @@ class TarMember:
     size: int
 
 
-def scan(descriptor: int, size: int, feed: Callable[[bytes], None]) -> Iterator[tuple[TarMember, Callable[[], Iterator[bytes]]]]:
+def scan(read: ReadAt, size: int, feed: Callable[[bytes], None]) -> Iterator[tuple[TarMember, Callable[[], Iterator[bytes]]]]:
     """Walk over all members of an archive, reading every byte of it once and in order.
 
     Args:
-        descriptor: The open file.
+        read: Reads the file.
         size: Its size in bytes.
         feed: Receives every byte of the file, in order (a digest's `update`).
 
@@ -49,7 +51,7 @@ def scan(descriptor: int, size: int, feed: Callable[[bytes], None]) -> Iterator[
     Raises:
         TarError: Anything that is not a whole archive of regular files with safe names.
     """
-    walker = _Walker(descriptor, size, feed)
+    walker = _Walker(read, size, feed)
     while (member := walker.next_member()) is not None:
         yield member, walker.stream
         walker.finish()
@@ -59,10 +61,10 @@ def scan(descriptor: int, size: int, feed: Callable[[bytes], None]) -> Iterator[
 class _Walker:
     """Position in the archive; `stream` may be called at most once a member."""
 
-    def __init__(self, descriptor: int, size: int, feed: Callable[[bytes], None]) -> None:
+    def __init__(self, read: ReadAt, size: int, feed: Callable[[bytes], None]) -> None:
         if size % BLOCK_BYTES:
             raise TarError(f"{size} bytes are not a multiple of {BLOCK_BYTES}: the archive is cut")
-        self._descriptor, self._size, self._feed = descriptor, size, feed
+        self._read_at, self._size, self._feed = read, size, feed
         self._position = 0
         self._end = 0
 
@@ -87,6 +89,9 @@ class _Walker:
             elif kind == b"g":
                 if taken := _PAX_TAKEN & _pax_records(self._extension(size)).keys():
                     raise TarError(f"a global header sets {sorted(taken)} of every member")
+                continue
+            elif kind == b"5" and not size:
+                name, num_bytes, extended = None, None, False
                 continue
             else:
                 what = _KINDS.get(kind, f"of type {kind!r}")
@@ -144,7 +149,7 @@ class _Walker:
         return content
 
     def _read(self, size: int) -> bytes:
-        content = os.pread(self._descriptor, size, self._position)
+        content = self._read_at(self._position, size)
         if len(content) < size:
             raise TarError("the file became shorter while it was read")
         self._feed(content)
@@ -183,7 +188,8 @@ def _header_name(header: bytes) -> str:
 
 
 def _safe_name(name: str) -> str:
-    parts = name.split("/")
+    # The tar command writes `./` before the names of `tar -c .`; it leads nowhere.
+    parts = name.removeprefix("./").split("/")
     if "\\" in name or any(part in ("", ".", "..") for part in parts) or any(ord(character) < 32 for character in name):
         raise TarError(f"the member name {name!r} is not a plain relative path")
     return name
