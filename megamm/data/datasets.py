@@ -29,6 +29,7 @@ class ShardSet:
         task_names: Sorted names of the tasks that occur.
         key: Settings of the planned lengths.
         lengths: int32[N, 3], tokens, patches and frames of every sample; a mapped file for large datasets.
+        shards_digest: Of all shards alone, in order: which samples there are and where.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ShardSet:
     task_names: tuple[str, ...]
     key: str
     lengths: np.ndarray
+    shards_digest: str
 
     @property
     def num_samples(self) -> int:
@@ -101,6 +103,7 @@ def open_dataset(name: str, dataset: Dataset, root: Path, key: str) -> ShardSet:
         task_names=tuple(sorted({task for one in lengths for task in one.task_names})),
         key=key,
         lengths=joined_lengths(tars, key, [one.digest for one in lengths], starts),
+        shards_digest=digest_text(canonical_json([shard.digest for shard in shards])),
     )
 
 

@@ -17,7 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from megamm.config import Data
 from megamm.core.errors import ConfigError
+from megamm.core.names import did_you_mean
 
 MAX_PERIOD = 1 << 16
 
@@ -37,17 +39,51 @@ class Segment:
     drawn: tuple[int, ...]
 
 
-def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest integers in proportion to `weights`.
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """Weights of a recipe from a step on.
 
-    Shares that need a period beyond `MAX_PERIOD` are rounded to it (every dataset keeps at least one sample a period).
+    Attributes:
+        step: The first step; 0 for the beginning.
+        weights: Integer weight a dataset, in the order of their sorted names.
+    """
+
+    step: int
+    weights: tuple[int, ...]
+
+
+def planned_weights(data: Data) -> tuple[StepWeights, ...]:
+    """All weights that a recipe plans, from step 0 on; entries of `data.schedule` change those that they name.
 
     Raises:
-        ConfigError: No weights, or one that is not a positive number.
+        ConfigError: Steps that do not ascend, an unknown dataset, or weights that draw nothing.
     """
-    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+    weights = {name: data.train[name].weight for name in sorted(data.train)}
+    planned = [StepWeights(0, integer_weights(list(weights.values())))]
+    for change in data.schedule:
+        if change.step <= planned[-1].step:
+            raise ConfigError(f"data.schedule has step {change.step} after step {planned[-1].step}; list its entries by ascending step")
+        if unknown := sorted(set(change.weights) - set(weights)):
+            raise ConfigError(
+                f"data.schedule at step {change.step} names {unknown[0]!r}, which is not in data.train"
+                f"{did_you_mean(unknown[0], weights)}; a dataset that comes later is listed there with weight 0"
+            )
+        weights |= change.weights
+        planned.append(StepWeights(change.step, integer_weights(list(weights.values()))))
+    return tuple(planned)
+
+
+def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest integers in proportion to `weights`; a dataset of weight 0 is not drawn.
+
+    Shares that need a period beyond `MAX_PERIOD` are rounded to it (every dataset above 0 keeps at least one sample a period).
+
+    Raises:
+        ConfigError: No weight above 0, or one that is negative or no number.
+    """
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
         raise ConfigError(
-            f"data weights {list(weights)} are not positive numbers; set data.train.NAME.weight above 0 or leave the dataset out"
+            f"data weights {list(weights)} draw nothing; set data.train.NAME.weight above 0 for one dataset and to 0 or more for all"
         )
     # Through the shortest decimal, so that 0.1 means one tenth.
     exact = [Fraction(repr(float(weight))) for weight in weights]
@@ -55,7 +91,7 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
     numbers = [int(value * scale) for value in exact]
     if sum(numbers) // math.gcd(*numbers) > MAX_PERIOD:
         total = sum(exact)
-        numbers = [max(1, round(value / total * MAX_PERIOD)) for value in exact]
+        numbers = [max(1, round(value / total * MAX_PERIOD)) if value else 0 for value in exact]
     divisor = math.gcd(*numbers)
     return tuple(number // divisor for number in numbers)
 
@@ -127,7 +163,7 @@ def _schedule(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """One period: for each slot its dataset, and how many earlier slots of the period have the same one."""
     period = sum(weights)
     datasets, ranks = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
-    waiting = [(0, dataset, 0) for dataset in range(len(weights))]
+    waiting = [(0, dataset, 0) for dataset, weight in enumerate(weights) if weight]
     ready: list[tuple[int, int, int]] = []
     for slot in range(period):
         while waiting and waiting[0][0] <= slot:

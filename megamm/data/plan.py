@@ -16,15 +16,14 @@ import xxhash
 
 from megamm.config import Batching, Data, Model
 from megamm.core.errors import ConfigError, DataError
-from megamm.core.files import canonical_json, digest_text
 from megamm.core.logging import get_logger
 from megamm.data.datasets import ShardSet, open_dataset
 from megamm.data.features import MediaRules
 from megamm.data.lengths import lengths_key
-from megamm.data.mixture import Mixture, integer_weights
+from megamm.data.mixture import Mixture, Segment, planned_weights
 from megamm.data.order import derive_key, sample_at
 from megamm.data.rows import DEFAULT_COSTS, PlannedRow, PlannedSample, RowCosts, Window
-from megamm.data.state import LoaderState, PlanState, check_identity
+from megamm.data.state import DataChange, LoaderState, Pass, PlanState, check_identity, differences, fingerprint_of
 from megamm.tokenizers.text import TextTokenizer
 
 _MAX_EMPTY_WINDOWS = 100
@@ -77,7 +76,8 @@ class DataPlan:
         self.data, self.batch, self.rules, self.tokenizer = data, batch, rules, tokenizer
         self.tasks = tuple(sorted({task for dataset in datasets for task in dataset.task_names}))
         self.identity = _identity(self.datasets, data, batch, key=lengths_key(tokenizer, rules), seed=seed)
-        self.fingerprint = digest_text(canonical_json(self.identity))
+        self.fingerprint = fingerprint_of(self.identity)
+        self._weights = planned_weights(data)
         self._names = tuple(self.datasets)
         self._sets = tuple(self.datasets.values())
         self._seeds = {name: xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) for name in self._names}
@@ -112,24 +112,64 @@ class DataPlan:
 
     def start(self) -> LoaderState:
         """The state before the first step."""
-        return LoaderState(0, PlanState(0, 0, Mixture.start(self._weights()).segments), self.identity)
+        first, *later = self._weights
+        plan = PlanState(0, 0, self._names, Mixture.start(first.weights).segments, tuple(later), (Pass(),) * len(self._names))
+        return LoaderState(0, plan, self.identity)
 
-    def resume(self, state: LoaderState) -> LoaderState:
-        """Check that a saved state belongs to this plan; weights that the recipe changed hold from the next whole window on.
+    def resume(self, state: LoaderState, *, accept_change: bool = False) -> LoaderState:
+        """The state to go on from, under the weights of this plan's recipe.
+
+        Weights that changed hold from the next whole window on. Other data or settings are refused, or recorded and gone on
+        with: from the next whole window on, each dataset at its place. A dataset whose shards or order changed begins a new
+        pass, because places of the old order mean nothing in the new one; one that is new begins its first.
+
+        Args:
+            state: Of the checkpoint.
+            accept_change: Go on although shards or settings differ from those of the state.
 
         Raises:
-            DataError: The state belongs to other data or another plan.
+            DataError: The state belongs to other data or another plan, and that is not accepted.
         """
-        check_identity(state.identity, self.identity)
-        if state.plan.segments[-1].weights == self._weights():
-            return state
-        first = (state.plan.window + (state.plan.row > 0)) * self.data.window
-        segments = Mixture(state.plan.segments).changed(self._weights(), first).segments
-        _log.info("data weights %s hold from position %d on", dict(zip(self._names, self._weights(), strict=True)), first)
-        return replace(state, plan=replace(state.plan, segments=segments))
+        if dict(state.identity) != self.identity:
+            if not accept_change:
+                check_identity(state.identity, self.identity)
+            state = self._moved(state)
+        past, later = ([one for one in self._weights if (one.step <= state.step) == is_past] for is_past in (True, False))
+        plan = replace(state.plan, schedule=tuple(later))
+        if plan.segments[-1].weights != past[-1].weights:
+            plan = self._reweighted(plan, past[-1].weights)
+        return replace(state, plan=plan)
+
+    def _moved(self, state: LoaderState) -> LoaderState:
+        """A state of another plan, carried over to this one."""
+        old, changed = state.plan, differences(state.identity, self.identity)
+        first = old.position + (old.row > 0) * int(state.identity["data.window"])
+        drawn = dict(zip(old.names, Mixture(old.segments).drawn(first), strict=True))
+        passes = dict(zip(old.names, old.passes, strict=True))
+        is_reordered = not {"seed", "data.shuffle_block", "data.shuffle_window"}.isdisjoint(changed)
+        for name in passes:
+            if is_reordered or f"shards of {name}" in changed:
+                size = int(state.identity[f"samples of {name}"])
+                passes[name] = Pass(drawn[name], passes[name].epoch - (passes[name].drawn - drawn[name]) // size)
+        # Weights are compared, and changed where they differ, by `resume`.
+        weights = dict(zip(old.names, old.segments[-1].weights, strict=True))
+        segment = Segment(first, *(tuple(one.get(name, 0) for name in self._names) for one in (weights, drawn)))
+        plan = PlanState(first, 0, self._names, (segment,), (), tuple(passes.get(name, Pass()) for name in self._names))
+        change = DataChange(state.step, first, state.fingerprint, self.fingerprint, changed)
+        _log.warning(
+            "accepted other data or settings after step %d: %s; they hold from position %d on", state.step, ", ".join(changed), first
+        )
+        return replace(state, plan=plan, identity=self.identity, changes=(*state.changes, change))
+
+    def _reweighted(self, plan: PlanState, weights: tuple[int, ...]) -> PlanState:
+        first = plan.position + (plan.row > 0) * self.data.window
+        _log.info("data weights %s hold from position %d on", dict(zip(self._names, weights, strict=True)), first)
+        return replace(plan, segments=Mixture(plan.segments).changed(weights, first).segments)
 
     def next_step(self, state: LoaderState) -> PlannedStep:
         """The step after a state: the one function that leads from step to step.
+
+        It reads the state and the data alone, not the recipe's weights: what `resume` recorded is what holds.
 
         Args:
             state: From `start`, `resume` or the step before.
@@ -137,30 +177,33 @@ class DataPlan:
         Raises:
             DataError: Window after window holds no sample that fits a row.
         """
-        rows, unfit, place = self._take(state.plan, self.batch.global_rows)
+        plan = state.plan
+        while plan.schedule and plan.schedule[0].step <= state.step + 1:
+            plan = self._reweighted(replace(plan, schedule=plan.schedule[1:]), plan.schedule[0].weights)
+        rows, unfit, place = self._take(plan, self.batch.global_rows)
         return PlannedStep(rows, unfit, replace(state, step=state.step + 1, plan=place))
 
     def _take(self, state: PlanState, num_rows: int) -> tuple[list[PlannedRow], tuple[PlannedSample, ...], PlanState]:
         """The next `num_rows` rows, what no row of the windows opened for them holds, and where to go on."""
         rows: list[PlannedRow] = []
         unfit: list[PlannedSample] = []
-        number, row, num_empty = state.window, state.row, 0
+        first, row, num_empty = state.position, state.row, 0
         while len(rows) < num_rows:
-            window = self._window(number, state)
+            window = self._window(first, state)
             if row == 0:
                 unfit += window.samples(window.unfit)
             end = min(row + num_rows - len(rows), window.num_rows)
             rows += [PlannedRow(window, each) for each in range(row, end)]
             row = end
             if row == window.num_rows:
-                number, row = number + 1, 0
+                first, row = first + self.data.window, 0
             num_empty = 0 if window.num_rows else num_empty + 1
             if num_empty == _MAX_EMPTY_WINDOWS:
                 raise DataError(
                     f"no sample among {num_empty * self.data.window} positions fits a row: {self.unfit_reason(unfit[-1])}; "
                     "look at the data, or raise batch.row_tokens, data.row_patches or data.row_frames"
                 )
-        return rows, tuple(unfit), PlanState(number, row, state.segments)
+        return rows, tuple(unfit), replace(state, position=first, row=row)
 
     def unfit_reason(self, sample: PlannedSample) -> str:
         """Why no row holds a sample."""
@@ -171,27 +214,24 @@ class DataPlan:
             f"a row holds {self.batch.row_tokens}, {self.data.row_patches} and {self.data.row_frames}"
         )
 
-    def _weights(self) -> tuple[int, ...]:
-        return integer_weights([self.data.train[name].weight for name in self._names])
-
-    def _window(self, number: int, state: PlanState) -> Window:
-        """One window; the last one is kept, because the next step mostly goes on in it."""
-        last, key = self._last, (number, state.segments)
+    def _window(self, first: int, state: PlanState) -> Window:
+        """The window from a position on; the last one is kept, because the next step mostly goes on in it."""
+        last, key = self._last, (first, state.segments, state.passes)
         if last is not None and last[0] == key:
             return last[1]
-        first = number * self.data.window
-        window = self._plan(np.arange(first, first + self.data.window), Mixture(state.segments), derive_key(self._row_seed, number))
+        window = self._plan(np.arange(first, first + self.data.window), state)
         self._last = key, window
         return window
 
-    def _plan(self, positions: np.ndarray, mixture: Mixture, row_key: int) -> Window:
-        datasets, places = mixture.locate(positions)
-        indices, epochs = np.empty_like(places), np.empty_like(places)
+    def _plan(self, positions: np.ndarray, state: PlanState) -> Window:
+        datasets, places = Mixture(state.segments).locate(positions)
+        indices, epochs, variants = np.empty_like(places), np.empty_like(places), np.zeros_like(places)
         lengths = np.empty((len(positions), 3), dtype=np.int32)
-        for number, dataset in enumerate(self._sets):
+        for number, (dataset, origin) in enumerate(zip(self._sets, state.passes, strict=True)):
             mine = np.flatnonzero(datasets == number)
             if mine.size:
-                epochs[mine], within = np.divmod(places[mine], dataset.num_samples)
+                passes, within = np.divmod(places[mine] - origin.drawn, dataset.num_samples)
+                epochs[mine] = passes + origin.epoch
                 indices[mine] = self._ordered(dataset, within, epochs[mine])
                 lengths[mine] = dataset.lengths[indices[mine]]
         return Window.pack(
@@ -203,7 +243,8 @@ class DataPlan:
             lengths=lengths,
             capacity=(self.batch.row_tokens, self.data.row_patches, self.data.row_frames),
             costs=self._costs,
-            row_key=row_key,
+            row_key=derive_key(self._row_seed, int(positions[0])),
+            variants=variants,
         )
 
     def _ordered(self, dataset: ShardSet, within: np.ndarray, epochs: np.ndarray) -> np.ndarray:
@@ -233,4 +274,6 @@ def _identity(datasets: dict[str, ShardSet], data: Data, batch: Batching, *, key
         "batch.row_tokens": batch.row_tokens,
         "tokenizer and media settings": key,
     }
-    return {**{name: str(value) for name, value in settings.items()}, **{f"dataset {name}": one.digest for name, one in datasets.items()}}
+    for name, one in datasets.items():
+        settings |= {f"shards of {name}": one.shards_digest, f"samples of {name}": one.num_samples, f"lengths of {name}": one.digest}
+    return {name: str(value) for name, value in settings.items()}

@@ -146,7 +146,7 @@ class Window:
         columns = (self.positions, self.datasets, self.indices, self.epochs, self.variants)
         rows = zip(*(column[places].tolist() for column in columns), self.lengths[places].tolist(), strict=True)
         return tuple(
-            PlannedSample(position, self.dataset_names[dataset], index, epoch, *lengths, variant)
+            PlannedSample(position, self.dataset_names[dataset], index, epoch, *lengths, variant=variant)
             for position, dataset, index, epoch, variant, lengths in rows
         )
 

@@ -1,19 +1,33 @@
 """What resuming needs: where the plan stands, which weights held when, what is kept out. The same on every rank.
 
-The state is independent of world size, accumulation, threads and prefetch depth, so a run may go on at any other scale. It
-grows only with changes that somebody made (weights, exclusions), never with steps or samples.
+The state is independent of world size, accumulation, workers and prefetch depth, so a run may go on at any other scale. It
+grows only with changes that somebody made (weights, exclusions, accepted changes of the data), never with steps or samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megamm.core.errors import DataError
-from megamm.data.mixture import Segment
+from megamm.core.files import canonical_json, digest_text
+from megamm.data.mixture import Segment, StepWeights
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Where the passes over a dataset are counted from.
+
+    Attributes:
+        drawn: Samples of the dataset that the run drew before.
+        epoch: Number of the pass that begins there.
+    """
+
+    drawn: int = 0
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +35,48 @@ class PlanState:
     """A place in the plan.
 
     Attributes:
-        window: Window of positions whose rows come next.
+        position: First position of the window whose rows come next.
         row: The next row of that window.
+        names: The datasets, sorted; weights and passes are in this order.
         segments: History of the mixture's weights.
+        schedule: Weights that steps to come will bring.
+        passes: Where the passes over each dataset are counted from.
     """
 
-    window: int
+    position: int
     row: int
+    names: tuple[str, ...]
     segments: tuple[Segment, ...]
+    schedule: tuple[StepWeights, ...]
+    passes: tuple[Pass, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "position": self.position,
+            "row": self.row,
+            "datasets": list(self.names),
+            "weights": [{"start": one.start, "weights": list(one.weights), "drawn": list(one.drawn)} for one in self.segments],
+            "schedule": [{"step": one.step, "weights": list(one.weights)} for one in self.schedule],
+            "passes": [[one.drawn, one.epoch] for one in self.passes],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PlanState:
+        """Read what `to_json` gave; raises KeyError, TypeError or ValueError where it is something else."""
+        names = tuple(map(str, value["datasets"]))
+        segments = tuple(Segment(int(one["start"]), _whole(one["weights"]), _whole(one["drawn"])) for one in value["weights"])
+        schedule = tuple(StepWeights(int(one["step"]), _whole(one["weights"])) for one in value["schedule"])
+        passes = tuple(Pass(*_whole(one)) for one in value["passes"])
+        lists = [*(one.weights for one in segments), *(one.drawn for one in segments), *(one.weights for one in schedule), passes]
+        if not segments or any(len(one) != len(names) for one in lists):
+            raise ValueError("weights or passes are not one for each dataset")
+        return cls(int(value["position"]), int(value["row"]), names, segments, schedule, passes)
+
+    def without_past(self) -> PlanState:
+        """The same place without the weights that held before it: as large as the list of datasets."""
+        first = max(number for number, segment in enumerate(self.segments) if not number or segment.start <= self.position)
+        return replace(self, segments=self.segments[first:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +88,25 @@ class Exclusion:
 
 
 @dataclass(frozen=True, slots=True)
+class DataChange:
+    """Other data or settings that somebody accepted.
+
+    Attributes:
+        after_step: The last step of the old plan.
+        position: First position of the new one.
+        old: Fingerprint of the old plan.
+        new: Fingerprint of the new one.
+        changed: What differs, by the names of `DataPlan.identity`.
+    """
+
+    after_step: int
+    position: int
+    old: str
+    new: str
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoaderState:
     """What resuming after a step needs.
 
@@ -48,12 +115,19 @@ class LoaderState:
         plan: Where the next one begins.
         identity: Name -> value of everything that the plan is made from (see `DataPlan.identity`).
         exclusions: What is kept out, and since when.
+        changes: Accepted changes of the identity, oldest first.
     """
 
     step: int
     plan: PlanState
     identity: Mapping[str, str]
     exclusions: tuple[Exclusion, ...] = ()
+    changes: tuple[DataChange, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of `identity`."""
+        return fingerprint_of(self.identity)
 
     def excluding(self, keys: Iterable[str]) -> LoaderState:
         """The state with more samples (`dataset/key`) kept out from the next step on."""
@@ -64,12 +138,9 @@ class LoaderState:
         return {
             "version": STATE_VERSION,
             "step": self.step,
-            "window": self.plan.window,
-            "row": self.plan.row,
-            "weights": [
-                {"start": segment.start, "weights": list(segment.weights), "drawn": list(segment.drawn)} for segment in self.plan.segments
-            ],
+            **self.plan.to_json(),
             "exclusions": [{"after_step": one.after_step, "keys": list(one.keys)} for one in self.exclusions],
+            "changes": [{**asdict(one), "changed": list(one.changed)} for one in self.changes],
             "identity": dict(self.identity),
         }
 
@@ -80,17 +151,49 @@ class LoaderState:
         Raises:
             DataError: Another version, or not a state at all.
         """
-        if value.get("version") != STATE_VERSION:
-            raise DataError(
-                f"data state has version {value.get('version')!r}, not {STATE_VERSION}; resume with the megamm that wrote it, or start anew"
-            )
+        _check_version(value)
         try:
-            segments = tuple(Segment(one["start"], tuple(one["weights"]), tuple(one["drawn"])) for one in value["weights"])
-            exclusions = tuple(Exclusion(one["after_step"], tuple(one["keys"])) for one in value["exclusions"])
-            plan = PlanState(int(value["window"]), int(value["row"]), segments)
-            return cls(int(value["step"]), plan, {str(name): str(part) for name, part in value["identity"].items()}, exclusions)
+            exclusions = tuple(Exclusion(int(one["after_step"]), tuple(one["keys"])) for one in value["exclusions"])
+            changes = tuple(DataChange(**{**one, "changed": tuple(one["changed"])}) for one in value["changes"])
+            identity = {str(name): str(part) for name, part in value["identity"].items()}
+            return cls(int(value["step"]), PlanState.from_json(value), identity, exclusions, changes)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"data state cannot be read ({type(error).__name__}: {error}); resume from another checkpoint") from None
+
+    def position_json(self) -> dict[str, Any]:
+        """The place alone, as plain JSON values: no larger than the list of datasets, enough to plan the steps that follow."""
+        return {"version": STATE_VERSION, "step": self.step, **self.plan.without_past().to_json(), "plan": self.fingerprint}
+
+    @classmethod
+    def from_position_json(cls, value: Mapping[str, Any], identity: Mapping[str, str]) -> LoaderState:
+        """Read what `position_json` gave.
+
+        Args:
+            value: The place.
+            identity: Of the plan that it is a place of.
+
+        Returns:
+            A state that leads to the same steps; it does not know what was excluded or accepted before.
+
+        Raises:
+            DataError: Another version, a place in another plan, or not a place at all.
+        """
+        _check_version(value)
+        try:
+            step, plan, expected = int(value["step"]), PlanState.from_json(value), str(value["plan"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"a place in the data cannot be read ({type(error).__name__}: {error}); take that of another step") from None
+        if expected != fingerprint_of(identity):
+            raise DataError(
+                f"step {step} was planned from other data or settings (plan {expected[:12]}, now {fingerprint_of(identity)[:12]}); "
+                "bring back the shards and settings of that time to look it up"
+            )
+        return cls(step, plan, dict(identity))
+
+
+def fingerprint_of(identity: Mapping[str, str]) -> str:
+    """Digest of a plan's identity."""
+    return digest_text(canonical_json(dict(identity)))
 
 
 def check_identity(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
@@ -99,14 +202,26 @@ def check_identity(saved: Mapping[str, str], current: Mapping[str, str]) -> None
     Raises:
         DataError: Something differs; the message names it with both values.
     """
-    changed = [
-        f"{name} was {saved.get(name, 'not there')}, is {current.get(name, 'gone')}"
-        for name in sorted({*saved, *current})
-        if saved.get(name) != current.get(name)
-    ]
+    changed = [f"{name} was {saved.get(name, 'not there')}, is {current.get(name, 'gone')}" for name in differences(saved, current)]
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise DataError(
             f"the data plan changed since the checkpoint: {'; '.join(changed[:3])}{more}; "
-            "bring back the shards and settings of the run, or start a new one"
+            "bring back the shards and settings of the run, go on with what is there now with --accept-data-change, or start a new run"
         )
+
+
+def differences(saved: Mapping[str, str], current: Mapping[str, str]) -> tuple[str, ...]:
+    """Sorted names whose values differ between two identities."""
+    return tuple(name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name))
+
+
+def _check_version(value: Mapping[str, Any]) -> None:
+    if value.get("version") != STATE_VERSION:
+        raise DataError(
+            f"data state has version {value.get('version')!r}, not {STATE_VERSION}; resume with the megamm that wrote it, or start anew"
+        )
+
+
+def _whole(values: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)

@@ -18,7 +18,7 @@ from megamm.data.datasets import ShardSet
 from megamm.data.features import MediaRules
 from megamm.data.plan import DataPlan
 from megamm.data.rows import PlannedSample
-from megamm.data.state import LoaderState, PlanState
+from megamm.data.state import LoaderState
 
 CAPACITY = (100, 40, 40)
 
@@ -29,7 +29,7 @@ def shard_set(name: str, num_samples: list[int], tokens: int | None = None) -> S
     tars = tuple(Path(f"{name}-{shard:05}.tar") for shard in range(len(num_samples)))
     size = (int(starts[-1]), 3)
     lengths = np.random.default_rng(0).integers(1, (121, 51, 51), size) if tokens is None else np.full(size, (tokens, 0, 0))
-    return ShardSet(name, tars, starts, "digest", ("text",), "key", lengths.astype(np.int32))
+    return ShardSet(name, tars, starts, "digest", ("text",), "key", lengths.astype(np.int32), "shards")
 
 
 def plan_of(datasets: list[ShardSet], tokenizer, *, weights=None, seed: int = 0, num_rows: int = 8, **changes) -> DataPlan:
@@ -75,7 +75,7 @@ def test_every_position_is_consumed_once_and_no_row_overflows(tokenizer, dataset
             assert (sample.dataset, sample.index, sample.epoch) not in seen
             seen.add((sample.dataset, sample.index, sample.epoch))
         state = step.state
-    finished = state.plan.window * window
+    finished = state.plan.position
     assert sorted(position for position in positions if position < finished) == list(range(finished))
     assert len(positions) == len(set(positions))
 
@@ -141,13 +141,13 @@ def test_data_that_fit_no_row_are_an_error_not_an_endless_search(tokenizer):
 def test_a_billion_samples_are_planned_anywhere_at_once(tokenizer):
     lengths = np.broadcast_to(np.array([10, 0, 0], dtype=np.int32), (10**9, 3))
     starts = np.arange(100_001) * 10_000
-    dataset = ShardSet("a", tuple(map(Path, map(str, range(100_000)))), starts, "digest", ("text",), "key", lengths)
+    dataset = ShardSet("a", tuple(map(Path, map(str, range(100_000)))), starts, "digest", ("text",), "key", lengths, "shards")
 
     def plan_three_places() -> None:
         plan = plan_of([dataset], tokenizer, shuffle_block=16, window=2048, num_rows=256)
         state = plan.start()
         for window in (0, 10**6, 4 * 10**5):
-            assert len(plan.next_step(replace(state, plan=PlanState(window, 3, state.plan.segments))).rows) == 256
+            assert len(plan.next_step(replace(state, plan=replace(state.plan, position=window * 2048, row=3))).rows) == 256
 
     started = time.process_time()
     plan_three_places()

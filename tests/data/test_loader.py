@@ -113,7 +113,7 @@ def test_twelve_shards_over_five_ranks_give_equal_steps_and_lose_nothing(corpus,
     sizes = {name: dataset.num_samples for name, dataset in plan.datasets.items()}
     seen: dict[str, int] = {}
     state = plan.start()
-    while state.plan.window * 32 < 6 * 40:
+    while state.plan.position < 6 * 40:
         step = plan.next_step(state)
         assert len(step.rows) == 5
         for sample in itertools.chain(step.unfit, *(row.samples for row in step.rows)):
