@@ -428,11 +428,18 @@ class Checkpointing:
         every: Steps between commits; 0 commits only at the end and on interruption.
         keep_last: Newest checkpoints that stay.
         keep_every: Steps whose multiples stay for ever; 0 for none.
+        asynchronous: Hash and write behind training, which then waits for the copy into host memory only.
+        max_failures: Saves that may fail one after the other before the run ends.
+        lease_seconds: How long the run's owner may be silent before another job takes the run over, where nothing else tells
+            that it is gone.
     """
 
     every: Count = 500
     keep_last: Positive = 2
     keep_every: Count = 0
+    asynchronous: bool = True
+    max_failures: Positive = 3
+    lease_seconds: Annotated[float, Field(gt=0)] = 60.0
 
 
 @dataclass(frozen=True, config=_STRICT)
