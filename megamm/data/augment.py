@@ -11,8 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from megamm.config import Augment
+from megamm.data.order import derive_key, permute
 
 _FULL_CIRCLE = 360.0
+_NUM_POSITIONS = 1 << 62
+# Sets the draws of variants apart from what else is derived from the seed.
+_VARIANTS = 0x5EED
+
+
+def variants_at(seed: int, positions: np.ndarray, num_variants: int) -> np.ndarray:
+    """Which variant of its planned lengths the sample at each position takes: drawn evenly, by seed and position alone.
+
+    Args:
+        seed: Of the run.
+        positions: int64[n].
+        num_variants: Of the dataset.
+
+    Returns:
+        int64[n], each below `num_variants`.
+    """
+    if num_variants == 1:
+        return np.zeros_like(positions)
+    return permute(positions, _NUM_POSITIONS, derive_key(seed, _VARIANTS)) % num_variants
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megamm.config import Dataset
+from megamm.config import Data, Dataset
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text
+from megamm.data.features import MediaRules
 from megamm.data.index import ShardFacts, check_unchanged, read_shard_facts
-from megamm.data.lengths import LengthsFacts, joined_lengths, load_lengths, read_lengths_facts
+from megamm.data.lengths import ONE_SPEED, LengthsFacts, joined_lengths, lengths_key, load_lengths, read_lengths_facts
+from megamm.data.mapping import OWN_FORM, SampleForm
+from megamm.tokenizers.text import TextTokenizer
 
 _NUM_OPENERS = 8
 
@@ -28,8 +32,9 @@ class ShardSet:
         digest: Of all shards and their planned lengths, in order.
         task_names: Sorted names of the tasks that occur.
         key: Settings of the planned lengths.
-        lengths: int32[N, 3], tokens, patches and frames of every sample; a mapped file for large datasets.
+        lengths: int32[N, V, 3], tokens, patches and frames of every variant of every sample; a mapped file for large datasets.
         shards_digest: Of all shards alone, in order: which samples there are and where.
+        form: What the members of its samples mean.
     """
 
     name: str
@@ -40,6 +45,7 @@ class ShardSet:
     key: str
     lengths: np.ndarray
     shards_digest: str
+    form: SampleForm = OWN_FORM
 
     @property
     def num_samples(self) -> int:
@@ -50,6 +56,11 @@ class ShardSet:
         """Shard of a sample, and its number there."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.tars[shard], index - int(self.starts[shard])
+
+    @property
+    def num_variants(self) -> int:
+        """Lengths of each sample, of which the planner draws one."""
+        return self.lengths.shape[1]
 
     def problem(self, index: int) -> str:
         """Why a sample that takes no tokens can never be used."""
@@ -75,19 +86,26 @@ def find_shards(name: str, dataset: Dataset, root: Path) -> tuple[Path, ...]:
     return tars
 
 
-def open_dataset(name: str, dataset: Dataset, root: Path, key: str) -> ShardSet:
+def open_dataset(
+    name: str, dataset: Dataset, data: Data, *, tokenizer: TextTokenizer, rules: MediaRules, speeds: Sequence[float] = ONE_SPEED
+) -> ShardSet:
     """Open a dataset from the headers of its sidecars.
 
     Args:
         name: Its name in the recipe.
-        dataset: Its shards.
-        root: Folder that they are relative to.
-        key: Settings of the planned lengths (`lengths_key`).
+        dataset: Its shards and what their members mean.
+        data: Folder that they are relative to, and limits.
+        tokenizer: Of the run.
+        rules: How media become tower inputs.
+        speeds: At which its sounds are played.
 
     Raises:
+        ConfigError: Its mapping contradicts itself.
         DataError: A shard, an index or lengths are missing, damaged or changed; or there is no sample.
     """
-    tars = find_shards(name, dataset, root)
+    form = SampleForm.of(name, dataset, data)
+    key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
+    tars = find_shards(name, dataset, Path(data.root))
     # Headers are tiny; on a shared file system waiting for them is all that this takes.
     with ThreadPoolExecutor(_NUM_OPENERS) as pool:
         facts = list(pool.map(lambda tar: _facts_of(tar, key), tars))
@@ -102,8 +120,9 @@ def open_dataset(name: str, dataset: Dataset, root: Path, key: str) -> ShardSet:
         digest=digest_text(canonical_json([[shard.digest, one.digest] for shard, one in zip(shards, lengths, strict=True)])),
         task_names=tuple(sorted({task for one in lengths for task in one.task_names})),
         key=key,
-        lengths=joined_lengths(tars, key, [one.digest for one in lengths], starts),
+        lengths=joined_lengths(tars, key, [one.digest for one in lengths], starts, num_variants=len(speeds)),
         shards_digest=digest_text(canonical_json([shard.digest for shard in shards])),
+        form=form,
     )
 
 

@@ -16,7 +16,7 @@ from megamm.config import AudioFeatures, ImageFeatures, Limits
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES, audio_num_tokens, image_num_tokens
 from megamm.core.types import AudioInput, ImageInput
 from megamm.data.augment import Changes
-from megamm.data.features import DEFAULT_LIMITS, check_pixels, check_sound, image_grid, resampled_length
+from megamm.data.features import DEFAULT_LIMITS, check_pixels, check_sound, image_grid, played_rate, resampled_length
 from megamm.data.media import MediaError, exif_orientation, open_image, read_facts
 
 # PIL.Image.Transpose of each EXIF orientation: what brings the stored pixels upright.
@@ -66,7 +66,14 @@ def image_input(content: bytes, features: ImageFeatures, *, limits: Limits = DEF
     return ImageInput(pixels, grid, image_num_tokens(grid, features.merge))
 
 
-def audio_input(content: bytes, features: AudioFeatures, *, limits: Limits = DEFAULT_LIMITS, changes: Changes | None = None) -> AudioInput:
+def audio_input(
+    content: bytes,
+    features: AudioFeatures,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    changes: Changes | None = None,
+    speed: float = 1.0,
+) -> AudioInput:
     """Decode a sound: mono, at the model's rate, log-mel.
 
     Args:
@@ -74,6 +81,7 @@ def audio_input(content: bytes, features: AudioFeatures, *, limits: Limits = DEF
         features: How the tower wants it.
         limits: What is refused.
         changes: Augmentation.
+        speed: It is played so much faster.
 
     Raises:
         MediaError: Not a sound, damaged, empty, not finite, or longer than `features.max_seconds`.
@@ -91,7 +99,7 @@ def audio_input(content: bytes, features: AudioFeatures, *, limits: Limits = DEF
     wave = wave_FC.mean(axis=1) if wave_FC.shape[1] > 1 else wave_FC[:, 0]
     if not np.isfinite(wave).all():
         raise MediaError("the sound holds samples that are not finite numbers")
-    wave = _resampled(wave, rate_hz, features.rate_hz)
+    wave = _resampled(wave, played_rate(rate_hz, speed), features.rate_hz)
     mel = log_mel(wave if changes is None else changes.wave(wave), features)
     if changes is not None:
         mel = changes.mel(mel)

@@ -1,9 +1,8 @@
-"""From a sample's files to a token sequence: parse, decode, lay out, shift the labels."""
+"""From a sample to a token sequence: decode, lay out, shift the labels."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,36 +32,47 @@ class SampleEncoder:
     rules: MediaRules
     task_weights: Mapping[str, float] = field(default_factory=dict)
 
-    def measure(self, sample: Sample, facts: Mapping[str, MediaFacts]) -> Footprint:
+    def measure(self, sample: Sample, facts: Mapping[str, MediaFacts], speeds: Sequence[float] = (1.0,)) -> list[Footprint]:
         """What the sample will take of a row, without decoding its media.
 
         Args:
             sample: Parsed, without media.
             facts: Member suffix -> what its header says.
+            speeds: At which its sounds may be played.
+
+        Returns:
+            For each speed what the sample takes.
 
         Raises:
             BadSample: The sample can never be encoded; says why.
         """
         try:
             images = [self.rules.footprint(_facts_of(part, facts)) for part in _parts(sample, "image")]
-            audios = [self.rules.footprint(_facts_of(part, facts)) for part in _parts(sample, "audio")]
+            sounds = [_facts_of(part, facts) for part in _parts(sample, "audio")]
+            variants = [[self.rules.footprint(one, speed) for one in sounds] for speed in speeds]
             encoded = template.encode(
                 sample.messages,
                 self.tokenizer,
                 image_tokens=[one.tokens for one in images],
-                audio_tokens=[one.tokens for one in audios],
+                audio_tokens=[one.tokens for one in variants[0]],
             )
         except DataError as error:
             raise BadSample(str(error)) from error
-        return Footprint(len(encoded.input_ids), sum(one.patches for one in images), sum(one.frames for one in audios))
+        # Speeds change the placeholders of sounds alone.
+        num_others = len(encoded.input_ids) - sum(one.tokens for one in variants[0])
+        patches = sum(one.patches for one in images)
+        return [Footprint(num_others + sum(one.tokens for one in each), patches, sum(one.frames for one in each)) for each in variants]
 
-    def encode(self, dataset: str, sample: Sample, changes: Changes | None = None) -> tuple[TokenSequence, Footprint]:
+    def encode(
+        self, dataset: str, sample: Sample, changes: Changes | None = None, *, speed: float = 1.0
+    ) -> tuple[TokenSequence, Footprint]:
         """Decode the media and lay the sample out.
 
         Args:
             dataset: Its dataset's name.
             sample: Parsed, with media.
             changes: Augmentation of the media.
+            speed: At which its sounds are played.
 
         Returns:
             The sequence, and what it takes of a row.
@@ -76,7 +86,13 @@ class SampleEncoder:
                 for part in _parts(sample, "image")
             ]
             audios = [
-                audio_input(_content_of(part, sample.media), _tower(self.rules.audio, "audio"), limits=self.rules.limits, changes=changes)
+                audio_input(
+                    _content_of(part, sample.media),
+                    _tower(self.rules.audio, "audio"),
+                    limits=self.rules.limits,
+                    changes=changes,
+                    speed=speed,
+                )
                 for part in _parts(sample, "audio")
             ]
             encoded = template.encode(
@@ -93,28 +109,6 @@ class SampleEncoder:
         sequence = TokenSequence(dataset, sample.key, sample.task, encoded.input_ids, labels, weights, images, audios)
         patches = sum(len(one.pixels) if one.pixels.ndim == 2 else one.num_tokens for one in images)
         return sequence, Footprint(len(encoded.input_ids), patches, sum(one.mel.shape[1] for one in audios))
-
-
-def parse_document(key: str, content: bytes, *, shard: str, media: Mapping[str, bytes] | None = None) -> Sample:
-    """Read the bytes of `KEY.json`.
-
-    Args:
-        key: Sample key.
-        content: UTF-8 JSON.
-        shard: Name of the shard, for the error.
-        media: Member suffix -> bytes; None where only the document is read.
-
-    Raises:
-        BadSample: Not JSON, or not a sample.
-    """
-    try:
-        document = json.loads(content.decode())
-        sample = template.parse_sample(key, document, where=f"{shard} {key}")
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"{shard} {key}: not JSON in UTF-8 ({error})") from None
-    except DataError as error:
-        raise BadSample(str(error)) from error
-    return Sample(sample.key, sample.task, sample.messages, media or {}, sample.metadata)
 
 
 def _parts(sample: Sample, type_: str) -> list[Part]:

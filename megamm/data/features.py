@@ -49,8 +49,12 @@ class MediaRules:
         """Digest of everything here that a planned length depends on."""
         return digest_text(canonical_json(dataclasses.asdict(self)))
 
-    def footprint(self, facts: MediaFacts) -> Footprint:
+    def footprint(self, facts: MediaFacts, speed: float = 1.0) -> Footprint:
         """What a picture or a sound takes.
+
+        Args:
+            facts: What its header says.
+            speed: A sound is played so much faster; the limits hold for the sound itself.
 
         Raises:
             MediaError: It is beyond a limit, or the model has no tower for it.
@@ -65,7 +69,7 @@ class MediaRules:
         if self.audio is None:
             raise MediaError("the model has no audio tower for a sound; set model.audio or leave the dataset out")
         check_sound(facts.num_frames, facts.rate_hz, self.audio, self.limits)
-        num_samples = resampled_length(facts.num_frames, facts.rate_hz, self.audio.rate_hz)
+        num_samples = resampled_length(facts.num_frames, played_rate(facts.rate_hz, speed), self.audio.rate_hz)
         frames = audio_num_mel_frames(num_samples, self.audio.hop_length, self.audio.min_samples)
         return Footprint(audio_num_tokens(frames), frames=frames)
 
@@ -75,6 +79,11 @@ def image_grid(width: int, height: int, features: ImageFeatures) -> tuple[int, i
     if features.kind == "fixed":
         return features.size // features.stride, features.size // features.stride
     return patch_grid(height, width, patch_size=features.patch_size, max_patches=features.max_patches, merge=features.merge)
+
+
+def played_rate(rate_hz: int, speed: float) -> int:
+    """The rate that a sound of `rate_hz` is said to have, so that resampling plays it `speed` times as fast."""
+    return round(rate_hz * speed)
 
 
 def resampled_length(num_frames: int, rate_hz: int, target_hz: int) -> int:

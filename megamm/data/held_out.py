@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from megamm.data.datasets import ShardSet, open_dataset
 from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
 from megamm.data.ledger import Skipped
-from megamm.data.lengths import lengths_key
 from megamm.data.reader import LocalReader, Reader
 from megamm.data.rows import DEFAULT_COSTS, PlannedRow, PlannedSample, Window
 from megamm.data.source import SampleSource
@@ -42,9 +40,10 @@ class HeldOut:
         Raises:
             DataError: Shards, indexes or lengths are missing, damaged or changed.
         """
-        rules, root = MediaRules.of(model, data), Path(data.root)
-        key = lengths_key(tokenizer, rules)
-        self.datasets = {name: open_dataset(name, data.held_out[name], root, key) for name in sorted(data.held_out)}
+        rules = MediaRules.of(model, data)
+        self.datasets = {
+            name: open_dataset(name, data.held_out[name], data, tokenizer=tokenizer, rules=rules) for name in sorted(data.held_out)
+        }
         self.tasks = tuple(sorted({task for dataset in self.datasets.values() for task in dataset.task_names}))
         self.data, self.batch, self.rules, self.tokenizer = data, batch, rules, tokenizer
 
@@ -68,7 +67,7 @@ class HeldOut:
                 datasets=np.zeros_like(indices),
                 indices=indices,
                 epochs=np.zeros_like(indices),
-                lengths=dataset.lengths[indices],
+                lengths=dataset.lengths[indices, 0],
                 capacity=(self.batch.row_tokens, self.data.row_patches, self.data.row_frames),
                 costs=DEFAULT_COSTS,
                 row_key=None,

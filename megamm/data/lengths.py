@@ -1,7 +1,8 @@
 """Planned lengths: what every sample of a shard will take of a row, so that planning opens no tar and no tokenizer.
 
-A second sidecar beside the index, one for each pair of shard and settings (tokenizer, template, media rules). A sample that
-can never be used has length 0 and a reason, so that it is planned as skipped instead of failing when its turn comes.
+A second sidecar beside the index, one for each pair of shard and settings (tokenizer, template, media rules, mapping, speeds).
+A sample that can never be used has length 0 and a reason, so that it is planned as skipped instead of failing when its turn
+comes. Augmentation that changes a length gives a sample several lengths, its variants, of which the planner draws one.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import numpy as np
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text, sync_folder
 from megamm.data.arrays import load_arrays, read_facts, write_arrays
-from megamm.data.encode import SampleEncoder, parse_document
+from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
 from megamm.data.index import ShardFacts, load_index, read_shard_facts
 from megamm.data.ledger import BadSample
+from megamm.data.mapping import OWN_FORM, SampleForm, read_sample
 from megamm.data.reader import LocalReader, Reader, ShardReader
 from megamm.data.shards import Shard, sidecar_path
 from megamm.tokenizers.text import TextTokenizer
 
-LENGTHS_VERSION = 1
+LENGTHS_VERSION = 2
+ONE_SPEED = (1.0,)
 IN_MEMORY_SAMPLES = 8_000_000
 """Larger datasets map one joined file instead of reading every shard's lengths."""
 _MAX_REASON = 300
@@ -32,10 +35,10 @@ _MAX_REASON = 300
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """Planned lengths of one shard. Legend: N samples.
+    """Planned lengths of one shard. Legend: N samples, V variants.
 
     Attributes:
-        lengths: int32[N, 3], tokens, patches and frames; zeros for a sample that cannot be used.
+        lengths: int32[N, V, 3], tokens, patches and frames; zeros for a sample that cannot be used.
         tasks: uint16[N] into `task_names`.
         task_names: Names of the tasks that occur.
         problems: Sample number -> why it cannot be used.
@@ -50,18 +53,18 @@ class SampleLengths:
 
     @property
     def tokens(self) -> np.ndarray:
-        """int32[N]."""
-        return self.lengths[:, 0]
+        """int32[N], of the first variant."""
+        return self.lengths[:, 0, 0]
 
     @property
     def patches(self) -> np.ndarray:
-        """int32[N]."""
-        return self.lengths[:, 1]
+        """int32[N], of the first variant."""
+        return self.lengths[:, 0, 1]
 
     @property
     def frames(self) -> np.ndarray:
-        """int32[N]."""
-        return self.lengths[:, 2]
+        """int32[N], of the first variant."""
+        return self.lengths[:, 0, 2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +75,16 @@ class LengthsFacts:
     digest: str
 
 
-def lengths_key(tokenizer: TextTokenizer, rules: MediaRules) -> str:
-    """Digest of everything besides the shard that a planned length depends on."""
-    return digest_text(canonical_json([LENGTHS_VERSION, tokenizer.fingerprint, rules.fingerprint]))[:16]
+def lengths_key(tokenizer: TextTokenizer, rules: MediaRules, *, form: SampleForm = OWN_FORM, speeds: Sequence[float] = ONE_SPEED) -> str:
+    """Digest of everything besides the shard that a planned length depends on.
+
+    Args:
+        tokenizer: Of the run.
+        rules: How media become tower inputs.
+        form: What the dataset's members mean.
+        speeds: At which its sounds are played (`Augment.audio_speeds`; held-out sounds are never changed).
+    """
+    return digest_text(canonical_json([LENGTHS_VERSION, tokenizer.fingerprint, rules.fingerprint, form.fingerprint, list(speeds)]))[:16]
 
 
 def lengths_path(tar: Shard, key: str) -> Path:
@@ -82,40 +92,57 @@ def lengths_path(tar: Shard, key: str) -> Path:
     return sidecar_path(tar, f".lengths-{key}")
 
 
-def plan_lengths(tar: Shard, tokenizer: TextTokenizer, rules: MediaRules, *, reader: Reader | None = None) -> SampleLengths:
-    """Measure every sample of a shard from its JSON and its media's headers; `reader` reads it, `LocalReader` by default.
+def plan_lengths(
+    tar: Shard,
+    tokenizer: TextTokenizer,
+    rules: MediaRules,
+    *,
+    form: SampleForm = OWN_FORM,
+    speeds: Sequence[float] = ONE_SPEED,
+    reader: Reader | None = None,
+) -> SampleLengths:
+    """Measure every sample of a shard from its texts and its media's headers; `reader` reads it, `LocalReader` by default.
 
     Raises:
         DataError: The shard or its index is missing, damaged or changed.
     """
     index, own = load_index(tar), LocalReader()
     shard, encoder = ShardReader(tar, index, reader or own), SampleEncoder(tokenizer, rules)
-    lengths = np.zeros((index.num_samples, 3), dtype=np.int32)
+    lengths = np.zeros((index.num_samples, len(speeds), 3), dtype=np.int32)
     tasks = np.zeros(index.num_samples, dtype=np.uint16)
     task_numbers: dict[str, int] = {}
     problems: dict[int, str] = {}
     for number in range(index.num_samples):
         try:
-            if number in index.problems:
-                raise BadSample(index.problems[number])
-            sample = parse_document(index.key(number), shard.document(number), shard=tar.name)
-            size = encoder.measure(sample, index.media(number))
+            sample = read_sample(shard, number, form, media=False)
+            sizes = encoder.measure(sample, index.media(number), speeds)
         except BadSample as error:
-            problems[number] = str(error)[:_MAX_REASON]
+            # A member that nothing names may be rotten; where something names it, the index knows why.
+            known = f"; {index.problems[number]}" if number in index.problems else ""
+            problems[number] = f"{error}{known}"[:_MAX_REASON]
             continue
-        lengths[number] = size.tokens, size.patches, size.frames
+        lengths[number] = [(size.tokens, size.patches, size.frames) for size in sizes]
         tasks[number] = task_numbers.setdefault(sample.task, len(task_numbers))
     own.close()
     return SampleLengths(lengths, tasks, tuple(task_numbers), problems)
 
 
-def write_lengths(tar: Shard, tokenizer: TextTokenizer, rules: MediaRules, *, reader: Reader | None = None) -> SampleLengths:
+def write_lengths(
+    tar: Shard,
+    tokenizer: TextTokenizer,
+    rules: MediaRules,
+    *,
+    form: SampleForm = OWN_FORM,
+    speeds: Sequence[float] = ONE_SPEED,
+    reader: Reader | None = None,
+) -> SampleLengths:
     """`plan_lengths`, written where the shard's sidecars lie.
 
     Raises:
         DataError: As `plan_lengths`.
     """
-    planned, key = plan_lengths(tar, tokenizer, rules, reader=reader), lengths_key(tokenizer, rules)
+    planned = plan_lengths(tar, tokenizer, rules, form=form, speeds=speeds, reader=reader)
+    key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
     facts = {
         "version": LENGTHS_VERSION,
         "key": key,
@@ -127,13 +154,23 @@ def write_lengths(tar: Shard, tokenizer: TextTokenizer, rules: MediaRules, *, re
     return SampleLengths(planned.lengths, planned.tasks, planned.task_names, planned.problems, digest)
 
 
-def ensure_lengths(tars: Sequence[Shard], tokenizer: TextTokenizer, rules: MediaRules, *, reader: Reader | None = None) -> list[Shard]:
+def ensure_lengths(
+    tars: Sequence[Shard],
+    tokenizer: TextTokenizer,
+    rules: MediaRules,
+    *,
+    form: SampleForm = OWN_FORM,
+    speeds: Sequence[float] = ONE_SPEED,
+    reader: Reader | None = None,
+) -> list[Shard]:
     """Write what is missing or stale of a dataset's lengths; one process a file system should call this.
 
     Args:
         tars: All shards of the dataset, in its order.
         tokenizer: Of the run.
         rules: How media become tower inputs.
+        form: What the dataset's members mean.
+        speeds: At which its sounds are played.
         reader: Where bytes come from; local files by default.
 
     Returns:
@@ -142,24 +179,24 @@ def ensure_lengths(tars: Sequence[Shard], tokenizer: TextTokenizer, rules: Media
     Raises:
         DataError: As `plan_lengths`.
     """
-    key = lengths_key(tokenizer, rules)
+    key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
     written, digests, sizes = [], [], []
     for tar in tars:
         shard = read_shard_facts(tar)
         try:
             facts = read_lengths_facts(tar, key, shard)
         except DataError:
-            write_lengths(tar, tokenizer, rules, reader=reader)
+            write_lengths(tar, tokenizer, rules, form=form, speeds=speeds, reader=reader)
             written.append(tar)
             facts = read_lengths_facts(tar, key, shard)
         digests.append(facts.digest)
         sizes.append(shard.num_samples)
     if sum(sizes) > IN_MEMORY_SAMPLES and not (path := _joined_path(tars, digests)).exists():
-        _write_joined(path, tars, key, sizes)
+        _write_joined(path, tars, key, (sum(sizes), len(speeds), 3))
     return written
 
 
-def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], starts: np.ndarray) -> np.ndarray:
+def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], starts: np.ndarray, *, num_variants: int = 1) -> np.ndarray:
     """The lengths of all shards of a dataset as one array.
 
     Read into memory, or for large datasets mapped from the file that `ensure_lengths` joined, so that any sample of a
@@ -170,15 +207,17 @@ def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], star
         key: Settings of the lengths.
         digests: Of each shard's lengths.
         starts: int64[S + 1], number of the first sample of each shard.
+        num_variants: Speeds of the dataset.
 
     Returns:
-        int32[N, 3].
+        int32[N, V, 3].
 
     Raises:
         DataError: Lengths are missing or damaged.
     """
+    shape = (int(starts[-1]), num_variants, 3)
     if starts[-1] <= IN_MEMORY_SAMPLES:
-        joined = np.empty((int(starts[-1]), 3), dtype=np.int32)
+        joined = np.empty(shape, dtype=np.int32)
         for tar, low, high in zip(tars, starts[:-1], starts[1:], strict=True):
             joined[low:high] = load_lengths(tar, key).lengths
         return joined
@@ -189,8 +228,8 @@ def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], star
         raise DataError(f"dataset of shard {tars[0]}: {path.name} is missing; {_FIX}") from None
     except ValueError as error:
         raise DataError(f"dataset of shard {tars[0]}: {path.name} is damaged ({error}); delete it and {_FIX}") from None
-    if joined.shape != (starts[-1], 3) or joined.dtype != np.int32:
-        raise DataError(f"dataset of shard {tars[0]}: {path.name} has shape {joined.shape}, not {(starts[-1], 3)}; delete it and {_FIX}")
+    if joined.shape != shape or joined.dtype != np.int32:
+        raise DataError(f"dataset of shard {tars[0]}: {path.name} has shape {joined.shape}, not {shape}; delete it and {_FIX}")
     return joined.view(np.ndarray)
 
 
@@ -199,15 +238,16 @@ def _joined_path(tars: Sequence[Shard], digests: Sequence[str]) -> Path:
     return sidecar_path(tars[0], "").with_name(f"lengths-{digest_text(canonical_json(list(digests)))[:16]}.npy")
 
 
-def _write_joined(path: Path, tars: Sequence[Shard], key: str, sizes: Sequence[int]) -> None:
+def _write_joined(path: Path, tars: Sequence[Shard], key: str, shape: tuple[int, int, int]) -> None:
     """Join shard after shard through a mapped file: memory does not grow with the dataset."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(sum(sizes), 3))
+        joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=shape)
         start = 0
-        for tar, size in zip(tars, sizes, strict=True):
-            joined[start : start + size] = load_lengths(tar, key).lengths
-            start += size
+        for tar in tars:
+            lengths = load_lengths(tar, key).lengths
+            joined[start : start + len(lengths)] = lengths
+            start += len(lengths)
         joined.flush()
         del joined
         temporary.replace(path)

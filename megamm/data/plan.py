@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -17,6 +16,7 @@ import xxhash
 from megamm.config import Batching, Data, Model
 from megamm.core.errors import ConfigError, DataError
 from megamm.core.logging import get_logger
+from megamm.data.augment import variants_at
 from megamm.data.datasets import ShardSet, open_dataset
 from megamm.data.features import MediaRules
 from megamm.data.lengths import lengths_key
@@ -100,14 +100,16 @@ class DataPlan:
         """Open the training datasets of a recipe; their lengths must have been planned (`lengths.ensure_lengths`).
 
         Raises:
-            ConfigError: The recipe names no training data.
+            ConfigError: The recipe names no training data, or a mapping contradicts itself.
             DataError: Shards, indexes or lengths are missing, damaged or changed.
         """
         if not data.train:
             raise ConfigError("data.train is empty; name at least one dataset, such as data.train.digits.shards")
         rules = MediaRules.of(model, data)
-        key = lengths_key(tokenizer, rules)
-        datasets = [open_dataset(name, dataset, Path(data.root), key) for name, dataset in data.train.items()]
+        datasets = [
+            open_dataset(name, dataset, data, tokenizer=tokenizer, rules=rules, speeds=dataset.augment.audio_speeds)
+            for name, dataset in data.train.items()
+        ]
         return cls(datasets, data, batch, rules=rules, tokenizer=tokenizer, seed=seed, costs=costs)
 
     def start(self) -> LoaderState:
@@ -233,7 +235,8 @@ class DataPlan:
                 passes, within = np.divmod(places[mine] - origin.drawn, dataset.num_samples)
                 epochs[mine] = passes + origin.epoch
                 indices[mine] = self._ordered(dataset, within, epochs[mine])
-                lengths[mine] = dataset.lengths[indices[mine]]
+                variants[mine] = variants_at(self.seed, positions[mine], dataset.num_variants)
+                lengths[mine] = dataset.lengths[indices[mine], variants[mine]]
         return Window.pack(
             self._names,
             positions,

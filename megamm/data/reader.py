@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -16,7 +17,6 @@ from megamm.core.logging import get_logger
 from megamm.data.index import Member, ShardIndex, load_index
 from megamm.data.ledger import BadSample
 
-MAX_SAMPLE_BYTES = 256 << 20
 _RETRY_DELAYS_SECONDS = (0.1, 1.0, 5.0)
 
 _log = get_logger("data")
@@ -83,28 +83,22 @@ class ShardReader:
     def __init__(self, tar: Path, index: ShardIndex, reader: Reader) -> None:
         self.tar, self.index, self._reader = tar, index, reader
 
-    def sample(self, number: int) -> dict[str, bytes]:
-        """All members of a sample by suffix, in one read.
+    def sample(self, number: int, suffixes: Collection[str] | None = None) -> dict[str, bytes]:
+        """Members of a sample by suffix, in one read from the first of them to the last.
+
+        Args:
+            number: Which sample.
+            suffixes: Which members; None for all. Those that it does not have are left out.
 
         Raises:
-            BadSample: Bytes differ from what was indexed, or are too many.
+            BadSample: Bytes differ from what was indexed.
             DataError: The shard cannot be read or became shorter.
         """
-        return self._read(number, self.index.members(number))
-
-    def document(self, number: int) -> bytes:
-        """The JSON of a sample.
-
-        Raises:
-            BadSample: As `sample`.
-            DataError: As `sample`.
-        """
-        return self._read(number, [member for member in self.index.members(number) if member.suffix == "json"])["json"]
+        members = [member for member in self.index.members(number) if suffixes is None or member.suffix in suffixes]
+        return self._read(number, members) if members else {}
 
     def _read(self, number: int, members: list[Member]) -> dict[str, bytes]:
         start, end = members[0].offset, members[-1].offset + members[-1].size
-        if end - start > MAX_SAMPLE_BYTES:
-            raise BadSample(f"the sample has {end - start} bytes, the limit is {MAX_SAMPLE_BYTES}")
         content = read_exactly(self._reader, self.tar, start, end - start)
         files = {}
         for member in members:

@@ -8,9 +8,10 @@ from megamm.config import Augment
 from megamm.core.types import Sample, TokenSequence
 from megamm.data.augment import Changes
 from megamm.data.datasets import ShardSet
-from megamm.data.encode import SampleEncoder, parse_document
+from megamm.data.encode import SampleEncoder
 from megamm.data.features import Footprint
 from megamm.data.ledger import BadSample, Skipped
+from megamm.data.mapping import read_sample
 from megamm.data.reader import Reader, ShardPool
 from megamm.data.rows import PlannedSample
 
@@ -58,7 +59,8 @@ class SampleSource:
                 raise BadSample("excluded")
             augment = self._augment.get(planned.dataset)
             changes = None if augment is None else Changes.at(augment, self._seed, planned.position)
-            sequence, size = self.encoder.encode(planned.dataset, self.read(planned), changes)
+            speed = 1.0 if augment is None else augment.audio_speeds[planned.variant]
+            sequence, size = self.encoder.encode(planned.dataset, self.read(planned), changes, speed=speed)
             expected = Footprint(planned.tokens, planned.patches, planned.frames)
             if size != expected:
                 raise BadSample(f"takes {size}, planned {expected}; its media do not hold what their headers say")
@@ -74,9 +76,7 @@ class SampleSource:
             DataError: The shard cannot be read.
         """
         tar, number = self.datasets[planned.dataset].locate(planned.index)
-        shard = self._pool.shard(tar)
-        files = shard.sample(number)
-        return parse_document(shard.index.key(number), files.pop("json"), shard=tar.name, media=files)
+        return read_sample(self._pool.shard(tar), number, self.datasets[planned.dataset].form)
 
     def skipped(self, planned: PlannedSample, reason: str) -> Skipped:
         """The ledger's entry for a sample."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from megamm import __version__
 from megamm.core.errors import ConfigError
 from megamm.core.logging import get_logger
-from megamm.evaluation.held_out import SkippedSample, held_out_patterns, list_places, read_samples
+from megamm.evaluation.held_out import SkippedSample, held_out_patterns, list_places, read_samples, sample_forms
 from megamm.evaluation.judge import Record, judge
 from megamm.evaluation.report import Report, check_output, make_report
 from megamm.inference.load import load_model
@@ -57,9 +57,10 @@ def evaluate(
     loaded = load_model(source, device=device)
     patterns = dict(datasets) if datasets else held_out_patterns(loaded.recipe)
     places = list_places(patterns, max_samples)
+    forms = sample_forms(loaded.recipe, list(patterns))
     records: list[Record] = []
     skipped: list[SkippedSample] = []
-    for result in judge(loaded, read_samples(places), tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens):
+    for result in judge(loaded, read_samples(places, forms), tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens):
         if isinstance(result, SkippedSample):
             skipped.append(result)
             _log.warning("skipped %s/%s in %s: %s", result.dataset, result.key, result.shard, result.reason)

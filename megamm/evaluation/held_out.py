@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamm.config import Dataset, Recipe
+from megamm.config import Data, Dataset, Recipe
 from megamm.core.errors import ConfigError
 from megamm.core.types import Sample
 from megamm.data.datasets import find_shards
-from megamm.data.encode import parse_document
 from megamm.data.index import read_shard_facts
 from megamm.data.ledger import BadSample
+from megamm.data.mapping import OWN_FORM, SampleForm, read_sample
 from megamm.data.reader import LocalReader, ShardPool
 
 
@@ -49,6 +49,17 @@ def held_out_patterns(recipe: Recipe | None) -> dict[str, str]:
     return {name: os.path.join(recipe.data.root, dataset.shards) for name, dataset in recipe.data.held_out.items()}  # noqa: PTH118, a glob
 
 
+def sample_forms(recipe: Recipe | None, names: Sequence[str]) -> dict[str, SampleForm]:
+    """Dataset name -> what its members mean, as the recipe says of the dataset of that name; our own form for other names.
+
+    Raises:
+        ConfigError: A mapping contradicts itself.
+    """
+    data = Data() if recipe is None else recipe.data
+    known = {**data.train, **data.held_out}
+    return {name: SampleForm.of(name, known.get(name, Dataset("")), data) for name in names}
+
+
 def list_places(patterns: Mapping[str, str], max_samples: int | None = None) -> list[Place]:
     """All samples of all datasets, by dataset, shard name and number.
 
@@ -67,8 +78,12 @@ def list_places(patterns: Mapping[str, str], max_samples: int | None = None) -> 
     return places
 
 
-def read_samples(places: Sequence[Place]) -> Iterator[tuple[Place, Sample | SkippedSample]]:
+def read_samples(places: Sequence[Place], forms: Mapping[str, SampleForm] | None = None) -> Iterator[tuple[Place, Sample | SkippedSample]]:
     """Each sample with its media, or why it is skipped.
+
+    Args:
+        places: Which samples.
+        forms: Dataset name -> what its members mean; our own form where not named.
 
     Raises:
         DataError: A shard is missing, or changed since it was indexed.
@@ -76,7 +91,7 @@ def read_samples(places: Sequence[Place]) -> Iterator[tuple[Place, Sample | Skip
     pool = ShardPool(LocalReader())
     try:
         for place in places:
-            yield place, _read(pool, place)
+            yield place, _read(pool, place, (forms or {}).get(place.dataset, OWN_FORM))
     finally:
         pool.close()
 
@@ -86,16 +101,12 @@ def skipped(place: Place, key: str, reason: object) -> SkippedSample:
     return SkippedSample(place.dataset, place.tar.name, key, str(reason))
 
 
-def _read(pool: ShardPool, place: Place) -> Sample | SkippedSample:
+def _read(pool: ShardPool, place: Place, form: SampleForm) -> Sample | SkippedSample:
     shard = pool.shard(place.tar)
-    key = shard.index.key(place.number)
-    if place.number in shard.index.problems:
-        return skipped(place, key, shard.index.problems[place.number])
     try:
-        files = shard.sample(place.number)
-        return parse_document(key, files["json"], shard=place.tar.name, media=files)
+        return read_sample(shard, place.number, form)
     except BadSample as error:
-        return skipped(place, key, error)
+        return skipped(place, shard.index.key(place.number), error)
 
 
 def _spread(places: list[Place], num_wanted: int) -> list[Place]:

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
-import xxhash
-
-from megamm.config.schema import Dataset, Recipe
-from megamm.core.errors import DataError
+from megamm.config import Data, Recipe
+from megamm.core.logging import get_logger
 from megamm.core.types import Part
 from megamm.data.datasets import find_shards
 from megamm.data.index import load_index
-from megamm.tasks.template import parse_sample
+from megamm.data.ledger import BadSample
+from megamm.data.mapping import SampleForm, read_sample
+from megamm.data.reader import LocalReader, Reader, ShardReader
+from megamm.data.shards import Shard
 from megamm.tokenizers import text
 
+_log = get_logger("prepare")
 
-def texts(patterns: Iterable[str]) -> Iterator[str]:
-    """All texts of all samples: prompts, answers, labels of boxes and documents, in the order of the shards.
+
+def texts(data: Data) -> Iterator[str]:
+    """All texts of all training samples: prompts, answers, labels of boxes and documents, in the order of the shards.
+
+    A sample that cannot be read is left out with a warning.
 
     Args:
-        patterns: Paths or globs of tar files.
+        data: The training datasets, never the held-out ones, and what their members mean.
 
     Raises:
-        DataError: A pattern matches nothing, a shard is gone, has no index or changed, or a sample is not a chat; names it.
+        ConfigError: A mapping contradicts itself.
+        DataError: A dataset matches nothing, or a shard is gone, has no index or changed; names it.
     """
-    for pattern in patterns:
-        for tar in find_shards(pattern, Dataset(pattern), Path()):
-            yield from _shard_texts(tar)
+    with closing(LocalReader()) as reader:
+        for name, dataset in data.train.items():
+            form = SampleForm.of(name, dataset, data)
+            for tar in find_shards(name, dataset, Path(data.root)):
+                yield from _shard_texts(tar, form, reader)
 
 
 def make_tokenizer(recipe: Recipe) -> str:
@@ -47,27 +54,22 @@ def make_tokenizer(recipe: Recipe) -> str:
     if config.adopt:
         tokenizer = text.adopt(config, folder)
     else:
-        patterns = [os.path.join(recipe.data.root, dataset.shards) for dataset in recipe.data.train.values()]  # noqa: PTH118, a glob
-        tokenizer = text.train(texts(patterns), config, folder)
+        tokenizer = text.train(texts(recipe.data), config, folder)
     blocks = ", ".join(f"{block.name} {block.size}" for block in tokenizer.vocabulary.blocks if block.size)
     return f"{folder}: {tokenizer.vocabulary.size} ids ({blocks}), fingerprint {tokenizer.fingerprint}"
 
 
-def _shard_texts(tar: Path) -> Iterator[str]:
-    index = load_index(tar)
-    with tar.open("rb") as file:
-        for sample in range(index.num_samples):
-            if sample in index.problems:
-                continue
-            member = next(member for member in index.members(sample) if member.suffix == "json")
-            content = os.pread(file.fileno(), member.size, member.offset)
-            key = index.key(sample)
-            where = f"shard {tar} sample {key!r}"
-            if xxhash.xxh3_64_intdigest(content) != member.digest:
-                raise DataError(f"{where}: the bytes of {key}.json changed since they were indexed; restore the shard or write it anew")
-            for message in parse_sample(key, json.loads(content), where=where).messages:
-                for part in message.content:
-                    yield from _part_texts(part)
+def _shard_texts(tar: Shard, form: SampleForm, reader: Reader) -> Iterator[str]:
+    shard = ShardReader(tar, load_index(tar), reader)
+    for number in range(shard.index.num_samples):
+        try:
+            sample = read_sample(shard, number, form, media=False)
+        except BadSample as error:
+            _log.warning("sample %s of shard %s gives no text: %s", shard.index.key(number), tar, error)
+            continue
+        for message in sample.messages:
+            for part in message.content:
+                yield from _part_texts(part)
 
 
 def _part_texts(part: Part) -> Iterator[str]:

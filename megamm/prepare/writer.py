@@ -13,7 +13,8 @@ from typing import Any
 
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, sync_folder
-from megamm.data.index import MAX_JSON_BYTES, build_index, index_path, write_index
+from megamm.data.features import DEFAULT_LIMITS
+from megamm.data.index import build_index, index_path, write_index
 from megamm.data.media import media_type, read_facts
 from megamm.prepare.names import MAX_NAME, is_key
 from megamm.prepare.source import Draft
@@ -140,6 +141,6 @@ def _json_bytes(document: Mapping[str, Any], where: str) -> bytes:
         content = canonical_json(document).encode()
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: the document is not JSON ({error}); give strings, finite numbers, lists and objects") from None
-    if len(content) > MAX_JSON_BYTES:
-        raise DataError(f"{where}: the document takes {len(content)} bytes, readers take {MAX_JSON_BYTES}; cut it into several samples")
+    if len(content) > (limit := DEFAULT_LIMITS.text_bytes):
+        raise DataError(f"{where}: the document takes {len(content)} bytes, readers take {limit}; cut it into several samples")
     return content

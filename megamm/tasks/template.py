@@ -20,7 +20,7 @@ from megamm.core.types import MEDIA_TYPES, ROLES, Message, Part, Sample
 from megamm.tasks.parts import filled_list, json_object, only, parse_part, string
 from megamm.tokenizers.text import TextTokenizer
 
-_TASK = re.compile(r"[a-z][a-z0-9_]*")
+TASK_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEXT_TYPES = frozenset({"text", "label"})
 
 
@@ -47,7 +47,7 @@ def parse_sample(key: str, document: Any, *, where: str) -> Sample:
     """
     fields = json_object(document, "sample", where)
     task = string(fields, "task", "sample", where)
-    if not _TASK.fullmatch(task):
+    if not TASK_NAME.fullmatch(task):
         raise DataError(f"{where}: task {task[:80]!r} is not a name of small letters, digits and '_', such as classification")
     turns = filled_list(fields, "messages", "sample", where)
     messages = tuple(_message(value, f"message {index}", where) for index, value in enumerate(turns))

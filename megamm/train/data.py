@@ -13,8 +13,9 @@ from megamm.core.types import Batch
 from megamm.data.datasets import find_shards
 from megamm.data.features import MediaRules
 from megamm.data.held_out import HeldOut, held_out_batches
-from megamm.data.lengths import ensure_lengths, lengths_key, load_lengths
+from megamm.data.lengths import ONE_SPEED, ensure_lengths, lengths_key, load_lengths
 from megamm.data.loader import StepData, StepLoader
+from megamm.data.mapping import SampleForm
 from megamm.data.plan import DataPlan
 from megamm.data.state import LoaderState
 from megamm.engine import distributed
@@ -91,11 +92,14 @@ def plan_all_lengths(recipe: Recipe, tokenizer: TextTokenizer) -> Iterator[str]:
         DataError: A shard or its index is missing, damaged or changed.
     """
     rules = MediaRules.of(recipe.model, recipe.data)
-    key = lengths_key(tokenizer, rules)
     for part, datasets in (("train", recipe.data.train), ("held out", recipe.data.held_out)):
         for name, dataset in datasets.items():
             tars = find_shards(name, dataset, Path(recipe.data.root))
-            written = ensure_lengths(tars, tokenizer, rules)
+            form = SampleForm.of(name, dataset, recipe.data)
+            # Held-out sounds are played as they are, whatever the dataset says of training.
+            speeds = dataset.augment.audio_speeds if part == "train" else ONE_SPEED
+            written = ensure_lengths(tars, tokenizer, rules, form=form, speeds=speeds)
+            key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
             num_samples = num_tokens = num_bad = 0
             for tar in tars:
                 # One map at a time: each holds a file open.

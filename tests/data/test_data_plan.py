@@ -29,7 +29,7 @@ def shard_set(name: str, num_samples: list[int], tokens: int | None = None) -> S
     tars = tuple(Path(f"{name}-{shard:05}.tar") for shard in range(len(num_samples)))
     size = (int(starts[-1]), 3)
     lengths = np.random.default_rng(0).integers(1, (121, 51, 51), size) if tokens is None else np.full(size, (tokens, 0, 0))
-    return ShardSet(name, tars, starts, "digest", ("text",), "key", lengths.astype(np.int32), "shards")
+    return ShardSet(name, tars, starts, "digest", ("text",), "key", lengths.astype(np.int32)[:, None], "shards")
 
 
 def plan_of(datasets: list[ShardSet], tokenizer, *, weights=None, seed: int = 0, num_rows: int = 8, **changes) -> DataPlan:
@@ -139,7 +139,7 @@ def test_data_that_fit_no_row_are_an_error_not_an_endless_search(tokenizer):
 
 
 def test_a_billion_samples_are_planned_anywhere_at_once(tokenizer):
-    lengths = np.broadcast_to(np.array([10, 0, 0], dtype=np.int32), (10**9, 3))
+    lengths = np.broadcast_to(np.array([10, 0, 0], dtype=np.int32), (10**9, 1, 3))
     starts = np.arange(100_001) * 10_000
     dataset = ShardSet("a", tuple(map(Path, map(str, range(100_000)))), starts, "digest", ("text",), "key", lengths, "shards")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -97,15 +98,25 @@ def test_rotten_content_is_noted_and_costs_no_other_sample(tmp_path):
             "broken": as_files(text_document("x"), _0_jpg=b"not a picture"),
             "fine": as_files(text_document("x")),
             "text": {"json": b"\xff\xfe"},
-            "list": {"json": b"[]"},
-            "deep": {"json": b"[" * 100_000},
             "empty": as_files(text_document("x"), _0_wav=wav),
             "pickle": {"json": b"{}", "pkl": b"\x80\x04."},
         },
     )
     index = build_index(tar)
-    assert set(index.problems) == {0, 2, 3, 4, 5}
-    assert "0.jpg" in index.problems[0] and "UTF-8" in index.problems[2] and "0 samples" in index.problems[5]
+    assert set(index.problems) == {0, 3}
+    assert "0.jpg" in index.problems[0] and "0 samples" in index.problems[3]
+
+
+def test_what_the_tar_command_writes_is_read(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "inner").mkdir(parents=True)
+    for name in ("a.jpg", "a.txt", "inner/b.CLS"):
+        (folder / name).write_bytes(jpeg(4, 5) if name.endswith("jpg") else b"x")
+    subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "x.tar", "-C", folder, "."], check=True)
+    index = build_index(tmp_path / "x.tar")
+    assert [index.key(sample) for sample in range(index.num_samples)] == ["./a", "./inner/b"]
+    assert [entry["__key__"] for entry in webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)] == ["./a", "./inner/b"]
+    assert [member.suffix for sample in range(2) for member in index.members(sample)] == ["jpg", "txt", "CLS"]
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -127,11 +138,9 @@ def test_ustar_prefix_is_part_of_the_name(tmp_path):
         ([("a.json", b"{}"), ("b.json", b"{}"), ("a.txt", b"x")], "not adjacent"),
         ([("a.json", b"{}"), ("a.json", b"{}")], "occurs twice"),
         ([("a.json", b"{}"), ("a.0.JPG", b"x"), ("a.0.jpg", b"x")], "occurs twice"),
-        ([("a.txt", b"x")], "has no a.json"),
-        ([("a.JSON", b"{}")], "has no a.json"),
         ([("/a.json", b"{}")], "plain relative path"),
         ([("x/../../a.json", b"{}")], "plain relative path"),
-        ([("./a.json", b"{}")], "plain relative path"),
+        ([("././a.json", b"{}")], "plain relative path"),
         ([("a\\b.json", b"{}")], "plain relative path"),
         ([("noending", b"{}")], "KEY.SUFFIX"),
         ([("__meta__/a.json", b"{}")], "KEY.SUFFIX"),
@@ -144,7 +153,7 @@ def test_ambiguous_or_unsafe_members_are_refused(tmp_path, entries, message):
     assert "x.tar" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, b"S", b"7"])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"S", b"7"])
 def test_anything_but_regular_files_is_refused(tmp_path, kind):
     info = tarfile.TarInfo("a.json")
     info.type, info.linkname = kind, "/etc/passwd"

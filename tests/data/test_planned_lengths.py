@@ -29,7 +29,7 @@ def test_planned_equals_encoded(corpus, tokenizer, open_plan):
         for index in range(dataset.num_samples):
             tar, number = dataset.locate(index)
             lengths = load_lengths(tar, lengths_key(tokenizer, RULES))
-            planned = PlannedSample(0, dataset.name, index, 0, *lengths.lengths[number].tolist())
+            planned = PlannedSample(0, dataset.name, index, 0, *lengths.lengths[number, 0].tolist())
             sequence = source.load(planned)
             assert len(sequence.input_ids) == planned.tokens == lengths.tokens[number]
             assert lengths.task_names[lengths.tasks[number]] == sequence.task

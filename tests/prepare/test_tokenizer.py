@@ -55,7 +55,7 @@ def test_labels_of_boxes_masks_and_items_are_texts(tmp_path):
     document = {"task": "detection", "messages": messages}
     tar = write_tar(tmp_path / "a.tar", {"a": as_files(document, _0_jpg=picture, _1_png=jpeg(2, 2, format="PNG"))})
     write_index(tar)
-    assert list(texts([str(tar)])) == ["A lamp", "cell", "nucleus"]
+    assert list(texts(Data(root=str(tmp_path), train={"a": Dataset("a.tar")}))) == ["A lamp", "cell", "nucleus"]
 
 
 def test_a_shard_that_is_gone_is_noticed(tmp_path):
@@ -65,4 +65,4 @@ def test_a_shard_that_is_gone_is_noticed(tmp_path):
         write_index(write_tar(tmp_path / f"text-{number}.tar", {"a": as_files(text_document("say"))}))
     (tmp_path / "text-1.tar").unlink()
     with pytest.raises(DataError, match=r"text-1\.tar does not exist, but its index does"):
-        list(texts([str(tmp_path / "text-*.tar")]))
+        list(texts(Data(root=str(tmp_path), train={"text": Dataset("text-*.tar")})))
