@@ -16,6 +16,7 @@ from megamm.core.errors import DataError
 from megamm.core.logging import get_logger
 from megamm.data.index import Member, ShardIndex, load_index
 from megamm.data.ledger import BadSample
+from megamm.data.shards import Shard
 
 _RETRY_DELAYS_SECONDS = (0.1, 1.0, 5.0)
 
@@ -25,11 +26,20 @@ _log = get_logger("data")
 class Reader(Protocol):
     """Where the bytes of shards come from. Used from many threads."""
 
-    def read(self, tar: Path, offset: int, size: int) -> bytes:
+    def read(self, tar: Shard, offset: int, size: int) -> bytes:
         """Bytes of a shard; fewer than `size` where the shard ends.
 
         Raises:
             OSError: The read failed; it is tried again unless the shard is not there.
+            DataError: Trying again has no use.
+        """
+        ...
+
+    def distrust(self, tar: Shard, offset: int, size: int) -> None:
+        """Forget what was kept of these bytes, which are not the indexed ones: the next read goes to the source.
+
+        Raises:
+            DataError: The shard is another one than it was.
         """
         ...
 
@@ -43,10 +53,10 @@ class LocalReader:
 
     def __init__(self, max_open_files: int = 128) -> None:
         self._max_open_files = max_open_files
-        self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._files: OrderedDict[Shard, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, tar: Path, offset: int, size: int) -> bytes:
+    def read(self, tar: Shard, offset: int, size: int) -> bytes:
         """See `Reader.read`."""
         # The local reference keeps the file open while another thread evicts it.
         file = self._open(tar)
@@ -55,12 +65,18 @@ class LocalReader:
             content += more
         return content
 
+    def distrust(self, tar: Shard, offset: int, size: int) -> None:
+        """See `Reader.distrust`. A network file system looks at its server again when a file is opened."""
+        with self._lock:
+            self._files.pop(tar, None)
+
     def close(self) -> None:
         """See `Reader.close`."""
         with self._lock:
             self._files.clear()
 
-    def _open(self, tar: Path) -> BinaryIO:
+    def _open(self, tar: Shard) -> BinaryIO:
+        assert isinstance(tar, Path), "remote shards are read by RemoteReader"
         with self._lock:
             file = self._files.get(tar)
             if file is None:
@@ -80,7 +96,7 @@ class ShardReader:
         index: Its index.
     """
 
-    def __init__(self, tar: Path, index: ShardIndex, reader: Reader) -> None:
+    def __init__(self, tar: Shard, index: ShardIndex, reader: Reader) -> None:
         self.tar, self.index, self._reader = tar, index, reader
 
     def sample(self, number: int, suffixes: Collection[str] | None = None) -> dict[str, bytes]:
@@ -99,14 +115,25 @@ class ShardReader:
 
     def _read(self, number: int, members: list[Member]) -> dict[str, bytes]:
         start, end = members[0].offset, members[-1].offset + members[-1].size
+        files, changed = self._members(start, end, members)
+        if changed:
+            # Bytes can change on their way or in a cache; only what the source says twice is said of the sample.
+            self._reader.distrust(self.tar, start, end - start)
+            files, changed = self._members(start, end, members)
+        if changed:
+            raise BadSample(f"the bytes of {self.index.key(number)}.{changed} changed since they were indexed")
+        return files
+
+    def _members(self, start: int, end: int, members: list[Member]) -> tuple[dict[str, bytes], str]:
+        """Bytes by suffix, and the first suffix whose bytes are not the indexed ones (empty for none)."""
         content = read_exactly(self._reader, self.tar, start, end - start)
         files = {}
         for member in members:
             file = content[member.offset - start : member.offset - start + member.size]
             if xxhash.xxh3_64_intdigest(file) != member.digest:
-                raise BadSample(f"the bytes of {self.index.key(number)}.{member.suffix} changed since they were indexed")
+                return {}, member.suffix
             files[member.suffix] = file
-        return files
+        return files, ""
 
 
 class ShardPool:
@@ -114,10 +141,10 @@ class ShardPool:
 
     def __init__(self, reader: Reader, max_mapped: int = 256) -> None:
         self._reader, self._max_mapped = reader, max_mapped
-        self._shards: OrderedDict[Path, ShardReader] = OrderedDict()
+        self._shards: OrderedDict[Shard, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
 
-    def shard(self, tar: Path) -> ShardReader:
+    def shard(self, tar: Shard) -> ShardReader:
         """The reader of a shard.
 
         Raises:
@@ -142,7 +169,7 @@ class ShardPool:
         self._reader.close()
 
 
-def read_exactly(reader: Reader, tar: Path, offset: int, size: int) -> bytes:
+def read_exactly(reader: Reader, tar: Shard, offset: int, size: int) -> bytes:
     """Read `size` bytes, trying again after errors that may pass.
 
     Raises:
@@ -156,7 +183,7 @@ def read_exactly(reader: Reader, tar: Path, offset: int, size: int) -> bytes:
     return content
 
 
-def _read_patiently(reader: Reader, tar: Path, offset: int, size: int) -> bytes:
+def _read_patiently(reader: Reader, tar: Shard, offset: int, size: int) -> bytes:
     delays = list(_RETRY_DELAYS_SECONDS)
     while True:
         try:

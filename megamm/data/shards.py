@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from megamm.core.errors import ConfigError
 from megamm.core.files import digest_text
@@ -97,7 +97,7 @@ def expand(pattern: str) -> Iterator[str]:
     _check(pattern)
     try:
         names = list(islice(braceexpand(pattern, escape=False), MAX_SHARDS + 1))
-    except UnbalancedBracesError:
+    except ValueError:
         raise ConfigError(f"shards {_printable(pattern)}: a brace has no partner; write ranges as {{00000..00099}}") from None
     if len(names) > MAX_SHARDS:
         raise ConfigError(f"shards {_printable(pattern)}: the ranges name more than {MAX_SHARDS:,} shards; shorten them")
