@@ -51,6 +51,11 @@ def collate(rows: Sequence[PackedRow], row_tokens: int, pad_id: int, tasks: tupl
     return batch
 
 
+def batch_bytes(batch: Batch) -> int:
+    """Size of the arrays of a micro-batch."""
+    return sum(value.nbytes for name in batch.__slots__ if isinstance(value := getattr(batch, name), np.ndarray))
+
+
 def _add_images(batch: Batch, images: list[ImageInput]) -> None:
     if not images:
         return

@@ -13,6 +13,10 @@ MIN_BUDGET_SAMPLES = 1000
 """The budget is a share of at least this many samples, so that one bad sample of the first ten does not end a run."""
 
 
+EXCLUDED = "excluded"
+"""The reason of samples that somebody keeps out; they are not held against the budget."""
+
+
 class BadSample(DataError):
     """One sample that cannot be used; it is skipped, keeps its position and enters the ledger. Every other error ends the run."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from megamm.config import Augment
 from megamm.core.types import Sample, TokenSequence
@@ -14,6 +15,31 @@ from megamm.data.ledger import BadSample, Skipped
 from megamm.data.mapping import read_sample
 from megamm.data.reader import Reader, ShardPool
 from megamm.data.rows import PlannedSample
+
+
+class Progress(Protocol):
+    """Told what is being done with a sample, so that somebody else can see what does not end."""
+
+    def reading(self, offset: int) -> None:
+        """Bytes from `offset` of its shard on are being read; -1 for the shard's index."""
+        ...
+
+    def decoding(self) -> None:
+        """Its bytes are there and are being decoded."""
+        ...
+
+
+class Unwatched:
+    """Progress that nobody looks at."""
+
+    def reading(self, offset: int) -> None:
+        """See `Progress`."""
+
+    def decoding(self) -> None:
+        """See `Progress`."""
+
+
+UNWATCHED = Unwatched()
 
 
 class SampleSource:
@@ -44,23 +70,23 @@ class SampleSource:
         tar, number = self.datasets[planned.dataset].locate(planned.index)
         return f"{planned.dataset}/{self._pool.shard(tar).index.key(number)}"
 
-    def load(self, planned: PlannedSample, excluded: Collection[str] = frozenset()) -> TokenSequence | Skipped:
+    def load(self, planned: PlannedSample, progress: Progress = UNWATCHED) -> TokenSequence | Skipped:
         """The sequence of a sample, exactly as long as it was planned, or the ledger's entry for it.
 
         Args:
             planned: The sample.
-            excluded: `dataset/key` of samples that are kept out.
+            progress: Told what is being done.
 
         Raises:
             DataError: The shard cannot be read: no reason to skip a sample, but to stop.
         """
         try:
-            if excluded and self.key(planned) in excluded:
-                raise BadSample("excluded")
+            sample = self.read(planned, progress)
+            progress.decoding()
             augment = self._augment.get(planned.dataset)
             changes = None if augment is None else Changes.at(augment, self._seed, planned.position)
             speed = 1.0 if augment is None else augment.audio_speeds[planned.variant]
-            sequence, size = self.encoder.encode(planned.dataset, self.read(planned), changes, speed=speed)
+            sequence, size = self.encoder.encode(planned.dataset, sample, changes, speed=speed)
             expected = Footprint(planned.tokens, planned.patches, planned.frames)
             if size != expected:
                 raise BadSample(f"takes {size}, planned {expected}; its media do not hold what their headers say")
@@ -68,15 +94,22 @@ class SampleSource:
         except BadSample as error:
             return self.skipped(planned, str(error))
 
-    def read(self, planned: PlannedSample) -> Sample:
+    def read(self, planned: PlannedSample, progress: Progress = UNWATCHED) -> Sample:
         """A sample with its media, as the shard holds it.
+
+        Args:
+            planned: The sample.
+            progress: Told what is being read.
 
         Raises:
             BadSample: Its bytes changed, or its document is not a sample.
             DataError: The shard cannot be read.
         """
         tar, number = self.datasets[planned.dataset].locate(planned.index)
-        return read_sample(self._pool.shard(tar), number, self.datasets[planned.dataset].form)
+        progress.reading(-1)
+        shard = self._pool.shard(tar)
+        progress.reading(shard.index.members(number)[0].offset)
+        return read_sample(shard, number, self.datasets[planned.dataset].form)
 
     def skipped(self, planned: PlannedSample, reason: str) -> Skipped:
         """The ledger's entry for a sample."""
