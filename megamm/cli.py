@@ -167,6 +167,8 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_argument(parser)
     parser.add_argument("--run", type=Path, default=None, help="run folder (default: runs/RECIPE)")
     parser.add_argument("--resume", default="auto", help="`auto` (default), `never`, or a checkpoint folder that must be used")
+    parser.add_argument("--exclude", type=Path, metavar="FILE", help="keep these samples out from here on: one dataset/key a line")
+    parser.add_argument("--accept-data-change", action="store_true", help="go on although the data changed since the checkpoint")
 
 
 def _pretrain(arguments: Arguments) -> None:
@@ -179,9 +181,11 @@ def _pretrain(arguments: Arguments) -> None:
         recipe = resumed_recipe(folder / "config.json", recipe, arguments.overrides)
     # Before the slow imports: a signal that comes meanwhile must not kill the rank.
     with StopRequest(folder / "STOP") as stop:
+        from megamm.train.data import DataChanges
         from megamm.train.pretrain import pretrain
 
-        pretrain(recipe, folder, resume=arguments.resume, stop=stop)
+        changes = DataChanges(exclude=arguments.exclude, accept=arguments.accept_data_change)
+        pretrain(recipe, folder, resume=arguments.resume, changes=changes, stop=stop)
 
 
 def _recipes(arguments: Arguments) -> None:

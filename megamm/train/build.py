@@ -35,6 +35,7 @@ class Trainer:
         ds_config: DeepSpeed's merged settings.
         dtype: Of the forward pass.
         num_micro_steps: Micro-steps a step on this number of ranks.
+        group_names: Of the optimizer's parameter groups, in order.
     """
 
     engine: runtime.Engine
@@ -42,6 +43,7 @@ class Trainer:
     ds_config: dict[str, Any]
     dtype: torch.dtype
     num_micro_steps: int
+    group_names: tuple[str, ...]
 
 
 def load_tokenizer(recipe: Recipe, archived: Path | None = None) -> TextTokenizer:
@@ -85,9 +87,14 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Tra
     model.model.run_every_tower = True
     set_activation_checkpointing(model, recipe.engine.activation_checkpointing)
     model.train()
-    engine = runtime.initialize(model, ds_config, _optimizer_groups(model, recipe), factor)
+    groups = _optimizer_groups(model, recipe)
     return Trainer(
-        engine=engine, config=config, ds_config=ds_config, dtype=TRAINED_DTYPES[recipe.engine.precision], num_micro_steps=num_micro_steps
+        engine=runtime.initialize(model, ds_config, groups, factor),
+        config=config,
+        ds_config=ds_config,
+        dtype=TRAINED_DTYPES[recipe.engine.precision],
+        num_micro_steps=num_micro_steps,
+        group_names=tuple(group["name"] for group in groups),
     )
 
 

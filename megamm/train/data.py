@@ -9,6 +9,7 @@ from pathlib import Path
 from megamm.config import Recipe
 from megamm.core.errors import ConfigError
 from megamm.core.files import digest_text
+from megamm.core.logging import get_logger
 from megamm.core.types import Batch
 from megamm.data.datasets import find_shards
 from megamm.data.features import MediaRules
@@ -21,6 +22,22 @@ from megamm.data.state import LoaderState
 from megamm.engine import distributed
 from megamm.engine.distributed import World
 from megamm.tokenizers.text import TextTokenizer
+from megamm.train.exclusion import check_known, read_keys
+
+_log = get_logger("train")
+
+
+@dataclass(frozen=True, slots=True)
+class DataChanges:
+    """What somebody changes about a run's data when it starts or resumes; the state of the data records both.
+
+    Attributes:
+        exclude: A file of `dataset/key` lines: these samples are kept out from the next step on. None for no more than before.
+        accept: Go on although shards or settings of the data are not those that the run began with.
+    """
+
+    exclude: Path | None = None
+    accept: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +80,33 @@ class TrainingData:
         """Names that `Batch.task_ids` index."""
         return self.plan.tasks
 
-    def loader(self, state: LoaderState | None, world: World) -> StepLoader:
-        """Steps from `state` on (None for the beginning), decoded ahead."""
+    def begin(self, saved: LoaderState | None, changes: DataChanges, world: World) -> LoaderState:
+        """The state that a run starts or resumes from, with what somebody changed recorded in it; every rank calls it.
+
+        Args:
+            saved: Of the checkpoint; None for the beginning.
+            changes: What to change. Samples that are kept out already are not noted again.
+            world: The ranks; one of them reads the file.
+
+        Raises:
+            ConfigError: The file of keys cannot be read, or names a sample that is not there.
+            DataError: The data are not those of the checkpoint, and that was not accepted.
+        """
+        with distributed.fail_together():
+            state = self.plan.start() if saved is None else self.plan.resume(saved, accept_change=changes.accept)
+            keys: list[str] = []
+            if changes.exclude is not None and world.is_main:
+                keys = read_keys(changes.exclude)
+                check_known(keys, self.plan.datasets)
+        kept_out = {key for exclusion in state.exclusions for key in exclusion.keys}
+        new = [key for key in distributed.broadcast_json(keys) if key not in kept_out]
+        if not new:
+            return state
+        _log.info("%d samples are kept out from step %d on", len(new), state.step + 1)
+        return state.excluding(new)
+
+    def loader(self, state: LoaderState, world: World) -> StepLoader:
+        """Steps from `state` on (from `begin`), decoded ahead."""
         return StepLoader(self.plan, rank=world.rank, world_size=world.size, state=state, task_weights=self.recipe.loss.task_weights)
 
     def held_out_batches(self, world: World) -> Iterator[Batch]:

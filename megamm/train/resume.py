@@ -50,10 +50,10 @@ def find_start(run: RunFolder, engine: Engine, world: World, *, resume: str, fin
     """
     if resume == "never":
         return Start()
-    own = {step: path for step, path in committed(run.checkpoints)}
+    own = [path.name for _, path in committed(run.checkpoints)]
     asked = Path(resume).resolve()
     if resume != "auto" and asked.parent == run.checkpoints.resolve():
-        later = sorted(path.name for path in own.values() if path.name > asked.name)
+        later = [name for name in own if name > asked.name]
         if later:
             raise _together(
                 CheckpointError(

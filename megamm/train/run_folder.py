@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from megamm.config import Recipe, load_resolved, to_dict
 from megamm.core.errors import ConfigError
 from megamm.core.files import digest_file, write_json, write_text
 
-# What a resume may change without changing what is computed.
+# What a resume may change without changing what was computed so far.
 _MAY_CHANGE = (
     "batch.micro_rows",
     "batch.accumulation",
@@ -39,6 +40,8 @@ _MAY_CHANGE = (
     "tokenizer.folder",
     "train.stop_after",
 )
+# The mixture may change at any step: the data plan keeps the history of its weights.
+_MIXTURE = re.compile(r"data\.train\.[^.]+\.weight|data\.schedule")
 _PACKAGES = ("megamm", "torch", "deepspeed", "transformers", "webdataset", "safetensors", "tokenizers", "numpy")
 
 
@@ -63,8 +66,13 @@ class RunFolder:
         """Whether a run was started here."""
         return self.config.is_file()
 
-    def check(self, recipe: Recipe, *, resume: str = "auto") -> None:
+    def check(self, recipe: Recipe, *, resume: str = "auto", data_may_change: bool = False) -> None:
         """Refuse a folder that holds something else, a run of another recipe, or any run where `resume` is `never`.
+
+        Args:
+            recipe: What to go on with.
+            resume: Of the command.
+            data_may_change: Whether all settings of the data may differ (the data plan records it).
 
         Raises:
             ConfigError: The folder is not empty and not a run, its recipe differs in a key that changes the computation, or
@@ -80,7 +88,8 @@ class RunFolder:
             return
         if resume == "never":
             raise ConfigError(f"{self.path} holds a run and --resume never would overwrite it; name an empty folder with --run")
-        changed = [key for key in differences(to_dict(load_resolved(self.config)), to_dict(recipe)) if not key.startswith(_MAY_CHANGE)]
+        found = differences(to_dict(load_resolved(self.config)), to_dict(recipe))
+        changed = [key for key in found if not (_may_change(key) or (data_may_change and _is_data(key)))]
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run whose recipe differs in {', '.join(changed[:4])}{' …' if len(changed) > 4 else ''}; "
@@ -137,6 +146,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif before != after:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def _may_change(key: str) -> bool:
+    return key.startswith(_MAY_CHANGE) or _MIXTURE.fullmatch(key) is not None
+
+
+def _is_data(key: str) -> bool:
+    return key.startswith("data.") or key == "batch.row_tokens"
 
 
 def _copy_folder(source: Path, target: Path) -> None:

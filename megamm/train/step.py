@@ -30,7 +30,8 @@ class GlobalCounts:
         num_tokens: Real tokens.
         num_supervised: Supervised tokens.
         num_slots: Token places, padding included.
-        num_skipped: Samples that entered the ledger instead of the batch.
+        num_skipped: Samples that entered the ledger instead of the batch, of each dataset that had some.
+        waits_seconds: How long each rank waited for its data.
         num_failed: Ranks whose data could not be loaded.
         stop_requested: Whether any rank was asked to stop.
         flops: Model FLOPs of the real tokens, forward and backward.
@@ -41,7 +42,8 @@ class GlobalCounts:
     num_tokens: int
     num_supervised: int
     num_slots: int
-    num_skipped: int
+    num_skipped: dict[str, int]
+    waits_seconds: list[float]
     num_failed: int
     stop_requested: bool
     flops: float
@@ -55,47 +57,72 @@ class StepResult:
         loss: Σ w·nll / Σ w over the global batch; 0 where nothing was supervised.
         task_losses: The same a task that had supervised tokens.
         grad_norm: L2 norm of the global gradient before clipping; inf when the step was skipped.
-        lr: Learning rate of the first parameter group that this step used.
+        learning_rates: Parameter group -> learning rate that this step used.
         applied: False when the update was skipped because a gradient was not finite.
     """
 
     loss: float
     task_losses: dict[str, float]
     grad_norm: float
-    lr: float
+    learning_rates: dict[str, float]
     applied: bool
 
 
-def count(batches: Sequence[Batch], *, num_skipped: int, failed: bool, stop_requested: bool, flops: float, num_tasks: int) -> GlobalCounts:
+def count(
+    batches: Sequence[Batch],
+    *,
+    skipped: Sequence[str],
+    datasets: Sequence[str],
+    tasks: Sequence[str],
+    waited_seconds: float,
+    flops: float,
+    failed: bool,
+    stop_requested: bool,
+    world: World,
+) -> GlobalCounts:
     """Sum the facts of a step over all ranks: the one reduction that every step makes before its first forward.
 
     It also carries what one rank must not keep to itself: that its data failed, or that it was asked to stop.
+
+    Args:
+        batches: This rank's micro-batches.
+        skipped: Dataset of each sample that this rank answers for and did not deliver.
+        datasets: Names of all datasets.
+        tasks: The task table that `Batch.task_ids` index.
+        waited_seconds: How long this rank waited for the batches.
+        flops: Model FLOPs of the batches.
+        failed: Whether the batches could not be loaded.
+        stop_requested: Whether this rank was asked to stop.
+        world: The ranks.
     """
-    task_sums = np.zeros(num_tasks)
+    task_sums = np.zeros(len(tasks))
     for batch in batches:
-        task_sums += _by_task(batch.task_ids, batch.weights, num_tasks)
+        task_sums += _by_task(batch.task_ids, batch.weights, len(tasks))
+    waits = [0.0] * world.size
+    waits[world.rank] = waited_seconds
     facts = [
         sum(batch.weight_sum for batch in batches),
         sum(batch.num_tokens for batch in batches),
         sum(int((batch.weights > 0).sum()) for batch in batches),
         sum(batch.input_ids.size for batch in batches),
-        num_skipped,
         failed,
         stop_requested,
         flops,
-        *task_sums,
     ]
-    total = distributed.all_reduce_sum([float(fact) for fact in facts])
+    columns = (facts, task_sums, [skipped.count(name) for name in datasets], waits)
+    total, *rest = _split(distributed.all_reduce_sum([float(one) for column in columns for one in column]), [len(one) for one in columns])
+    task_weight_sums, num_skipped, waits_seconds = rest
     return GlobalCounts(
         weight_sum=total[0],
         num_tokens=int(total[1]),
         num_supervised=int(total[2]),
         num_slots=int(total[3]),
-        num_skipped=int(total[4]),
-        num_failed=int(total[5]),
-        stop_requested=total[6] > 0,
-        flops=total[7],
-        task_weight_sums=total[8:],
+        num_failed=int(total[4]),
+        stop_requested=total[5] > 0,
+        flops=total[6],
+        task_weight_sums=task_weight_sums,
+        num_skipped={name: int(number) for name, number in zip(datasets, num_skipped, strict=True) if number},
+        waits_seconds=waits_seconds,
     )
 
 
@@ -110,7 +137,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], counts: GlobalCounts,
         tasks: The task table that `Batch.task_ids` index.
     """
     engine = trainer.engine
-    lr = engine.learning_rates[0]
+    learning_rates = dict(zip(trainer.group_names, engine.learning_rates, strict=True))
     scale = 1.0 / counts.weight_sum if counts.weight_sum else 0.0
     task_sums = np.zeros(len(tasks))
     for batch in batches:
@@ -123,7 +150,7 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], counts: GlobalCounts,
         loss=sum(totals) / counts.weight_sum if counts.weight_sum else 0.0,
         task_losses=_means(totals, counts.task_weight_sums, tasks),
         grad_norm=engine.grad_norm,
-        lr=lr,
+        learning_rates=learning_rates,
         applied=applied,
     )
 
@@ -146,6 +173,11 @@ def held_out_loss(trainer: Trainer, batches: Iterable[Batch], *, world: World, t
     if sum(weights_all):
         result["loss"] = sum(sums_all) / sum(weights_all)
     return result
+
+
+def _split(values: Sequence[float], sizes: Sequence[int]) -> list[list[float]]:
+    rest = iter(values)
+    return [[next(rest) for _ in range(size)] for size in sizes]
 
 
 def _task_loss_sums(token_losses: torch.Tensor, batch: Batch, num_tasks: int) -> np.ndarray:

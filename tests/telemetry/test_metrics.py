@@ -65,7 +65,7 @@ def test_runs_in_folders_of_one_name_have_their_own_wandb_run_and_keep_it(tmp_pa
     config = Telemetry(tensorboard=False, wandb=True)
     for parent in ("one", "two", "one"):
         (tmp_path / parent / "tiny").mkdir(parents=True, exist_ok=True)
-        MetricsLog(tmp_path / parent / "tiny", config, resumed_step=0, recipe={})._file.close()
+        MetricsLog(tmp_path / parent / "tiny", config, resumed_step=0, recipe={}).close()
     assert [call["name"] for call in calls] == ["tiny"] * 3
     assert calls[0]["id"] == calls[2]["id"] != calls[1]["id"]
     assert (tmp_path / "one" / "tiny" / "wandb_id.txt").read_text().strip() == calls[0]["id"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,21 @@ def run_case(case: str, recipe: Recipe, world: Any, facts: dict[str, Any]) -> di
         return apply()
 
     trainer.engine.step = step_keeping_gradients
-    with data.loader(None, world) as loader:
+    with data.loader(data.plan.start(), world) as loader:
         for number in range(2):
             step = next(loader)
-            batches, skipped = step.micro_batches, len(step.skipped)
-            counts = count(batches, num_skipped=skipped, failed=False, stop_requested=False, flops=0, num_tasks=len(data.tasks))
+            batches, skipped = step.micro_batches, [entry.dataset for entry in step.skipped]
+            counts = count(
+                batches,
+                skipped=skipped,
+                datasets=tuple(data.plan.datasets),
+                tasks=data.tasks,
+                waited_seconds=float(world.rank),
+                flops=0,
+                failed=False,
+                stop_requested=False,
+                world=world,
+            )
             result = train_step(trainer, batches, counts, world=world, tasks=data.tasks)
             facts[f"{case}/{number}"] = {
                 "loss": result.loss,
@@ -70,6 +81,7 @@ def run_case(case: str, recipe: Recipe, world: Any, facts: dict[str, Any]) -> di
                 "own_supervised": sum(int((batch.weights > 0).sum()) for batch in batches),
                 "num_skipped": counts.num_skipped,
                 "own_skipped": skipped,
+                "waits_seconds": counts.waits_seconds,
                 "micro_steps": len(batches),
             }
     trainer.engine.close()
@@ -122,6 +134,7 @@ def test_the_cases_are_what_they_claim(compared):
     two, _ = compared[2]
     names = list(two[0])
     assert any(two[0][name]["own_supervised"] != two[1][name]["own_supervised"] for name in names)
-    assert any({two[0][name]["own_skipped"], two[1][name]["own_skipped"]} == {0, 1} for name in names)
-    assert all(two[0][name]["own_skipped"] + two[1][name]["own_skipped"] == two[0][name]["num_skipped"] for name in names)
+    assert any({len(two[0][name]["own_skipped"]), len(two[1][name]["own_skipped"])} == {0, 1} for name in names)
+    assert all(Counter(two[0][name]["own_skipped"] + two[1][name]["own_skipped"]) == two[0][name]["num_skipped"] for name in names)
+    assert all(two[0][name]["waits_seconds"] == two[1][name]["waits_seconds"] == [0.0, 1.0] for name in names)
     assert two[0]["accumulation/0"]["micro_steps"] == 3

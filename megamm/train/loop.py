@@ -1,0 +1,194 @@
+"""The loop, from top to bottom: wait for data, train, tell, evaluate, commit."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from megamm.checkpoint.commit import Progress, save
+from megamm.checkpoint.retain import retain
+from megamm.core.errors import DataError, MegaMMError
+from megamm.core.logging import get_logger
+from megamm.data.ledger import Skipped, merge
+from megamm.data.loader import StepData, StepLoader
+from megamm.engine import distributed
+from megamm.engine.distributed import World
+from megamm.train.build import Trainer
+from megamm.train.data import TrainingData, sample_keys_digest
+from megamm.train.interruption import StopRequest
+from megamm.train.journal import Journal
+from megamm.train.report import StepReport
+from megamm.train.run_folder import RunFolder
+from megamm.train.step import GlobalCounts, StepResult, count, held_out_loss, train_step
+
+_log = get_logger("train")
+
+
+@dataclass
+class Run:
+    """What the loop works with, and where it stands.
+
+    State: `step`, `ledger`, `num_skipped` and `num_unapplied`; the rest keeps its own.
+
+    Attributes:
+        folder: The run folder.
+        world: The ranks.
+        data: What is trained on.
+        trainer: The model under ZeRO.
+        loader: Steps from the next one on.
+        journal: What the run says of itself.
+        stop: Whether somebody asked for a stop.
+        fingerprints: Name -> digest of what a resumed run must find as it is.
+        step: Optimizer steps that are done.
+        ledger: Samples skipped so far that this rank answers for; rank 0 also answers for those before the resume.
+        num_skipped: Samples skipped so far a dataset, over all ranks.
+        num_unapplied: Updates in a row that were skipped because gradients were not finite.
+    """
+
+    folder: RunFolder
+    world: World
+    data: TrainingData
+    trainer: Trainer
+    loader: StepLoader
+    journal: Journal
+    stop: StopRequest
+    fingerprints: dict[str, str]
+    step: int
+    ledger: list[Skipped]
+    num_skipped: Counter[str]
+    num_unapplied: int = field(default=0, init=False)
+
+
+def train(run: Run) -> None:
+    """Train until the recipe's last step or a stop; commits the last step in both cases. Every rank calls it.
+
+    Raises:
+        MegaMMError: On every rank: data that cannot be loaded, or a run that diverged.
+    """
+    recipe, journal = run.data.recipe, run.journal
+    report = StepReport(recipe, run.trainer, run.world)
+    stopping = False
+    with run.loader, journal:
+        while run.step < recipe.train.steps and not stopping:
+            report.begin()
+            batch, counts = _next_batch(run, report)
+            journal.delivered(batch)
+            result = _train_step(run, batch, counts)
+            _advance(run, batch, counts, result)
+            report.end(counts)
+            journal.trained(batch.state)
+            stopping = counts.stop_requested or run.step == recipe.train.stop_after
+            if due(run.step, recipe.telemetry.every) and journal.wants_numbers:
+                skipped = {"skipped_samples": run.num_skipped.total(), **{f"skipped/{name}": num for name, num in run.num_skipped.items()}}
+                journal.numbers(run.step, {**report.values(counts, result), **skipped, "sample_keys": sample_keys_digest(batch)})
+            if run.data.held_out and (due(run.step, recipe.evaluation.every) or run.step == recipe.train.steps):
+                _evaluate(run)
+            if due(run.step, recipe.checkpoint.every) or stopping or run.step == recipe.train.steps:
+                _commit(run, batch)
+    _leave(run)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether what happens every `every` steps happens after this one; never for 0."""
+    return every > 0 and step % every == 0
+
+
+def _next_batch(run: Run, report: StepReport) -> tuple[StepData, GlobalCounts]:
+    """This rank's part of the next step and the facts of the whole step, or the first rank's failure on every rank."""
+    batch, failure = _load(run.loader)
+    report.data_arrived()
+    micro_batches = batch.micro_batches if batch else []
+    counts = count(
+        micro_batches,
+        skipped=[entry.dataset for entry in batch.skipped] if batch else [],
+        datasets=tuple(run.data.plan.datasets),
+        tasks=run.data.tasks,
+        waited_seconds=report.waited_seconds,
+        flops=report.model_flops(micro_batches),
+        failed=failure is not None,
+        stop_requested=run.stop.requested,
+        world=run.world,
+    )
+    if batch is None or counts.num_failed:
+        raise _first_failure(failure, run)
+    return batch, counts
+
+
+def _load(loader: StepLoader) -> tuple[StepData | None, str | None]:
+    """The next step, or why there is none: whatever it is, the other ranks must hear of it before this one leaves."""
+    try:
+        return next(loader), None
+    except MegaMMError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"data cannot be read: {error}"
+    except Exception as error:
+        _log.exception("the loader failed")
+        return None, f"the loader failed with {type(error).__name__}: {error}; the log of this rank has the traceback"
+
+
+def _first_failure(own: str | None, run: Run) -> MegaMMError:
+    """What failed on the first rank that failed, on every rank."""
+    messages = distributed.gather_json(own)
+    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+    others = f" and {sum(other is not None for other in messages) - 1} more" if sum(other is not None for other in messages) > 1 else ""
+    where = f" (rank {rank}{others} of {run.world.size}, step {run.step + 1})" if run.world.size > 1 else f" (step {run.step + 1})"
+    error = DataError(message + where)
+    error.on_all_ranks = True
+    return error
+
+
+def _train_step(run: Run, batch: StepData, counts: GlobalCounts) -> StepResult:
+    try:
+        return train_step(run.trainer, batch.micro_batches, counts, world=run.world, tasks=run.data.tasks)
+    except Exception:
+        # Out of memory, most of all: what was in the step is asked next.
+        _log.error("step %d failed; `megamm data trace %s --step %d` lists its samples", batch.step, run.folder.path, batch.step)
+        raise
+
+
+def _advance(run: Run, batch: StepData, counts: GlobalCounts, result: StepResult) -> None:
+    run.step += 1
+    run.ledger += batch.skipped
+    run.num_skipped.update(counts.num_skipped)
+    run.num_unapplied = 0 if result.applied else run.num_unapplied + 1
+    if run.num_unapplied > run.data.recipe.optim.max_unapplied_updates:
+        error = MegaMMError(
+            f"step {run.step}: {run.num_unapplied} updates in a row were skipped, because gradients were not finite; "
+            "the last checkpoint is from before: resume it with a lower optim.lr in a new --run"
+        )
+        error.on_all_ranks = True
+        raise error
+
+
+def _evaluate(run: Run) -> None:
+    with distributed.fail_together():
+        held_out = list(run.data.held_out_batches(run.world))
+    losses = held_out_loss(run.trainer, held_out, world=run.world, tasks=run.data.tasks)
+    run.journal.numbers(run.step, {f"held_out/{name}": value for name, value in losses.items()})
+
+
+def _commit(run: Run, batch: StepData) -> None:
+    started = time.monotonic()
+    progress = Progress(run.step, batch.state.to_json(), _all_entries(run.ledger), run.fingerprints)
+    folder = save(run.folder.checkpoints, run.trainer.engine, run.world, progress)
+    retain(run.folder.checkpoints, run.data.recipe.checkpoint, run.world)
+    _log.info("committed %s in %.1f s", folder.name, time.monotonic() - started)
+
+
+def _all_entries(ledger: list[Skipped]) -> list[dict]:
+    """The ledger of all ranks as JSON, in the order of the plan's positions."""
+    entries = distributed.gather_json([entry.to_json() for entry in ledger])
+    return [entry.to_json() for entry in merge(Skipped.from_json(entry) for one_rank in entries for entry in one_rank)]
+
+
+def _leave(run: Run) -> None:
+    """Mark the folder as done or interrupted, once every rank is through."""
+    reasons = [reason for reason in distributed.gather_json(run.stop.reason if run.stop.requested else None) if reason]
+    if run.world.is_main:
+        if run.step == run.data.recipe.train.steps:
+            run.folder.mark(run.folder.done, step=run.step)
+        else:
+            run.folder.mark(run.folder.interrupted, step=run.step, reason=reasons[0] if reasons else "stop_after")
+    distributed.barrier()
