@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megamm.config import Data, Dataset
+from megamm.config import Data, Dataset, Reading
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text
 from megamm.data.features import MediaRules
-from megamm.data.index import ShardFacts, check_unchanged, read_shard_facts
-from megamm.data.lengths import ONE_SPEED, LengthsFacts, joined_lengths, lengths_key, load_lengths, read_lengths_facts
+from megamm.data.lengths import ONE_SPEED, joined_lengths, lengths_key, load_lengths, open_catalogue
 from megamm.data.mapping import OWN_FORM, SampleForm
+from megamm.data.shards import Shard, expand, has_magic, is_url, rooted
+from megamm.data.sidecars import find_remote_shards, sidecar_folder
 from megamm.tokenizers.text import TextTokenizer
-
-_NUM_OPENERS = 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ShardSet:
     """
 
     name: str
-    tars: tuple[Path, ...]
+    tars: tuple[Shard, ...]
     starts: np.ndarray
     digest: str
     task_names: tuple[str, ...]
@@ -52,7 +52,7 @@ class ShardSet:
         """Samples of all shards."""
         return int(self.starts[-1])
 
-    def locate(self, index: int) -> tuple[Path, int]:
+    def locate(self, index: int) -> tuple[Shard, int]:
         """Shard of a sample, and its number there."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.tars[shard], index - int(self.starts[shard])
@@ -68,22 +68,67 @@ class ShardSet:
         return load_lengths(tar, self.key).problems[number]
 
 
-def find_shards(name: str, dataset: Dataset, root: Path) -> tuple[Path, ...]:
-    """Shards that a dataset's path or glob names, sorted.
+def find_shards(name: str, dataset: Dataset, root: Path, *, reading: Reading | None = None) -> tuple[Shard, ...]:
+    """Shards that a dataset's path, URL, brace range or glob names, sorted; indexes of remote ones are fetched where they are missing.
+
+    Args:
+        name: Of the dataset.
+        dataset: Its `shards`.
+        root: Folder that paths are relative to.
+        reading: Settings of reading.
 
     Raises:
-        DataError: There are none, or one is gone whose index is still there.
+        ConfigError: What names the shards cannot be read from.
+        DataError: There are none, or one that is named, or whose index is still there, does not exist.
     """
-    pattern = Path(dataset.shards)
-    base, relative = (Path(pattern.anchor), pattern.relative_to(pattern.anchor)) if pattern.is_absolute() else (root, pattern)
-    tars = tuple(sorted(path for path in base.glob(str(relative)) if path.is_file()))
+    if is_url(dataset.shards):
+        reading = reading or Reading()
+        tars: tuple[Shard, ...] = find_remote_shards(dataset.shards, sidecar_folder(root, reading), reading)
+    else:
+        tars = _find_local(name, dataset.shards, root)
     if not tars:
-        raise DataError(f"dataset {name}: no shard matches {base / relative}; check data.root and its `shards`, or run `megamm prepare`")
-    # A glob alone would not notice a shard that went missing.
-    indexed = {path.with_name(path.name.removesuffix(".index")) for path in base.glob(f"{relative}.index")}
-    if gone := sorted(indexed - set(tars)):
-        raise DataError(f"dataset {name}: shard {gone[0]} does not exist, but its index does; bring it back or delete {gone[0].name}.index")
+        raise DataError(
+            f"dataset {name}: no shard matches {rooted(dataset.shards, root)}; check data.root and its `shards`, or run `megamm prepare`"
+        )
     return tars
+
+
+def _find_local(name: str, pattern: str, root: Path) -> tuple[Path, ...]:
+    wanted: dict[Path, list[str]] = {}
+    for one in expand(pattern):
+        path = root / one
+        for folder in _folders(path.parent):
+            wanted.setdefault(folder, []).append(path.name)
+    tars: list[Path] = []
+    for folder in sorted(wanted):
+        # One listing a folder, however many names are wanted: of a hundred thousand files looking for each takes seconds.
+        files = {entry.name for entry in os.scandir(folder) if entry.is_file()} if folder.is_dir() else set()
+        tars += [folder / one for one in _matching(name, folder, wanted[folder], files)]
+    return tuple(tars)
+
+
+def _folders(pattern: Path) -> list[Path]:
+    if not has_magic(str(pattern)):
+        return [pattern]
+    base = Path(pattern.anchor)
+    return [path for path in base.glob(str(pattern.relative_to(base))) if path.is_dir()]
+
+
+def _matching(name: str, folder: Path, patterns: list[str], files: set[str]) -> list[str]:
+    """Sorted names of the shards of a folder; one that is missing is told."""
+    found: set[str] = set()
+    for pattern in patterns:
+        if has_magic(pattern):
+            found.update(one for one in fnmatch.filter(files, pattern) if not one.endswith(".index"))
+            # A glob alone would not notice a shard that went missing.
+            indexed = {one.removesuffix(".index") for one in fnmatch.filter(files, f"{pattern}.index")}
+        else:
+            found.update({pattern} & files)
+            indexed = {pattern} if f"{pattern}.index" in files or len(patterns) > 1 else set()
+        if gone := sorted(indexed - files):
+            index = f", but its index does; bring it back or delete {gone[0]}.index" if f"{gone[0]}.index" in files else "; bring it back"
+            raise DataError(f"dataset {name}: shard {folder / gone[0]} does not exist{index}")
+    return sorted(found)
 
 
 def open_dataset(
@@ -105,28 +150,19 @@ def open_dataset(
     """
     form = SampleForm.of(name, dataset, data)
     key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
-    tars = find_shards(name, dataset, Path(data.root))
-    # Headers are tiny; on a shared file system waiting for them is all that this takes.
-    with ThreadPoolExecutor(_NUM_OPENERS) as pool:
-        facts = list(pool.map(lambda tar: _facts_of(tar, key), tars))
-    shards, lengths = [shard for shard, _ in facts], [one for _, one in facts]
-    starts = np.cumsum([0, *(one.num_samples for one in shards)], dtype=np.int64)
+    tars = find_shards(name, dataset, Path(data.root), reading=data.reading)
+    catalogue = open_catalogue(tars, key)
+    starts = np.concatenate([[0], np.cumsum(catalogue.num_samples)])
     if not starts[-1]:
         raise DataError(f"dataset {name}: its {len(tars)} shards hold no sample; leave the dataset out")
     return ShardSet(
         name=name,
         tars=tars,
         starts=starts,
-        digest=digest_text(canonical_json([[shard.digest, one.digest] for shard, one in zip(shards, lengths, strict=True)])),
-        task_names=tuple(sorted({task for one in lengths for task in one.task_names})),
+        digest=digest_text(canonical_json(list(zip(catalogue.digests, catalogue.lengths_digests, strict=True)))),
+        task_names=catalogue.task_names,
         key=key,
-        lengths=joined_lengths(tars, key, [one.digest for one in lengths], starts, num_variants=len(speeds)),
-        shards_digest=digest_text(canonical_json([shard.digest for shard in shards])),
+        lengths=joined_lengths(tars, key, catalogue.lengths_digests, starts, num_variants=len(speeds)),
+        shards_digest=digest_text(canonical_json(catalogue.digests)),
         form=form,
     )
-
-
-def _facts_of(tar: Path, key: str) -> tuple[ShardFacts, LengthsFacts]:
-    shard = read_shard_facts(tar)
-    check_unchanged(tar, shard)
-    return shard, read_lengths_facts(tar, key, shard)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +18,23 @@ import numpy as np
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text, sync_folder
 from megamm.data.arrays import load_arrays, read_facts, write_arrays
+from megamm.data.catalogue import MIN_SHARDS, Catalogue, read_catalogue, write_catalogue
 from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
-from megamm.data.index import ShardFacts, load_index, read_shard_facts
+from megamm.data.index import INDEX_VERSION, ShardFacts, check_unchanged, load_index, read_shard_facts
 from megamm.data.ledger import BadSample
 from megamm.data.mapping import OWN_FORM, SampleForm, read_sample
 from megamm.data.reader import LocalReader, Reader, ShardReader
 from megamm.data.shards import Shard, sidecar_path
 from megamm.tokenizers.text import TextTokenizer
 
-LENGTHS_VERSION = 2
+LENGTHS_VERSION = 3
 ONE_SPEED = (1.0,)
 IN_MEMORY_SAMPLES = 8_000_000
 """Larger datasets map one joined file instead of reading every shard's lengths."""
 _MAX_REASON = 300
+_NUM_OPENERS = 8
+_VERSIONS = (INDEX_VERSION, LENGTHS_VERSION)
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,12 @@ class SampleLengths:
 
 @dataclass(frozen=True, slots=True)
 class LengthsFacts:
-    """What opening a dataset needs of each shard's lengths, read from the header alone."""
+    """What opening a dataset needs of each shard's lengths, read from the header alone; tokens are those of the first variant."""
 
     task_names: tuple[str, ...]
     digest: str
+    num_tokens: int
+    num_problems: int
 
 
 def lengths_key(tokenizer: TextTokenizer, rules: MediaRules, *, form: SampleForm = OWN_FORM, speeds: Sequence[float] = ONE_SPEED) -> str:
@@ -148,6 +154,8 @@ def write_lengths(
         "key": key,
         "shard": read_shard_facts(tar).digest,
         "task_names": list(planned.task_names),
+        "num_tokens": int(planned.tokens.sum(dtype=np.int64)),
+        "num_problems": len(planned.problems),
         "problems": {str(number): reason for number, reason in planned.problems.items()},
     }
     digest = write_arrays(lengths_path(tar, key), {"lengths": planned.lengths, "tasks": planned.tasks}, facts)
@@ -180,6 +188,10 @@ def ensure_lengths(
         DataError: As `plan_lengths`.
     """
     key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
+    if (known := read_catalogue(tars, key, _VERSIONS)) is not None and (
+        known.num_samples.sum() <= IN_MEMORY_SAMPLES or _joined_path(tars, known.lengths_digests).exists()
+    ):
+        return []
     written, digests, sizes = [], [], []
     for tar in tars:
         shard = read_shard_facts(tar)
@@ -193,7 +205,41 @@ def ensure_lengths(
         sizes.append(shard.num_samples)
     if sum(sizes) > IN_MEMORY_SAMPLES and not (path := _joined_path(tars, digests)).exists():
         _write_joined(path, tars, key, (sum(sizes), len(speeds), 3))
+    if len(tars) >= MIN_SHARDS:
+        write_catalogue(tars, key, _VERSIONS, _gather(tars, key))
     return written
+
+
+def open_catalogue(tars: Sequence[Shard], key: str) -> Catalogue:
+    """What the headers of all sidecars of a dataset say, from the catalogue that `ensure_lengths` left where that is still true.
+
+    Args:
+        tars: All shards of the dataset, in its order.
+        key: Settings of the lengths.
+
+    Raises:
+        DataError: A shard is gone or changed, or a sidecar is missing, damaged or of another version of the shard.
+    """
+    return read_catalogue(tars, key, _VERSIONS) or _gather(tars, key)
+
+
+def _gather(tars: Sequence[Shard], key: str) -> Catalogue:
+    def of(tar: Shard) -> tuple[ShardFacts, LengthsFacts]:
+        shard = read_shard_facts(tar)
+        check_unchanged(tar, shard)
+        return shard, read_lengths_facts(tar, key, shard)
+
+    # Headers are tiny; on a shared file system waiting for them is all that this takes.
+    with ThreadPoolExecutor(_NUM_OPENERS) as pool:
+        shards, lengths = zip(*pool.map(of, tars), strict=True)
+    return Catalogue(
+        num_samples=np.array([one.num_samples for one in shards], dtype=np.int64),
+        digests=[one.digest for one in shards],
+        lengths_digests=[one.digest for one in lengths],
+        task_names=tuple(sorted({task for one in lengths for task in one.task_names})),
+        num_tokens=sum(one.num_tokens for one in lengths),
+        num_problems=sum(one.num_problems for one in lengths),
+    )
 
 
 def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], starts: np.ndarray, *, num_variants: int = 1) -> np.ndarray:
@@ -271,7 +317,7 @@ def read_lengths_facts(tar: Shard, key: str, shard: ShardFacts) -> LengthsFacts:
     try:
         facts, digest = read_facts(path)
         if facts["shard"] == shard.digest and facts["key"] == key:
-            return LengthsFacts(tuple(facts["task_names"]), digest)
+            return LengthsFacts(tuple(facts["task_names"]), digest, int(facts["num_tokens"]), int(facts["num_problems"]))
         reason = "belongs to another version of the shard"
     except FileNotFoundError:
         reason = "is missing"
