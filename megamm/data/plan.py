@@ -1,7 +1,7 @@
 """The plan: which samples make up which rows, as a pure function of shards, settings and a place.
 
 Positions are numbered once for the whole run. The mixture says which dataset a position belongs to, the order which sample
-stands there, and packing turns every window of positions into rows. Rows are taken in a shuffled order within their window.
+stands there, and packing turns every window of positions into rows, which are taken in an order that spreads them by cost.
 Nothing here depends on ranks, threads or what was read, so every rank plans the same, and any place is found at once.
 """
 

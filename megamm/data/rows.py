@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megamm.data.order import permute
+from megamm.data.order import derive_key
 from megamm.data.packing import UNFIT, pack
+
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15
+"""Its fractional part in units of 2**-64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +114,19 @@ class Window:
             lengths: int32[n, 3].
             capacity: Tokens, patches and frames of a row.
             costs: What makes a row costly.
-            row_key: Shuffles the rows; None keeps them in the order of packing.
+            row_key: Spreads the rows over the window by cost; None keeps them in the order of packing.
             variants: int64[n]; zeros by default.
         """
         packed = pack(lengths, capacity)
         num_rows = int(packed.max(initial=UNFIT)) + 1
         fit = np.flatnonzero(packed != UNFIT)
-        # Packing opens rows for the largest samples first; taken in that order, every window would go from long to short.
-        numbers = np.arange(num_rows)
-        rows = (numbers if row_key is None or not num_rows else permute(numbers, num_rows, row_key))[packed[fit]]
         used = lengths[fit].astype(np.float64)
         cost = costs.token_pair * used[:, 0] ** 2 + costs.patch * used[:, 1] + costs.frame * used[:, 2]
+        rows = packed[fit]
+        row_costs = np.bincount(rows, weights=cost, minlength=num_rows)
+        if row_key is not None:
+            places = _spread(row_costs, row_key)
+            rows, row_costs[places] = places[rows], row_costs.copy()
         return cls(
             positions=positions,
             dataset_names=dataset_names,
@@ -133,7 +138,7 @@ class Window:
             members=fit[np.argsort(rows, kind="stable")],
             starts=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))]),
             unfit=np.flatnonzero(packed == UNFIT),
-            costs=np.bincount(rows, weights=cost, minlength=num_rows),
+            costs=row_costs,
         )
 
     @property
@@ -167,3 +172,26 @@ class PlannedRow:
     def cost(self) -> float:
         """Estimated cost, see `RowCosts`."""
         return float(self.window.costs[self.number])
+
+
+def _spread(costs: np.ndarray, key: int) -> np.ndarray:
+    """An order of rows in which every stretch, however long, holds cheap and costly ones as the whole window does.
+
+    Rows with one long document and rows of many short samples thus come mixed, and steps of the same number of rows take
+    about the same time. Neither needs to know how many rows a step has.
+
+    Args:
+        costs: float64[R].
+        key: Where the order begins.
+
+    Returns:
+        int64[R], the place of each row.
+
+    Source: multiples of the golden ratio modulo 1 leave gaps of at most three lengths at any time: Swierczkowski, "On
+        successive settings of an arc on the circumference of a circle" (1958).
+    """
+    numbers = np.arange(len(costs), dtype=np.uint64)
+    points = numbers * np.uint64(_GOLDEN_RATIO) + np.uint64(derive_key(key, 0))
+    places = np.empty(len(costs), dtype=np.int64)
+    places[np.argsort(costs, kind="stable")] = np.argsort(points, kind="stable")
+    return places

