@@ -29,7 +29,8 @@ from megamm.data.datasets import ShardSet
 from megamm.data.decoders import DECODING, IDLE, READING, warm
 from megamm.data.encode import SampleEncoder
 from megamm.data.ledger import Skipped
-from megamm.data.reader import LocalReader, Reader
+from megamm.data.reader import Reader
+from megamm.data.remote import open_reader
 from megamm.data.rows import PlannedSample
 from megamm.data.source import SampleSource
 
@@ -62,7 +63,7 @@ class WorkerSpec:
 
     def open(self) -> SampleSource:
         """The source that it describes."""
-        reader = self.reader or LocalReader()
+        reader = self.reader or open_reader(self.reading)
         return SampleSource(self.datasets, self.encoder, reader, augment=self.augment, seed=self.seed)
 
 

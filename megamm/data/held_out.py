@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 
@@ -15,12 +14,13 @@ from megamm.core.logging import get_logger
 from megamm.core.types import Batch, PackedRow, TokenSequence
 from megamm.data.collate import collate
 from megamm.data.datasets import ShardSet, open_dataset
+from megamm.data.decoders import RowJob
 from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
 from megamm.data.ledger import Skipped
-from megamm.data.reader import LocalReader, Reader
-from megamm.data.rows import DEFAULT_COSTS, PlannedRow, PlannedSample, Window
-from megamm.data.source import SampleSource
+from megamm.data.open_decoders import open_decoders
+from megamm.data.reader import Reader
+from megamm.data.rows import DEFAULT_COSTS, PlannedRow, Window
 from megamm.tokenizers.text import TextTokenizer
 
 _log = get_logger("data")
@@ -100,7 +100,7 @@ def held_out_batches(
         num_rows: Rows of all ranks together, from the first on; None for all.
         tasks: Names that `task_ids` will index; the held-out tasks by default.
         task_weights: Task name -> loss weight of its tokens; 1 where not named.
-        reader: Where bytes come from; local files by default.
+        reader: Where bytes come from; what `data.reading` says by default.
 
     Raises:
         ConfigError: `tasks` lacks a held-out task.
@@ -110,34 +110,28 @@ def held_out_batches(
     if unknown := sorted(set(held_out.tasks) - set(names)):
         raise ConfigError(f"held-out data hold the task {unknown[0]!r}, which is not among {', '.join(names)}; leave the dataset out")
     encoder = SampleEncoder(held_out.tokenizer, held_out.rules, task_weights or {})
-    pad_id = held_out.tokenizer.vocabulary.control_id("pad")
-    stream = islice(held_out.rows(), num_rows)
+    # One thread: held-out rows are few, and processes would take longer to start than to decode them.
+    source, decoders = open_decoders(held_out.data, held_out.datasets, encoder, reader=reader, kind="threads", num_workers=1)
 
-    def load(rows: list[PlannedRow]) -> Batch:
-        packed = [PackedRow(_delivered(source, row.samples)) for row in rows]
+    def collated(jobs: list[RowJob]) -> Batch:
+        packed = [PackedRow(_delivered(decoders.result(job))) for job in jobs]
         packed += [PackedRow()] * (micro_rows - len(packed))
-        return collate(packed, held_out.batch.row_tokens, pad_id, names)
+        return collate(packed, held_out.batch.row_tokens, held_out.tokenizer.vocabulary.control_id("pad"), names)
 
-    with (
-        closing(SampleSource(held_out.datasets, encoder, reader or LocalReader())) as source,
-        ThreadPoolExecutor(1, thread_name_prefix="held-out") as decoder,
-    ):
-        ahead = None
+    with closing(source), closing(decoders):
+        ahead: list[RowJob] | None = None
+        stream = islice(held_out.rows(), num_rows)
         while group := list(islice(stream, world_size * micro_rows)):
-            future = decoder.submit(load, group[rank * micro_rows : (rank + 1) * micro_rows])
+            jobs = [decoders.submit(row.samples) for row in group[rank * micro_rows : (rank + 1) * micro_rows]]
             if ahead is not None:
-                yield ahead.result()
-            ahead = future
+                yield collated(ahead)
+            ahead = jobs
         if ahead is not None:
-            yield ahead.result()
+            yield collated(ahead)
 
 
-def _delivered(source: SampleSource, samples: tuple[PlannedSample, ...]) -> list[TokenSequence]:
-    sequences = []
-    for sample in samples:
-        result = source.load(sample)
-        if isinstance(result, Skipped):
-            _log.warning("held-out sample %s/%s is left out: %s", result.dataset, result.key, result.reason)
-        else:
-            sequences.append(result)
-    return sequences
+def _delivered(outcomes: list[TokenSequence | Skipped]) -> list[TokenSequence]:
+    for outcome in outcomes:
+        if isinstance(outcome, Skipped):
+            _log.warning("held-out sample %s/%s is left out: %s", outcome.dataset, outcome.key, outcome.reason)
+    return [outcome for outcome in outcomes if isinstance(outcome, TokenSequence)]

@@ -25,8 +25,8 @@ def open_decoders(
     datasets: Mapping[str, ShardSet],
     encoder: SampleEncoder,
     *,
-    augment: Mapping[str, Augment],
-    seed: int,
+    augment: Mapping[str, Augment] | None = None,
+    seed: int = 0,
     reader: Reader | None = None,
     kind: str | None = None,
     num_workers: int | None = None,
@@ -37,7 +37,7 @@ def open_decoders(
         data: The recipe's settings.
         datasets: By name.
         encoder: How samples become sequences.
-        augment: Dataset name -> random changes of its media.
+        augment: Dataset name -> random changes of its media; None for none.
         seed: Of these changes.
         reader: Where bytes come from; what `data.reading` says by default.
         kind: In place of `data.decoders`.
@@ -50,7 +50,7 @@ def open_decoders(
     light = {
         name: replace(dataset, lengths=np.empty((0, *dataset.lengths.shape[1:]), dtype=np.int32)) for name, dataset in datasets.items()
     }
-    spec = WorkerSpec(light, encoder, data.reading, reader, augment, seed)
+    spec = WorkerSpec(light, encoder, data.reading, reader, augment or {}, seed)
     source, num_workers = spec.open(), num_workers or data.decode_workers
     patience = patience_of(data)
     if (kind or data.decoders) == "threads":
