@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from megamm.data.index import load_index
 
@@ -376,7 +377,7 @@ def contents(output: Path, split: str) -> Iterator[tuple[object, ...]]:
                 found = json.loads(os.pread(file.fileno(), document.size, document.offset))
                 yield (
                     json.dumps([found["messages"], found.get("user"), found.get("basket")], sort_keys=True),
-                    *(member.digest for member in members.values()),
+                    *(xxhash.xxh3_64_hexdigest(os.pread(file.fileno(), member.size, member.offset)) for member in members.values()),
                 )
 
 

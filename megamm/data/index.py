@@ -28,7 +28,7 @@ from megamm.data.media import read_facts as read_media_facts
 from megamm.data.shards import RemoteShard, Shard, sidecar_path
 from megamm.data.tar import ReadAt, TarError, TarMember, scan
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 _MEDIA_CODES = {"image": 1, "audio": 2}
 _MEDIA_NAMES = {code: name for name, code in _MEDIA_CODES.items()}
 # WebDataset's own rule: the key ends at the first dot of the file's name, the rest is the member's suffix.
@@ -38,7 +38,10 @@ _RESERVED = re.compile(r"__[^/]*__($|/)")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a sample: suffix such as `0.jpg`, where its bytes lie and their xxh3-64."""
+    """One file of a sample: suffix such as `0.jpg`, where its bytes lie, and the xxh3-64 of its header and them.
+
+    The header is part of it because it holds the name: equal bytes under other keys are other samples.
+    """
 
     suffix: str
     offset: int
@@ -61,7 +64,7 @@ class ShardIndex:
         member_starts: int64[N + 1], where the members of each sample start.
         member_offsets: int64[M], first byte inside the tar.
         member_sizes: int64[M] in bytes.
-        member_digests: uint64[M], xxh3-64 of the bytes.
+        member_digests: uint64[M], xxh3-64 of the header block and the bytes.
         member_suffixes: uint32[M].
         media_types: uint8[M], 0 where there are no media facts.
         media_sizes: int64[M, 2], width and height in pixels, or samples and hertz.
@@ -289,7 +292,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _add_member(columns: _Columns, member: TarMember, suffix: str, stream: Iterable[bytes], read: ReadAt) -> None:
-    digest = xxhash.xxh3_64()
+    digest = xxhash.xxh3_64(member.header)
     for block in stream:
         digest.update(block)
     columns.offsets.append(member.offset)

@@ -17,6 +17,7 @@ from megamm.core.logging import get_logger
 from megamm.data.index import Member, ShardIndex, load_index
 from megamm.data.ledger import BadSample
 from megamm.data.shards import Shard
+from megamm.data.tar import BLOCK_BYTES
 
 _RETRY_DELAYS_SECONDS = (0.1, 1.0, 5.0)
 
@@ -114,7 +115,7 @@ class ShardReader:
         return self._read(number, members) if members else {}
 
     def _read(self, number: int, members: list[Member]) -> dict[str, bytes]:
-        start, end = members[0].offset, members[-1].offset + members[-1].size
+        start, end = members[0].offset - BLOCK_BYTES, members[-1].offset + members[-1].size
         files, changed = self._members(start, end, members)
         if changed:
             # Bytes can change on their way or in a cache; only what the source says twice is said of the sample.
@@ -127,12 +128,12 @@ class ShardReader:
     def _members(self, start: int, end: int, members: list[Member]) -> tuple[dict[str, bytes], str]:
         """Bytes by suffix, and the first suffix whose bytes are not the indexed ones (empty for none)."""
         content = read_exactly(self._reader, self.tar, start, end - start)
-        files = {}
+        files, view = {}, memoryview(content)
         for member in members:
-            file = content[member.offset - start : member.offset - start + member.size]
-            if xxhash.xxh3_64_intdigest(file) != member.digest:
+            offset = member.offset - start
+            if xxhash.xxh3_64_intdigest(view[offset - BLOCK_BYTES : offset + member.size]) != member.digest:
                 return {}, member.suffix
-            files[member.suffix] = file
+            files[member.suffix] = content[offset : offset + member.size]
         return files, ""
 
 

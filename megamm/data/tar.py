@@ -30,11 +30,12 @@ class TarError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """One regular file: its name and where its bytes lie."""
+    """One regular file: its name, where its bytes lie, and the block before them."""
 
     name: str
     offset: int
     size: int
+    header: bytes
 
 
 def scan(read: ReadAt, size: int, feed: Callable[[bytes], None]) -> Iterator[tuple[TarMember, Callable[[], Iterator[bytes]]]]:
@@ -79,7 +80,7 @@ class _Walker:
                 name = _header_name(header) if name is None else name
                 size = size if num_bytes is None else num_bytes
                 self._enter(size)
-                return TarMember(_safe_name(name), self._position, size)
+                return TarMember(_safe_name(name), self._position, size, header)
             if kind == b"L":
                 name = _text(self._extension(size).rstrip(b"\0"))
             elif kind == b"x":
