@@ -16,6 +16,7 @@ from dataclasses import dataclass
 ReadAt = Callable[[int, int], bytes]
 """Bytes at an offset, as many as asked for unless the file ends."""
 BLOCK_BYTES = 512
+_RECORD_BYTES = 20 * BLOCK_BYTES
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHUNK_BYTES = 1 << 20
 _MAX_EXTENSION_BYTES = 1 << 20
@@ -115,12 +116,17 @@ class _Walker:
             self._read(padding)
 
     def check_end(self) -> None:
-        """Two zero blocks, and nothing but zeros after them."""
+        """Two zero blocks, and nothing but the zeros that fill a record after them."""
         if self._size - self._position < BLOCK_BYTES:
             raise TarError("the archive ends with one zero block of two: it is cut")
+        num_zeros = BLOCK_BYTES + self._size - self._position
         while self._position < self._size:
             if self._read(min(_CHUNK_BYTES, self._size - self._position)).strip(b"\0"):
                 raise TarError("bytes follow the end of the archive")
+        # A hole over the last members looks like a long end; no writer leaves one.
+        fills_record = self._size % _RECORD_BYTES == 0 and num_zeros < 2 * BLOCK_BYTES + _RECORD_BYTES
+        if num_zeros > 2 * BLOCK_BYTES and not fills_record:
+            raise TarError(f"{num_zeros} zeros follow the last member, more than any writer leaves: members are missing")
 
     def _header(self) -> bytes | None:
         if self._position + BLOCK_BYTES > self._size:

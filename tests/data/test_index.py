@@ -214,6 +214,18 @@ def test_hole_in_the_middle_is_refused(tmp_path):
         build_index(put(tmp_path, content[:1024] + bytes(1024) + content[2048:]))
 
 
+def test_zeros_over_the_last_members_are_refused(tmp_path):
+    """Writers end an archive with two zero blocks, or fill a record of 10240 bytes."""
+    content = write_tar(tmp_path / "x.tar", {str(key): {"json": b"{}"} for key in range(40)}).read_bytes()
+    assert len(content) % 10240 == 0
+    end = 40 * 1024
+    for size in (end + 1024, len(content)):
+        assert build_index(put(tmp_path, content[:size])).num_samples == 40
+    for found in (content[: end - 20480] + bytes(len(content) - end + 20480), content[: end - 1024] + bytes(2048), content + bytes(10240)):
+        with pytest.raises(DataError, match="zeros follow the last member"):
+            build_index(put(tmp_path, found))
+
+
 def test_member_larger_than_the_file_is_refused(tmp_path):
     info = tarfile.TarInfo("a.json")
     info.size = 1 << 40
