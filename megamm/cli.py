@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import traceback
@@ -75,7 +76,9 @@ def _parse(words: Sequence[str]) -> tuple[Command, Arguments]:
             groups[tuple(group)] = between.add_subparsers(metavar="COMMAND", required=True)
         more = " RECIPE keys can be overridden: --optim.lr 3e-4" if command.takes_overrides else ""
         one = groups[tuple(group)].add_parser(name, help=command.help, description=command.help + more, allow_abbrev=False)
-        command.arguments(one)
+        if tuple(words[: len(command.words)]) == command.words:
+            # Of the command that is called alone: the others' arguments may need imports.
+            command.arguments(one)
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         one.set_defaults(command=command)
     arguments, rest = parser.parse_known_args(words)
@@ -132,23 +135,26 @@ def _tokenizer(arguments: Arguments) -> None:
 
 
 def _shards_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", type=Path, nargs="+", help="tar files")
+    parser.add_argument("shards", nargs="+", help="tar files or URLs; {00000..00099} names a range")
+    parser.add_argument(
+        "--sidecars", type=Path, default=Path("data/sidecars"), help="folder for the indexes of URLs (default: data/sidecars)"
+    )
 
 
 def _data_index(arguments: Arguments) -> None:
-    from megamm.data.index import write_index
+    from megamm.config import Reading
+    from megamm.data.sidecars import index_shards
 
-    for tar in arguments.shards:
-        index = write_index(tar)
-        print(f"{tar}: {index.num_samples} samples")
+    for shard, index in index_shards(arguments.shards, arguments.sidecars, Reading()):
+        print(f"{shard}: {index.num_samples} samples")
 
 
 def _data_verify(arguments: Arguments) -> None:
-    from megamm.data.index import load_index
+    from megamm.config import Reading
+    from megamm.data.sidecars import verify_shards
 
-    for tar in arguments.shards:
-        index = load_index(tar, verify_digest=True)
-        print(f"{tar}: {index.num_samples} samples, digest {index.digest} holds")
+    for shard, index in verify_shards(arguments.shards, arguments.sidecars, Reading()):
+        print(f"{shard}: {index.num_samples} samples, digest {index.digest} holds")
 
 
 def _data_plan_lengths(arguments: Arguments) -> None:
@@ -158,6 +164,36 @@ def _data_plan_lengths(arguments: Arguments) -> None:
     recipe = _recipe(arguments)
     for line in plan_all_lengths(recipe, load_tokenizer(recipe)):
         print(line)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_argument(parser)
+    parser.add_argument("--all", action="store_true", help="list every entry, not only the last 100")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+
+
+def _data_report(arguments: Arguments) -> None:
+    from megamm.train.data_report import read_report
+
+    report = read_report(arguments.run)
+    print(json.dumps(report.to_json(), indent=2) if arguments.json else "\n".join(report.lines(max_entries=None if arguments.all else 100)))
+
+
+def _trace_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_argument(parser)
+    parser.add_argument("--step", type=int, required=True, help="number of the step, from 1, as metrics.jsonl counts")
+    parser.add_argument("--world-size", type=int, default=None, help="deal the step to so many ranks (default: as many as the run had)")
+    parser.add_argument("--rank", type=int, default=None, help="list rows and samples of this rank only")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+
+
+def _data_trace(arguments: Arguments) -> None:
+    from megamm.train.trace import trace_step
+
+    trace = trace_step(arguments.run, arguments.step, world_size=arguments.world_size)
+    if arguments.rank is not None:
+        trace = trace.of_rank(arguments.rank)
+    print(json.dumps(trace.to_json(), indent=2) if arguments.json else "\n".join(trace.lines()))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -291,6 +327,8 @@ COMMANDS = (
     Command(("data", "index"), "Validate shards and write their sidecar indexes.", _shards_arguments, _data_index),
     Command(("data", "verify"), "Check shards against their indexes, byte for byte.", _shards_arguments, _data_verify),
     Command(("data", "plan-lengths"), "Plan the token length of every sample of a recipe.", _recipe_argument, _data_plan_lengths, True),
+    Command(("data", "report"), "Say what a run skipped, and why.", _report_arguments, _data_report),
+    Command(("data", "trace"), "List the samples of a run's step: rank, row, dataset and key.", _trace_arguments, _data_trace),
     Command(("pretrain",), "Train a recipe, or resume it.", _pretrain_arguments, _pretrain, True),
     Command(("evaluate",), "Run tasks over held-out samples.", _evaluate_arguments, _evaluate),
     Command(("generate",), "Ask a run or an exported folder.", _generate_arguments, _generate),

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megamm.config import Recipe
 from megamm.core.errors import ConfigError
-from megamm.core.files import digest_text
 from megamm.core.logging import get_logger
 from megamm.core.types import Batch
 from megamm.data.datasets import find_shards
 from megamm.data.features import MediaRules
 from megamm.data.held_out import HeldOut, held_out_batches
-from megamm.data.lengths import ONE_SPEED, ensure_lengths, lengths_key, load_lengths
-from megamm.data.loader import StepData, StepLoader
+from megamm.data.lengths import ONE_SPEED, ensure_lengths, lengths_key, open_catalogue
+from megamm.data.loader import StepLoader
 from megamm.data.mapping import SampleForm
 from megamm.data.plan import DataPlan
+from megamm.data.remote import open_reader
 from megamm.data.state import LoaderState
 from megamm.engine import distributed
 from megamm.engine.distributed import World
@@ -122,11 +123,6 @@ class TrainingData:
         )
 
 
-def sample_keys_digest(step: StepData) -> str:
-    """Digest of the ordered sample keys of a global batch: equal for equal batches, short enough for a log."""
-    return digest_text("\n".join(step.keys))
-
-
 def plan_all_lengths(recipe: Recipe, tokenizer: TextTokenizer) -> Iterator[str]:
     """Plan the lengths of every shard of a recipe that lacks them; one line a dataset.
 
@@ -136,20 +132,15 @@ def plan_all_lengths(recipe: Recipe, tokenizer: TextTokenizer) -> Iterator[str]:
     rules = MediaRules.of(recipe.model, recipe.data)
     for part, datasets in (("train", recipe.data.train), ("held out", recipe.data.held_out)):
         for name, dataset in datasets.items():
-            tars = find_shards(name, dataset, Path(recipe.data.root))
+            tars = find_shards(name, dataset, Path(recipe.data.root), reading=recipe.data.reading)
             form = SampleForm.of(name, dataset, recipe.data)
             # Held-out sounds are played as they are, whatever the dataset says of training.
             speeds = dataset.augment.audio_speeds if part == "train" else ONE_SPEED
-            written = ensure_lengths(tars, tokenizer, rules, form=form, speeds=speeds)
-            key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
-            num_samples = num_tokens = num_bad = 0
-            for tar in tars:
-                # One map at a time: each holds a file open.
-                one = load_lengths(tar, key)
-                num_samples += len(one.lengths)
-                num_tokens += int(one.tokens.sum())
-                num_bad += len(one.problems)
+            # One shard after the other, each once.
+            with closing(open_reader(replace(recipe.data.reading, max_open_files=1))) as reader:
+                written = ensure_lengths(tars, tokenizer, rules, form=form, speeds=speeds, reader=reader)
+            known = open_catalogue(tars, lengths_key(tokenizer, rules, form=form, speeds=speeds))
             yield (
-                f"{part}: {name}: {num_samples:,} samples, {num_tokens:,} tokens, {num_bad} that cannot be used, "
-                f"shards: {len(tars)}, planned now: {len(written)}"
+                f"{part}: {name}: {known.num_samples.sum():,} samples, {known.num_tokens:,} tokens, "
+                f"{known.num_problems} that cannot be used, shards: {len(tars)}, planned now: {len(written)}"
             )

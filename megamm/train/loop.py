@@ -15,9 +15,10 @@ from megamm.data.loader import StepData, StepLoader
 from megamm.engine import distributed
 from megamm.engine.distributed import World
 from megamm.train.build import Trainer
-from megamm.train.data import TrainingData, sample_keys_digest
+from megamm.train.data import TrainingData
 from megamm.train.interruption import StopRequest
 from megamm.train.journal import Journal
+from megamm.train.positions import sample_keys_digest
 from megamm.train.report import StepReport
 from megamm.train.run_folder import RunFolder
 from megamm.train.step import GlobalCounts, StepResult, count, held_out_loss, train_step
@@ -81,7 +82,7 @@ def train(run: Run) -> None:
             stopping = counts.stop_requested or run.step == recipe.train.stop_after
             if due(run.step, recipe.telemetry.every) and journal.wants_numbers:
                 skipped = {"skipped_samples": run.num_skipped.total(), **{f"skipped/{name}": num for name, num in run.num_skipped.items()}}
-                journal.numbers(run.step, {**report.values(counts, result), **skipped, "sample_keys": sample_keys_digest(batch)})
+                journal.numbers(run.step, {**report.values(counts, result), **skipped, "sample_keys": sample_keys_digest(batch.keys)})
             if run.data.held_out and (due(run.step, recipe.evaluation.every) or run.step == recipe.train.steps):
                 _evaluate(run)
             if due(run.step, recipe.checkpoint.every) or stopping or run.step == recipe.train.steps:

@@ -6,11 +6,13 @@ on, and one every few steps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megamm.core.errors import DataError
+from megamm.core.files import digest_text
 from megamm.core.json_lines import JsonLines, cut_back, read_json_lines
 from megamm.data.state import LoaderState
 
@@ -60,6 +62,11 @@ class PositionLog:
     def close(self) -> None:
         """Close the file."""
         self._lines.close()
+
+
+def sample_keys_digest(keys: Iterable[str]) -> str:
+    """Digest of the ordered `dataset/key` of a global batch: equal for equal batches, short enough for a log."""
+    return digest_text("\n".join(keys))
 
 
 def find_place(run: Path, step: int) -> Place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megamm.config import load_recipe, recipe_names
+from megamm.core.tables import aligned
 from megamm.inference.load import run_config
 from megamm.models.build import num_parameters
 from megamm.tokenizers.vocabulary import Vocabulary
@@ -12,15 +13,15 @@ _PARTS = (("decoder", "language_model"), ("vision", "vision_tower"), ("audio", "
 
 def recipe_table() -> str:
     """One line a recipe: parameters (counted on the meta device, tied weights once), batch and description."""
-    rows = [("recipe", "parameters", "decoder", "vision", "audio", "tokens a step", "steps", "description")]
+    header = ("recipe", "parameters", "decoder", "vision", "audio", "tokens a step", "steps", "description")
+    rows = []
     for name in recipe_names():
         recipe = load_recipe(name)
         counts = num_parameters(run_config(recipe, Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size)))
         parts = [_short(counts[part]) if part in counts else "-" for _, part in _PARTS]
         tokens = recipe.batch.row_tokens * recipe.batch.global_rows
         rows.append((name, _short(counts["total"]), *parts, f"{tokens:,}", f"{recipe.train.steps:,}", recipe.description))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(aligned(header, rows))
 
 
 def _short(number: int) -> str:
