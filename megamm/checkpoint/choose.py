@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamm.checkpoint.manifest import check_file, committed, read_manifest
+from megamm.checkpoint.fence import check_fence
+from megamm.checkpoint.hold import Hold
+from megamm.checkpoint.io import LOCAL, Io
+from megamm.checkpoint.manifest import aside, check_file, committed, kept_aside, read_manifest
 from megamm.core.errors import CheckpointError
 from megamm.core.logging import get_logger
 from megamm.engine.distributed import World, broadcast_json, gather_json
@@ -15,31 +18,40 @@ _log = get_logger("checkpoint")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The newest good checkpoint, and those that were passed over: folder name -> what is wrong with it."""
+    """The newest good checkpoint, and those that were passed over: folder name -> what is wrong with it.
+
+    Where there is no good one, those that were set aside earlier are named as well: a run that had checkpoints must not
+    begin anew as if it had none.
+    """
 
     folder: Path | None
     damaged: dict[str, str]
 
 
-def newest_good(folder: Path, world: World) -> Choice:
+def newest_good(folder: Path, world: World, *, hold: Hold | None = None, io: Io = LOCAL) -> Choice:
     """Verify checkpoints from the newest down, the files dealt to the ranks, until one is good; every rank calls it.
 
-    Damaged ones are named in a warning and left in place.
+    Damaged ones are named in a warning. Whoever holds the run sets them aside (`step_00000100.damaged-1`), where they can be
+    looked at and are in nobody's way; where none is good all stay, so that the next start finds the same.
 
     Args:
         folder: The run's `checkpoints` folder; it need not exist.
         world: The ranks.
+        hold: This job's hold of the run; None only looks.
+        io: The file system.
     """
-    names = broadcast_json([path.name for _, path in committed(folder)])
+    names, set_aside = broadcast_json([[path.name for _, path in committed(folder)], kept_aside(folder)])
     damaged: dict[str, str] = {}
     for name in reversed(names):
         problem = problem_of(folder / name, world)
         if problem is None:
+            if hold is not None and world.is_main:
+                _set_aside(folder, list(damaged), hold, io)
             return Choice(folder / name, damaged)
         damaged[name] = problem
-        if world.rank == 0:
+        if world.is_main:
             _log.warning("passed over: %s", problem)
-    return Choice(None, damaged)
+    return Choice(None, damaged | {name: "it was set aside earlier" for name in set_aside})
 
 
 def require_good(folder: Path, world: World) -> Path:
@@ -61,8 +73,18 @@ def problem_of(folder: Path, world: World) -> str | None:
     problem = None
     try:
         manifest = read_manifest(folder)
+        check_fence(folder, manifest.fence, manifest.step)
         for name in sorted(manifest.files)[world.rank :: world.size]:
             check_file(folder, name, manifest.files[name])
     except CheckpointError as error:
         problem = str(error)
     return next((report for report in gather_json(problem) if report is not None), None)
+
+
+def _set_aside(folder: Path, names: list[str], hold: Hold, io: Io) -> None:
+    for name in names:
+        hold.check()
+        try:
+            io.rename(folder / name, aside(folder / name, "damaged"))
+        except OSError as error:
+            _log.warning("%s keeps its name: %s", folder / name, error)

@@ -1,38 +1,30 @@
 """How a checkpoint comes to exist: written aside, hashed, synced, and committed by its manifest and one rename.
 
-A kill at any moment leaves either no folder of that name or a whole one; what lies in a temporary folder is never read
-and is removed by the next save of that step.
+Nothing here is a collective: each function is what one rank does with files. A kill at any moment leaves either no folder of
+that name or a whole one. Temporary folders are never read, and carry the owner's number and the attempt in their names:
+
+    .step_00000100.7-3.tmp      the third attempt to save of the run's seventh owner
+
+so nobody writes into another's, and what may be swept away is told by name alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamm.checkpoint import random_states
-from megamm.checkpoint.manifest import (
-    DATA_STATE,
-    LEDGER,
-    MANIFEST,
-    Fence,
-    FileFacts,
-    Manifest,
-    ParameterEntry,
-    rank_file,
-    software_versions,
-    step_folder,
-)
-from megamm.checkpoint.shards import write_bytes, write_shard
-from megamm.core.errors import CheckpointError
-from megamm.core.files import canonical_json, sync_folder
-from megamm.engine import partitions
-from megamm.engine.distributed import World, fail_together, gather_json
-from megamm.engine.runtime import Engine
+from megamm.checkpoint.fence import Fence
+from megamm.checkpoint.io import Buffer, Io
+from megamm.checkpoint.manifest import MANIFEST, FileFacts, Manifest, aside, step_folder
+from megamm.checkpoint.shards import write_file
+from megamm.core.logging import get_logger
+
+_log = get_logger("checkpoint")
+_TEMPORARY = re.compile(r"\.step_\d{8,}\.(\d+)-(\d+)\.tmp")
+_DELETED = re.compile(r"\.step_\d{8,}\.deleted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,91 +44,88 @@ class Progress:
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
-def save(folder: Path, engine: Engine, world: World, progress: Progress) -> Path:
-    """Commit a checkpoint; every rank calls it between two steps.
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt to commit one step.
 
-    An older folder of the same step is replaced: it was left behind because it was damaged or its steps were run again.
+    Attributes:
+        folder: The run's `checkpoints` folder.
+        step: What is saved.
+        fence: Who saves.
+        number: How many attempts this owner has made with this one.
+    """
+
+    folder: Path
+    step: int
+    fence: Fence
+    number: int
+
+    @property
+    def temporary(self) -> Path:
+        """Where it is written."""
+        return self.folder / f".{step_folder(self.step)}.{self.fence.number}-{self.number}.tmp"
+
+    @property
+    def final(self) -> Path:
+        """What it is once committed."""
+        return self.folder / step_folder(self.step)
+
+
+def write_files(attempt: Attempt, files: dict[str, list[Buffer]], io: Io) -> dict[str, FileFacts]:
+    """Write this rank's files (name -> blocks) and make their names durable, before anybody vouches for them."""
+    io.make_folder(attempt.temporary)
+    facts = {name: write_file(attempt.temporary / name, blocks, io) for name, blocks in files.items()}
+    io.sync_folder(attempt.temporary)
+    return facts
+
+
+def commit(attempt: Attempt, manifest: Manifest, io: Io, check_owner: Callable[[], None]) -> None:
+    """Write the manifest and rename the folder; every file it names is on the disk already.
 
     Args:
-        folder: The run's `checkpoints` folder.
-        engine: Between two steps.
-        world: The ranks.
-        progress: What goes with it.
-
-    Returns:
-        The committed folder.
-
-    Raises:
-        CheckpointError: A rank could not write (on every rank); nothing was committed, older checkpoints are as they were.
+        attempt: Written by all ranks.
+        manifest: Of all their files.
+        io: The file system.
+        check_owner: Raises where this process is no longer the run's owner.
     """
-    final = folder / step_folder(progress.step)
-    temporary = folder / f".{final.name}.tmp"
+    write_file(attempt.temporary / MANIFEST, [manifest.to_text().encode()], io)
+    io.sync_folder(attempt.temporary)
+    # As late as can be. An owner that sleeps between this line and the rename is caught by its fence when somebody reads.
+    check_owner()
+    if attempt.final.exists():
+        # Of an abandoned past of the run: the owner went on from before it. Kept, because nobody said that it is bad.
+        io.rename(attempt.final, aside(attempt.final, "stale"))
+    io.rename(attempt.temporary, attempt.final)
+    io.sync_folder(attempt.folder)
+
+
+def sweep(attempt: Attempt, io: Io) -> None:
+    """Delete what can never be committed any more: temporary folders of earlier attempts and owners, and deletions cut short."""
+    if not attempt.folder.is_dir():
+        return
+    for path in sorted(attempt.folder.glob(".step_*")):
+        match = _TEMPORARY.fullmatch(path.name)
+        earlier = match is not None and (int(match[1]), int(match[2])) < (attempt.fence.number, attempt.number)
+        if earlier or _DELETED.fullmatch(path.name):
+            remove(path, io)
+
+
+def remove(path: Path, io: Io) -> None:
+    """Delete a folder that nobody reads; where that fails it stays for the next `sweep`."""
     try:
-        _write(temporary, final, engine, world, progress)
-    except Exception:
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+        if path.exists():
+            io.remove_folder(path)
+    except OSError as error:
+        _log.warning("%s stays for now: %s", path, error)
 
 
-def fence_from_environment() -> Fence:
-    """The scheduler's job id and restart count; empty outside Slurm."""
-    return Fence(os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+def save(folder: Path, engine: Any, world: Any, progress: Progress) -> Path:
+    """Commit one checkpoint while training waits."""
+    from megamm.checkpoint.saver import Committed, Saver
+    from megamm.config.schema import Checkpointing
 
-
-def _write(temporary: Path, final: Path, engine: Engine, world: World, progress: Progress) -> None:
-    with _writing_together(final):
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    with _writing_together(final):
-        # A network file system may show rank 0's folder late.
-        temporary.mkdir(exist_ok=True)
-        state = partitions.local_state(engine, rank=world.rank) | random_states.capture(world.device)
-        own = write_shard(temporary / rank_file(world.rank), state)
-        # The names of the files must be on disk before rank 0 vouches for them.
-        sync_folder(temporary)
-    shards = [FileFacts(**facts) for facts in gather_json(asdict(own))]
-    with _writing_together(final):
-        if world.rank == 0:
-            _commit(temporary, final, _manifest(temporary, engine, world, progress, shards))
-
-
-@contextlib.contextmanager
-def _writing_together(final: Path) -> Iterator[None]:
-    with fail_together():
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {final} was not written: {error}; the older ones are as they were") from error
-
-
-def _manifest(temporary: Path, engine: Engine, world: World, progress: Progress, shards: list[FileFacts]) -> Manifest:
-    files = {rank_file(rank): facts for rank, facts in enumerate(shards)}
-    files[DATA_STATE] = write_bytes(temporary / DATA_STATE, canonical_json(progress.data_state).encode())
-    files[LEDGER] = write_bytes(temporary / LEDGER, "".join(canonical_json(entry) + "\n" for entry in progress.ledger).encode())
-    return Manifest(
-        step=progress.step,
-        world_size=world.size,
-        files=files,
-        parameters=tuple(ParameterEntry(**asdict(facts)) for facts in partitions.parameter_table(engine)),
-        engine=partitions.counters(engine),
-        fingerprints=progress.fingerprints,
-        software=software_versions(),
-        fence=fence_from_environment(),
-    )
-
-
-def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    write_bytes(temporary / MANIFEST, manifest.to_text().encode())
-    sync_folder(temporary)
-    if final.exists():
-        replaced = final.with_name(f".{final.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        temporary.rename(final)
-    sync_folder(final.parent)
+    with Saver(folder, engine, world, Checkpointing(asynchronous=False, keep_last=1_000_000, max_failures=1)) as saver:
+        saver.save(progress)
+        outcome = saver.finish()[-1]
+    assert isinstance(outcome, Committed)
+    return outcome.folder

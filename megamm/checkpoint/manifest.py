@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megamm.checkpoint.fence import Fence, check_fence
 from megamm.core.errors import CheckpointError
 from megamm.core.files import canonical_json, digest_file, digest_text
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
 LEDGER = "ledger.jsonl"
@@ -40,14 +44,6 @@ class ParameterEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Fence:
-    """Who wrote the checkpoint: scheduler job and how often it was restarted. A later restart outranks an earlier one."""
-
-    job_id: str = ""
-    restart_count: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything that loading must know before it opens another file.
 
@@ -69,7 +65,7 @@ class Manifest:
     engine: dict[str, Any]
     fingerprints: dict[str, str] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
-    fence: Fence = Fence()
+    fence: Fence = field(default_factory=Fence)
 
     def to_text(self) -> str:
         """JSON with a digest of itself, so that a flipped bit in the manifest is found as well."""
@@ -86,12 +82,28 @@ def step_folder(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
 
 
+def aside(path: Path, why: str) -> Path:
+    """A free name beside a checkpoint under which it is kept but never read: `step_00000100.damaged-1`."""
+    numbers = itertools.count(1)
+    return next(free for free in (path.with_name(f"{path.name}.{why}-{number}") for number in numbers) if not free.exists())
+
+
+def kept_aside(folder: Path) -> list[str]:
+    """Names that `aside` gave."""
+    return sorted(path.name for path in folder.glob(f"{_PREFIX}*.*-*")) if folder.is_dir() else []
+
+
 def committed(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything that carries a checkpoint's name, oldest first; whether it is good is not asked."""
     if not folder.is_dir():
         return []
     found = [(int(path.name.removeprefix(_PREFIX)), path) for path in folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
     return sorted(entry for entry in found if entry[1].is_dir())
+
+
+def model_digest(parameters: Iterable[ParameterEntry]) -> str:
+    """Digest of names, shapes and kinds: equal for what a checkpoint can be loaded into."""
+    return digest_text(canonical_json([[entry.name, list(entry.shape), entry.kind] for entry in parameters]))
 
 
 def software_versions() -> dict[str, str]:
@@ -130,14 +142,22 @@ def _sealed(body: dict[str, Any]) -> str:
     return json.dumps(body | {"digest": digest_text(canonical_json(body))}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def check_file(folder: Path, name: str, facts: FileFacts) -> None:
+def check_file(folder: Path, name: str, facts: FileFacts, *, from_disk: bool = False) -> None:
     """Compare one file with what the manifest says of it.
+
+    Args:
+        folder: The checkpoint.
+        name: A file of it.
+        facts: What the manifest says.
+        from_disk: Let go of what memory holds of it first, so that the disk answers (where the system knows how to).
 
     Raises:
         CheckpointError: It is missing, of another size, or its bytes changed.
     """
     path = folder / name
     try:
+        if from_disk:
+            _forget(path)
         num_bytes = path.stat().st_size
         if num_bytes != facts.num_bytes:
             raise CheckpointError(f"checkpoint {folder}: {name} has {num_bytes} bytes, the manifest says {facts.num_bytes}")
@@ -146,6 +166,13 @@ def check_file(folder: Path, name: str, facts: FileFacts) -> None:
         raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
     if digest != facts.digest:
         raise CheckpointError(f"checkpoint {folder}: {name} is damaged (its digest does not match the manifest)")
+
+
+def _forget(path: Path) -> None:
+    """Drop a synced file from the page cache: what was just written would be read from memory, whatever the disk holds."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_data_state(folder: Path) -> dict[str, Any]:
@@ -162,9 +189,10 @@ def verify(folder: Path) -> Manifest:
     """Read every byte of a checkpoint and compare it with the manifest.
 
     Raises:
-        CheckpointError: Anything is missing or damaged; names the file.
+        CheckpointError: Anything is missing or damaged (names the file), or it was written by an owner that had lost the run.
     """
     manifest = read_manifest(folder)
+    check_fence(folder, manifest.fence, manifest.step)
     for name, facts in sorted(manifest.files.items()):
         check_file(folder, name, facts)
     return manifest

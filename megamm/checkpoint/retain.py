@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from megamm.checkpoint.choose import problem_of
+from megamm.checkpoint.commit import remove
+from megamm.checkpoint.io import LOCAL, Io
 from megamm.checkpoint.manifest import committed
 from megamm.config.schema import Checkpointing
-from megamm.core.files import sync_folder
 from megamm.core.logging import get_logger
-from megamm.engine.distributed import World, broadcast_json, fail_together
 
 _log = get_logger("checkpoint")
 
 
-def retain(folder: Path, settings: Checkpointing, world: World) -> list[str]:
-    """Delete what `keep_last` and `keep_every` do not keep; every rank calls it.
+def retire(folder: Path, verified: int, settings: Checkpointing, io: Io = LOCAL) -> list[str]:
+    """Delete what `keep_last` and `keep_every` do not keep of the checkpoints up to one that was verified.
 
-    Nothing is deleted unless the newest checkpoint verifies now, from disk. A damaged one never counts as kept.
+    One process calls it. What cannot be deleted stays, with a warning: that is no reason to end a run.
 
     Args:
         folder: The run's `checkpoints` folder.
+        verified: Step of a checkpoint that was read back from the disk; it stays, and so does everything later.
         settings: How many and which stay.
-        world: The ranks.
+        io: The file system.
 
     Returns:
         Names of the deleted folders.
     """
-    # Rank 0's listing only: on a network file system the other ranks may not see the newest folder yet.
-    listing = broadcast_json([[step, path.name] for step, path in committed(folder)])
-    names: dict[int, str] = dict(listing)
-    surplus = superseded(list(names), settings)
-    if not surplus:
+    found = {step: path for step, path in committed(folder) if step <= verified}
+    if verified not in found:
         return []
-    if problem := problem_of(folder / names[max(names)], world):
-        if world.rank == 0:
-            _log.warning("no checkpoint is deleted: %s", problem)
+    doomed = [found[step] for step in superseded(list(found), settings)]
+    try:
+        # Renamed first: a deletion that is cut short must not look like a damaged checkpoint.
+        renamed = [path.with_name(f".{path.name}.deleted") for path in doomed]
+        for path, hidden in zip(doomed, renamed, strict=True):
+            remove(hidden, io)
+            io.rename(path, hidden)
+        io.sync_folder(folder)
+    except OSError as error:
+        _log.warning("superseded checkpoints stay for now: %s", error)
         return []
-    deleted = [names[step] for step in surplus]
-    with fail_together():
-        if world.rank == 0:
-            _delete(folder, deleted)
-    return deleted
+    for hidden in renamed:
+        remove(hidden, io)
+    return [path.name for path in doomed]
 
 
 def superseded(steps: list[int], settings: Checkpointing) -> list[int]:
@@ -51,15 +52,6 @@ def superseded(steps: list[int], settings: Checkpointing) -> list[int]:
     return [step for step in candidates if not settings.keep_every or step % settings.keep_every]
 
 
-def _delete(folder: Path, names: list[str]) -> None:
-    _sweep(folder)
-    # Renamed first: a deletion that is cut short must not look like a damaged checkpoint. The next one finishes it.
-    for name in names:
-        (folder / name).rename(folder / f".{name}.deleted")
-    sync_folder(folder)
-    _sweep(folder)
-
-
-def _sweep(folder: Path) -> None:
-    for doomed in [*folder.glob(".step_*.deleted"), *folder.glob(".step_*.replaced")]:
-        shutil.rmtree(doomed)
+def retain(folder: Path, settings: Checkpointing, world: object) -> list[str]:
+    """Nothing: saving retires what it replaces."""
+    return []

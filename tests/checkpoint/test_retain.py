@@ -1,10 +1,14 @@
+import errno
+import logging
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamm.checkpoint import retain as module
+from megamm.checkpoint.io import Io
 from megamm.checkpoint.manifest import MANIFEST, committed
-from megamm.checkpoint.retain import retain, superseded
+from megamm.checkpoint.retain import retire, superseded
 from megamm.config.schema import Checkpointing
 from tests.support.checkpoints import some_tensors, write_checkpoint
 
@@ -25,29 +29,35 @@ def test_what_stays_is_what_the_settings_say(steps, keep_last, keep_every):
     assert all(step in steps[-keep_last:] or (keep_every and step % keep_every == 0) for step in kept)
 
 
-def test_old_ones_are_deleted(folder, world):
-    assert retain(folder, Checkpointing(keep_last=2, keep_every=20), world) == ["step_00000010"]
+def test_old_ones_are_deleted(folder):
+    assert retire(folder, 40, Checkpointing(keep_last=2, keep_every=20)) == ["step_00000010"]
     assert [step for step, _ in committed(folder)] == [20, 30, 40]
-    assert retain(folder, Checkpointing(keep_last=1), world) == ["step_00000020", "step_00000030"]
+    assert retire(folder, 40, Checkpointing(keep_last=1)) == ["step_00000020", "step_00000030"]
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000040"]
 
 
-def test_nothing_is_deleted_when_the_newest_is_damaged(folder, world):
-    (folder / "step_00000040" / MANIFEST).unlink()
-    assert retain(folder, Checkpointing(keep_last=1), world) == []
+def test_only_what_a_verified_one_replaces_is_deleted(folder):
+    """What is later than the verified one stays, verified or not, and does not count as kept."""
+    assert retire(folder, 20, Checkpointing(keep_last=1)) == ["step_00000010"]
+    assert retire(folder, 35, Checkpointing(keep_last=1)) == []
+    assert [step for step, _ in committed(folder)] == [20, 30, 40]
+
+
+def test_what_was_set_aside_stays(folder):
+    (folder / "step_00000010").rename(folder / "step_00000010.damaged-1")
+    assert retire(folder, 40, Checkpointing(keep_last=1)) == ["step_00000020", "step_00000030"]
+    assert (folder / "step_00000010.damaged-1" / MANIFEST).is_file()
+
+
+class ReadOnly(Io):
+    """Refuses as a mount does that turned read-only."""
+
+    def rename(self, source, target):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(source))
+
+
+def test_what_cannot_be_deleted_stays_and_is_said(folder, caplog):
+    caplog.set_level(logging.WARNING, "megamm")
+    assert retire(folder, 40, Checkpointing(keep_last=1), ReadOnly()) == []
     assert len(committed(folder)) == 4
-
-
-def test_a_rank_with_a_late_listing_follows_rank_0(folder, world, monkeypatch):
-    everything = [[step, f"step_{step:08d}"] for step in (10, 20, 30, 40)]
-    monkeypatch.setattr(module, "committed", lambda _: committed(folder)[:3])
-    monkeypatch.setattr(module, "broadcast_json", lambda _: everything)
-    assert retain(folder, Checkpointing(keep_last=1), world) == ["step_00000010", "step_00000020", "step_00000030"]
-
-
-def test_a_deletion_that_was_cut_short_is_finished(folder, world):
-    for name in (".step_00000005.deleted", ".step_00000010.replaced"):
-        (folder / name).mkdir()
-        (folder / name / "rank_00000.safetensors").write_bytes(b"x")
-    retain(folder, Checkpointing(keep_last=3), world)
-    assert sorted(path.name for path in folder.iterdir()) == ["step_00000020", "step_00000030", "step_00000040"]
+    assert "Read-only file system" in caplog.text

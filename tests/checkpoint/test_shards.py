@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megamm.checkpoint.shards import write_bytes, write_shard
+from megamm.checkpoint.shards import write_file, write_shard
 from megamm.core.files import digest_file
 
 
@@ -40,10 +40,10 @@ def test_wide_elements_stay_aligned_beside_odd_ones(tmp_path):
 
 
 def test_small_files_are_hashed_too(tmp_path):
-    facts = write_bytes(tmp_path / "x", b"abc")
+    facts = write_file(tmp_path / "x", [b"a", b"bc"])
     assert (facts.num_bytes, facts.digest) == (3, digest_file(tmp_path / "x"))
 
 
 def test_a_full_disk_is_an_error():
     with pytest.raises(OSError, match="No space left"):
-        write_bytes(Path("/dev/full"), b"x" * (1 << 20))
+        write_file(Path("/dev/full"), [b"x" * (1 << 20)])

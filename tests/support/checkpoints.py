@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, Manifest, ParameterEntry, rank_file, step_folder
-from megamm.checkpoint.shards import write_bytes, write_shard
+from megamm.checkpoint.shards import write_file, write_shard
 from megamm.checkpoint.slicing import slice_bounds
 
 
@@ -34,13 +35,18 @@ def write_checkpoint(
         if rank == 0:
             state |= {f"buffer/{name}": tensor.reshape(-1) for name, tensor in buffers.items()}
         files[rank_file(rank)] = write_shard(path / rank_file(rank), state)
-    files[DATA_STATE] = write_bytes(path / DATA_STATE, b'{"row":3}')
-    files[LEDGER] = write_bytes(path / LEDGER, b'{"key":"a"}\n{"key":"b"}\n')
+    files[DATA_STATE] = write_file(path / DATA_STATE, [b'{"row":3}'])
+    files[LEDGER] = write_file(path / LEDGER, [b'{"key":"a"}\n{"key":"b"}\n'])
     parameters = [ParameterEntry(name, tuple(tensor.shape), "bfloat16", "trainable") for name, tensor in tensors.items()]
     parameters += [ParameterEntry(name, tuple(tensor.shape), str(tensor.dtype)[6:], "buffer") for name, tensor in buffers.items()]
     manifest = Manifest(step=step, world_size=num_ranks, files=files, parameters=tuple(parameters), engine={})
-    write_bytes(path / MANIFEST, manifest.to_text().encode())
+    write_file(path / MANIFEST, [manifest.to_text().encode()])
     return path
+
+
+def shard_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A shard as it would lie on the disk."""
+    return safetensors.torch.save(tensors)
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
