@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
-from megamm.config import Reading
+from megamm.config import Data, Reading
 from megamm.core.errors import DataError
 from megamm.core.files import atomic_file
 from megamm.core.logging import get_logger
@@ -31,6 +32,11 @@ _log = get_logger("data")
 def sidecar_folder(root: Path, reading: Reading) -> Path:
     """Where the sidecars of remote shards lie."""
     return Path(reading.sidecars) if reading.sidecars else root / SIDECAR_FOLDER
+
+
+def resolved_reading(data: Data) -> Reading:
+    """A recipe's settings of reading, for who does not know its `data.root`."""
+    return replace(data.reading, sidecars=str(sidecar_folder(Path(data.root), data.reading)))
 
 
 def find_remote_shards(pattern: str, sidecars: Path, reading: Reading) -> tuple[RemoteShard, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megamm import __version__
 from megamm.core.errors import ConfigError
 from megamm.core.logging import get_logger
+from megamm.data.sidecars import resolved_reading
 from megamm.evaluation.held_out import SkippedSample, held_out_patterns, list_places, read_samples, sample_forms
 from megamm.evaluation.judge import Record, judge
 from megamm.evaluation.report import Report, check_output, make_report
@@ -56,11 +57,14 @@ def evaluate(
     start = time.monotonic()
     loaded = load_model(source, device=device)
     patterns = dict(datasets) if datasets else held_out_patterns(loaded.recipe)
-    places = list_places(patterns, max_samples)
+    reading = None if loaded.recipe is None else resolved_reading(loaded.recipe.data)
+    places = list_places(patterns, max_samples, reading=reading)
     forms = sample_forms(loaded.recipe, list(patterns))
     records: list[Record] = []
     skipped: list[SkippedSample] = []
-    for result in judge(loaded, read_samples(places, forms), tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens):
+    for result in judge(
+        loaded, read_samples(places, forms, reading=reading), tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens
+    ):
         if isinstance(result, SkippedSample):
             skipped.append(result)
             _log.warning("skipped %s/%s in %s: %s", result.dataset, result.key, result.shard, result.reason)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamm.config import Data, Dataset, Recipe
+from megamm.config import Data, Dataset, Reading, Recipe
 from megamm.core.errors import ConfigError
 from megamm.core.types import Sample
 from megamm.data.datasets import find_shards
 from megamm.data.index import read_shard_facts
 from megamm.data.ledger import BadSample
 from megamm.data.mapping import OWN_FORM, SampleForm, read_sample
-from megamm.data.reader import LocalReader, ShardPool
+from megamm.data.reader import ShardPool
+from megamm.data.remote import open_reader
+from megamm.data.shards import Shard, rooted
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Place:
     """Where a held-out sample lies: dataset, shard and number inside the shard."""
 
     dataset: str
-    tar: Path
+    tar: Shard
     number: int
 
 
@@ -46,7 +47,7 @@ def held_out_patterns(recipe: Recipe | None) -> dict[str, str]:
         raise ConfigError("an exported folder names no held-out data; give them with --shards NAME=GLOB")
     if not recipe.data.held_out:
         raise ConfigError("the run's recipe has no data.held_out; give held-out shards with --shards NAME=GLOB")
-    return {name: os.path.join(recipe.data.root, dataset.shards) for name, dataset in recipe.data.held_out.items()}  # noqa: PTH118, a glob
+    return {name: rooted(dataset.shards, Path(recipe.data.root)) for name, dataset in recipe.data.held_out.items()}
 
 
 def sample_forms(recipe: Recipe | None, names: Sequence[str]) -> dict[str, SampleForm]:
@@ -60,35 +61,39 @@ def sample_forms(recipe: Recipe | None, names: Sequence[str]) -> dict[str, Sampl
     return {name: SampleForm.of(name, known.get(name, Dataset("")), data) for name in names}
 
 
-def list_places(patterns: Mapping[str, str], max_samples: int | None = None) -> list[Place]:
+def list_places(patterns: Mapping[str, str], max_samples: int | None = None, *, reading: Reading | None = None) -> list[Place]:
     """All samples of all datasets, by dataset, shard name and number.
 
     Args:
         patterns: Dataset name -> path or glob of tar files.
         max_samples: At most so many of each dataset, spread evenly over it, because neighbours in a shard are often alike.
+        reading: Settings of reading.
 
     Raises:
         DataError: A pattern matches nothing, or a shard is gone or has no usable index.
     """
     places = []
     for dataset, pattern in patterns.items():
-        tars = find_shards(dataset, Dataset(str(pattern)), Path())
+        tars = find_shards(dataset, Dataset(str(pattern)), Path(), reading=reading)
         own = [Place(dataset, tar, number) for tar in tars for number in range(read_shard_facts(tar).num_samples)]
         places += own if max_samples is None else _spread(own, max_samples)
     return places
 
 
-def read_samples(places: Sequence[Place], forms: Mapping[str, SampleForm] | None = None) -> Iterator[tuple[Place, Sample | SkippedSample]]:
+def read_samples(
+    places: Sequence[Place], forms: Mapping[str, SampleForm] | None = None, *, reading: Reading | None = None
+) -> Iterator[tuple[Place, Sample | SkippedSample]]:
     """Each sample with its media, or why it is skipped.
 
     Args:
         places: Which samples.
         forms: Dataset name -> what its members mean; our own form where not named.
+        reading: Settings of reading.
 
     Raises:
         DataError: A shard is missing, or changed since it was indexed.
     """
-    pool = ShardPool(LocalReader())
+    pool = ShardPool(open_reader(reading or Reading()))
     try:
         for place in places:
             yield place, _read(pool, place, (forms or {}).get(place.dataset, OWN_FORM))

@@ -13,7 +13,8 @@ from megamm.data.datasets import find_shards
 from megamm.data.index import load_index
 from megamm.data.ledger import BadSample
 from megamm.data.mapping import SampleForm, read_sample
-from megamm.data.reader import LocalReader, Reader, ShardReader
+from megamm.data.reader import Reader, ShardReader
+from megamm.data.remote import open_reader
 from megamm.data.shards import Shard
 from megamm.tokenizers import text
 
@@ -32,10 +33,10 @@ def texts(data: Data) -> Iterator[str]:
         ConfigError: A mapping contradicts itself.
         DataError: A dataset matches nothing, or a shard is gone, has no index or changed; names it.
     """
-    with closing(LocalReader()) as reader:
+    with closing(open_reader(data.reading)) as reader:
         for name, dataset in data.train.items():
             form = SampleForm.of(name, dataset, data)
-            for tar in find_shards(name, dataset, Path(data.root)):
+            for tar in find_shards(name, dataset, Path(data.root), reading=data.reading):
                 yield from _shard_texts(tar, form, reader)
 
 
