@@ -75,8 +75,11 @@ def test_a_node_without_power_comes_back(can_run_slurm: None):
 
 
 def test_the_controller_forgets_nothing_when_it_restarts(cluster: Cluster, tmp_path: Path):
-    job = cluster.submit(f"--output={tmp_path}/out", "--wrap", "srun bash -c 'sleep 3; echo done'")
-    cluster.wait_for(job, "RUNNING")
+    output = tmp_path / "out"
+    job = cluster.submit(f"--output={output}", "--wrap", "srun bash -c 'echo begun; sleep 3; echo done'")
+    # A step that is being created just then is held back for a minute: Slurm's own affair, not this test's.
+    while not (output.exists() and "begun" in output.read_text()):
+        cluster.run("sleep", "0.1")
     cluster.restart_controller()
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
-    assert (tmp_path / "out").read_text() == "done\n"
+    assert output.read_text() == "begun\ndone\n"

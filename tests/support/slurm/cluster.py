@@ -8,6 +8,7 @@ The settings are those of a production cluster where they matter (freezer tracki
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -273,20 +274,37 @@ class Cluster:
         file = self.folder / f"{node}.pid"
         inside = file.read_text().strip() if file.exists() else None
         for pid in _descendants(controller):
-            numbers = re.search(r"^NSpid:\s+(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE).group(1).split()
-            if len(numbers) == 3 and numbers[1] == inside:
+            # This machine's number, the cluster's, the node's: PID 1 of a node.
+            if _numbers(pid)[1:] == [inside, "1"]:
                 return pid
         raise ProcessLookupError(f"node {node} is off")
 
 
 def _descendants(pid: int) -> list[int]:
     found = []
-    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        found += [child, *_descendants(child)]
+    # A process may end while it is looked at.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            found += [child, *_descendants(child)]
     return found
 
 
-def _remove_cgroup(path: Path) -> None:
-    for folder in sorted((each for each in path.rglob("*") if each.is_dir()), reverse=True):
-        folder.rmdir()
-    path.rmdir()
+def _numbers(pid: int) -> list[str]:
+    """A process's number in each of the namespaces that it is in, outermost first."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        if match := re.search(r"^NSpid:\s+(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+            return match.group(1).split()
+    return []
+
+
+def _remove_cgroup(path: Path, timeout: float = 20) -> None:
+    """Remove a subtree of the freezer; the kernel may still be burying its processes."""
+    end = time.monotonic() + timeout
+    while path.exists():
+        try:
+            for folder in [*sorted((each for each in path.rglob("*") if each.is_dir()), reverse=True), path]:
+                folder.rmdir()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
