@@ -86,7 +86,7 @@ def index_shards(patterns: Sequence[str], sidecars: Path, reading: Reading) -> I
         DataError: A shard is missing or not a whole tar of samples.
     """
     with closing(RemoteReader(reading, against_index=False)) as reader:
-        for shard in _named(patterns, sidecars, reading):
+        for shard in named_shards(patterns, sidecars, reading):
             if isinstance(shard, Path):
                 yield shard, write_index(shard, build_index(shard))
             else:
@@ -106,7 +106,7 @@ def verify_shards(patterns: Sequence[str], sidecars: Path, reading: Reading) -> 
         closing(RemoteReader(reading, against_index=False)) as reader,
         closing(Fetcher(reading.timeout_seconds, reading.retries)) as fetcher,
     ):
-        for shard in _named(patterns, sidecars, reading):
+        for shard in named_shards(patterns, sidecars, reading):
             if isinstance(shard, Path):
                 yield shard, load_index(shard, verify_digest=True)
                 continue
@@ -120,8 +120,13 @@ def verify_shards(patterns: Sequence[str], sidecars: Path, reading: Reading) -> 
             yield shard, index
 
 
-def _named(patterns: Sequence[str], sidecars: Path, reading: Reading) -> Iterator[Shard]:
-    """The shards of a command line, whether indexed or not; a shell expands globs of local files."""
+def named_shards(patterns: Sequence[str], sidecars: Path, reading: Reading) -> Iterator[Shard]:
+    """The shards of a command line, whether indexed or not; a shell expands globs of local files.
+
+    Raises:
+        ConfigError: A pattern cannot be read.
+        DataError: A glob of URLs misses a shard whose index is there.
+    """
     with closing(Fetcher(reading.timeout_seconds, reading.retries)) as fetcher:
         for pattern in patterns:
             for one in expand(pattern):
