@@ -150,7 +150,7 @@ class Augment:
     image_crop: Annotated[float, Field(ge=0, lt=1)] = 0.0
     image_stretch: Annotated[float, Field(ge=0, lt=1)] = 0.0
     image_shift: Fraction = 0.0
-    image_zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    image_zoom: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     image_rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
     image_flip: bool = False
     image_brightness: Fraction = 0.0

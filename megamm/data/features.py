@@ -9,11 +9,7 @@ from megamm.config import AudioFeatures, Data, ImageFeatures, Limits, Model
 from megamm.core.files import canonical_json, digest_text
 from megamm.core.lengths import audio_num_mel_frames, audio_num_tokens, image_num_tokens, patch_grid
 from megamm.core.types import MediaFacts
-from megamm.data.media import MediaError
-
-DEFAULT_LIMITS = Limits()
-MIN_RATE_HZ = 1000
-"""Below it a small file would become a long sound."""
+from megamm.data.media import DEFAULT_LIMITS, MediaError, check_pixels, check_sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,25 +85,3 @@ def played_rate(rate_hz: int, speed: float) -> int:
 def resampled_length(num_frames: int, rate_hz: int, target_hz: int) -> int:
     """Samples of a sound after resampling, rounded up so that no sound becomes empty."""
     return -(-num_frames * target_hz // rate_hz)
-
-
-def check_pixels(width: int, height: int, limits: Limits) -> None:
-    """Refuse pictures beyond the limit.
-
-    Raises:
-        MediaError: The picture has more pixels.
-    """
-    if width * height > limits.pixels:
-        raise MediaError(f"the picture has {width} x {height} pixels, data.limits.pixels is {limits.pixels}")
-
-
-def check_sound(num_frames: int, rate_hz: int, features: AudioFeatures, limits: Limits) -> None:
-    """Refuse sounds beyond the limits, or of a rate that no recording has.
-
-    Raises:
-        MediaError: The sound is longer, or its rate lies outside of `MIN_RATE_HZ` and the limit.
-    """
-    if not MIN_RATE_HZ <= rate_hz <= limits.rate_hz:
-        raise MediaError(f"the sound has a rate of {rate_hz} Hz, taken are {MIN_RATE_HZ} Hz to data.limits.rate_hz ({limits.rate_hz})")
-    if num_frames > features.max_seconds * rate_hz:
-        raise MediaError(f"the sound lasts {num_frames / rate_hz:.1f} s, model.audio_features.max_seconds is {features.max_seconds}")

@@ -19,10 +19,9 @@ from megamm.config import Data, Dataset, Limits, SampleMapping
 from megamm.core.errors import ConfigError, DataError
 from megamm.core.files import canonical_json, digest_text
 from megamm.core.types import Message, Part, Sample
-from megamm.data.features import DEFAULT_LIMITS
 from megamm.data.index import Member
 from megamm.data.ledger import BadSample
-from megamm.data.media import media_type
+from megamm.data.media import DEFAULT_LIMITS, media_type
 from megamm.data.reader import ShardReader
 from megamm.tasks import TASKS, template
 

@@ -111,7 +111,7 @@ def test_left_overs_of_killed_processes_are_removed(tmp_path):
         ("a", document(score=float("nan")), {}, "the document is not JSON"),
         ("a", document(score=b"7"), {}, "the document is not JSON"),
         ("a", document("\ud800"), {}, "the document is not JSON"),
-        ("a", document("x" * (16 << 20)), {}, "bytes, readers take 16777216; cut it"),
+        ("a", document("x" * (16 << 20)), {}, "bytes, readers take 4194304; cut it"),
         ("a", asking("0.png"), {}, r"the messages name ['0.png'] and the members are []"),
         ("a", asking("0.png"), {"0.png": b"x", "1.png": b"x"}, r"the messages name ['0.png'] and the members are ['0.png', '1.png']"),
         ("a", asking("0.png"), {"0.png": b""}, "member 0.png is bytes of no bytes"),
