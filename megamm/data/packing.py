@@ -52,19 +52,21 @@ def _deal_out(lengths: np.ndarray, capacity: np.ndarray, main: int, num_rows: in
     """Rows of samples that all fit a row; numbers without gaps."""
     shares = lengths / capacity
     kinds, sizes = shares.argmax(axis=1), shares.max(axis=1)
-    # One phase for each class of size (a factor of 4), and in it for each resource that is what a sample takes most of; the
-    # scarcest one last, since that is what the next phases can even out best. Exponents are exact on every machine.
+    # One phase for each class of size (a factor of 4), and in it for each resource that is what a sample takes most of.
+    # Exponents, unlike logarithms, are exact on every machine.
     phases = 3 * (-np.frexp(sizes)[1].astype(np.int64) // 2) + (kinds - main) % 3
     order = np.lexsort((-sizes, phases))
     lengths, phases = lengths[order], phases[order]
-    loads, dealt = np.zeros((num_rows, 3), dtype=np.int64), np.full(len(order), UNFIT, dtype=np.int64)
+    loads, dealt = np.zeros((3, num_rows), dtype=np.int64), np.full(len(order), UNFIT, dtype=np.int64)
+    columns, limits = np.ascontiguousarray(lengths.T), capacity[:, None]
     borders = [0, *(np.flatnonzero(np.diff(phases)) + 1).tolist(), len(order)]
     for start, end in itertools.pairwise(borders):
-        for samples, chosen in _phase(lengths[start:end], loads, capacity, resource=(int(phases[start]) + main) % 3):
-            dealt[start + samples] = chosen
+        resource = (int(phases[start]) + main) % 3
+        for samples, rows in _phase(columns[:, start:end], loads, limits, resource):
+            dealt[start + samples] = rows
     left = np.flatnonzero(dealt == UNFIT)
     if left.size:
-        dealt[left] = _best_fit(lengths[left], loads, tuple(capacity.tolist()), main)
+        dealt[left] = _best_fit(lengths[left], loads.T, tuple(capacity.tolist()), main)
     if np.bincount(dealt).min() == 0:
         dealt = np.unique(dealt, return_inverse=True)[1]
     packed = np.empty_like(dealt)
@@ -72,38 +74,47 @@ def _deal_out(lengths: np.ndarray, capacity: np.ndarray, main: int, num_rows: in
     return packed
 
 
-def _phase(lengths: np.ndarray, loads: np.ndarray, capacity: np.ndarray, *, resource: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _phase(lengths: np.ndarray, loads: np.ndarray, limits: np.ndarray, resource: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Deal out one phase, many samples at a time; rows that the next sample does not fit take no more part in it.
 
     Args:
-        lengths: int64[n, 3], largest first in `resource`.
-        loads: int64[R, 3], what rows hold; updated.
-        capacity: int64[3].
+        lengths: int64[3, n], largest first in `resource`.
+        loads: int64[3, R], what rows hold; updated.
+        limits: int64[3, 1], what a row can hold.
         resource: What is evened out.
 
     Yields:
         Samples that were placed, and their rows.
     """
-    waiting, open_rows = np.arange(len(lengths)), np.arange(len(loads))
-    while waiting.size and open_rows.size:
-        load = loads[open_rows, resource]
-        least = load.argsort(kind="stable")[: waiting.size]
-        filled = load[least] + lengths[waiting[: least.size], resource]
+    samples, is_open = np.arange(lengths.shape[1]), _with_room(loads, lengths, limits)
+    while samples.size and is_open.any():
+        open_rows = np.flatnonzero(is_open)
+        load = loads[resource, open_rows]
+        least = load.argsort(kind="stable")[: samples.size]
+        load = load[least]
+        filled = np.minimum.accumulate(load + lengths[resource, : least.size])
         # As far as one after the other would choose the same rows: until one just filled has less than the next in line.
-        is_overtaken = load[least[1:]] > np.minimum.accumulate(filled)[:-1]
-        count = int(is_overtaken.argmax()) + 1 if is_overtaken.any() else least.size
-        samples, rows = waiting[:count], open_rows[least[:count]]
-        sums = loads[rows] + lengths[samples]
-        fits = (sums <= capacity).all(axis=1)
+        count = 1 + int(np.count_nonzero(load[1:] <= filled[:-1]))
+        rows = open_rows[least[:count]]
+        sums = loads[:, rows] + lengths[:, :count]
+        fits = (sums <= limits).all(axis=0)
         if fits.all():
-            loads[rows] = sums
-            waiting = waiting[count:]
-            yield samples, rows
-        else:
-            loads[rows[fits]] = sums[fits]
-            waiting = np.concatenate([samples[~fits], waiting[count:]])
-            open_rows = np.delete(open_rows, least[:count][~fits])
-            yield samples[fits], rows[fits]
+            loads[:, rows] = sums
+            yield samples[:count], rows
+            samples, lengths = samples[count:], lengths[:, count:]
+            continue
+        loads[:, rows[fits]] = sums[:, fits]
+        yield samples[:count][fits], rows[fits]
+        waits = np.ones(samples.size, dtype=np.bool_)
+        waits[:count] = ~fits
+        samples, lengths = samples[waits], lengths[:, waits]
+        is_open[rows[~fits]] = False
+        is_open &= _with_room(loads, lengths, limits)
+
+
+def _with_room(loads: np.ndarray, lengths: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """bool[R], True where a row could hold a sample that is as small as the smallest in everything."""
+    return (loads + lengths.min(axis=1, keepdims=True) <= limits).all(axis=0)
 
 
 def _best_fit(lengths: np.ndarray, loads: np.ndarray, capacity: tuple[int, ...], main: int) -> np.ndarray:

@@ -233,10 +233,10 @@ class DataPlan:
             mine = np.flatnonzero(datasets == number)
             if mine.size:
                 passes, within = np.divmod(places[mine] - origin.drawn, dataset.num_samples)
-                epochs[mine] = passes + origin.epoch
-                indices[mine] = self._ordered(dataset, within, epochs[mine])
+                passes += origin.epoch
+                epochs[mine], indices[mine] = passes, (chosen := self._ordered(dataset, within, passes))
                 variants[mine] = variants_at(self.seed, positions[mine], dataset.num_variants)
-                lengths[mine] = dataset.lengths[indices[mine], variants[mine]]
+                lengths[mine] = dataset.lengths[chosen, variants[mine]]
         return Window.pack(
             self._names,
             positions,
@@ -251,9 +251,9 @@ class DataPlan:
         )
 
     def _ordered(self, dataset: ShardSet, within: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """Samples at positions of a dataset; a window rarely holds more than one epoch of it."""
+        """Samples at positions of a dataset, which ascend; a window rarely holds more than one epoch of it."""
         indices = np.empty_like(within)
-        for epoch in np.unique(epochs).tolist():
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             these = epochs == epoch
             indices[these] = sample_at(
                 within[these],
