@@ -21,6 +21,7 @@ from megamm.data.loader import StepLoader
 from megamm.data.reader import LocalReader
 from megamm.data.state import LoaderState
 from tests.data.conftest import BATCH
+from tests.support.decoding import Failing
 
 NUM_STEPS = 12
 
@@ -219,6 +220,37 @@ def test_excluded_samples_enter_the_ledger_and_nothing_shifts(corpus, open_plan,
         step = next(loader)
     assert step.keys == reference[3][0]
     assert [(f"{entry.dataset}/{entry.key}", entry.reason) for entry in step.skipped] == [(victim, "excluded")]
+
+
+def test_excluded_samples_are_not_even_read(corpus, open_plan, reference):
+    """Where reading them would end the run, and with no budget at all."""
+    words = {key for keys, _, _ in reference for key in keys if key.startswith("words/")}
+    state = open_plan(corpus).start().excluding(words)
+    with StepLoader(open_plan(corpus), state=state, reader=Failing("words")) as loader:
+        steps = list(itertools.islice(loader, NUM_STEPS))
+    skipped = [entry for step in steps for entry in step.skipped]
+    assert {entry.reason for entry in skipped} == {"excluded"} and {f"{entry.dataset}/{entry.key}" for entry in skipped} == words
+    delivered = sorted(document for step in steps for batch in step.micro_batches for document in documents_of(batch))
+    assert delivered == sorted(one for _, documents, _ in reference for one in documents if one[0] not in words)
+
+
+def test_a_resumed_run_goes_on_with_its_budget(tmp_path, corpus, open_plan, monkeypatch):
+    """A share that a run of many parts must not exceed in all of them together."""
+    monkeypatch.setattr("megamm.data.ledger.MIN_BUDGET_SAMPLES", 1)
+    plan = small_rows(open_plan, corpus, max_skipped_share=1.0)
+    with StepLoader(plan) as loader:
+        steps = list(itertools.islice(loader, 12))
+    ledger = [entry for step in steps for entry in step.skipped]
+    num_planned = sum(step.num_samples for step in steps) + len(ledger)
+    share = len(ledger) / num_planned
+    for borne in (share * 0.5, 0.9):
+        plan = small_rows(open_plan, corpus, max_skipped_share=borne)
+        with StepLoader(plan, state=steps[-1].state, ledger=ledger) as loader:
+            if borne > share:
+                next(loader)
+            else:
+                with pytest.raises(DataError, match=r"samples were skipped, data\.max_skipped_share"):
+                    next(loader)
 
 
 def test_changed_weights_hold_from_the_next_window_on_and_are_recorded(corpus, open_plan, settings_of, reference):
