@@ -12,31 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamm.config import Batching, Data, Dataset
 from megamm.core.errors import DataError
 from megamm.data.datasets import ShardSet
-from megamm.data.features import MediaRules
 from megamm.data.plan import DataPlan
 from megamm.data.rows import PlannedSample
 from megamm.data.state import LoaderState
-
-CAPACITY = (100, 40, 40)
-
-
-def shard_set(name: str, num_samples: list[int], tokens: int | None = None) -> ShardSet:
-    """A dataset without files; every sample takes `tokens` tokens, or random lengths of which some fit no row."""
-    starts = np.cumsum([0, *num_samples], dtype=np.int64)
-    tars = tuple(Path(f"{name}-{shard:05}.tar") for shard in range(len(num_samples)))
-    size = (int(starts[-1]), 3)
-    lengths = np.random.default_rng(0).integers(1, (121, 51, 51), size) if tokens is None else np.full(size, (tokens, 0, 0))
-    return ShardSet(name, tars, starts, "digest", ("text",), "key", lengths.astype(np.int32)[:, None], "shards")
-
-
-def plan_of(datasets: list[ShardSet], tokenizer, *, weights=None, seed: int = 0, num_rows: int = 8, **changes) -> DataPlan:
-    train = {dataset.name: Dataset("x", weight) for dataset, weight in zip(datasets, weights or [1.0] * len(datasets), strict=True)}
-    data = replace(Data(train=train, window=64, row_patches=CAPACITY[1], row_frames=CAPACITY[2]), **changes)
-    batch = Batching(row_tokens=CAPACITY[0], global_rows=num_rows)
-    return DataPlan(datasets, data, batch, rules=MediaRules(None, None), tokenizer=tokenizer, seed=seed)
+from tests.support.plans import CAPACITY, plan_of, shard_set
 
 
 def first_rows(plan: DataPlan) -> list[tuple[PlannedSample, ...]]:
