@@ -52,6 +52,7 @@ class Owner:
         pid: Process.
         pid_started: When that process began, so that a number that is used again is no sign of life.
         since: Local time, for people.
+        lease_seconds: How long it may be silent.
         starts: (number, step) of every owner up to this one that went on from a step.
         is_released: It left in order.
     """
@@ -64,11 +65,12 @@ class Owner:
     pid: int
     pid_started: float
     since: str
+    lease_seconds: float
     starts: list[tuple[int, int]] = field(default_factory=list)
     is_released: bool = False
 
     @classmethod
-    def this_process(cls) -> Owner:
+    def this_process(cls, lease_seconds: float) -> Owner:
         """The owner that this process would be."""
         fence = Fence.of_environment(0)
         return cls(
@@ -80,6 +82,7 @@ class Owner:
             pid=os.getpid(),
             pid_started=psutil.Process().create_time(),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            lease_seconds=lease_seconds,
         )
 
     def __str__(self) -> str:
@@ -93,14 +96,14 @@ class RunLock:
     State: this owner's number and a count that only grows. Losing the run is for good: a later `check` never takes it back.
     """
 
-    def __init__(self, run: Path, number: int, owner: Owner, lease_seconds: float):
+    def __init__(self, run: Path, number: int, owner: Owner):
         self.number = number
         self._run = run
         self._owner = owner
         self._num_beats = 0
         self._mutex = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, args=(lease_seconds / _BEATS_A_LEASE,), name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._keep, args=(owner.lease_seconds / _BEATS_A_LEASE,), name="lease", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -114,13 +117,13 @@ class RunLock:
         while True:
             last = newest_owner(run)
             if last:
-                _require_gone(run, last, lease_seconds)
-            owner = _with_starts(Owner.this_process(), run)
+                _require_gone(run, last)
+            owner = _with_starts(Owner.this_process(lease_seconds), run)
             # Before the owner: whoever finds the one finds the other.
             _move_lease(_lease_path(run, last + 1), 0)
             if _create(owner_path(run, last + 1), owner):
                 _forget_before(run, last)
-                return cls(run, last + 1, owner, lease_seconds)
+                return cls(run, last + 1, owner)
 
     def started_at(self, step: int) -> None:
         """Record that this owner goes on from `step`: what earlier owners commit beyond it does not count."""
@@ -210,17 +213,17 @@ def _read(run: Path, number: int) -> Owner:
         raise CheckpointError(f"{owner_path(run, number)} cannot be read ({error}); remove it when no job uses the run") from error
 
 
-def _require_gone(run: Path, number: int, lease_seconds: float) -> None:
+def _require_gone(run: Path, number: int) -> None:
     owner = _read(run, number)
     if owner.is_released:
         return
     if reason := _gone(owner):
         _log.warning("taking %s over from %s: %s", run, owner, reason)
         return
-    _log.warning("%s may be in use by %s: watching for up to %g s", run, owner, lease_seconds)
-    if _moves(_lease_path(run, number), lease_seconds):
+    _log.warning("%s may be in use by %s: watching for up to %g s", run, owner, owner.lease_seconds)
+    if _moves(_lease_path(run, number), owner.lease_seconds):
         raise CheckpointError(f"{run} is in use by {owner}; wait for its end, cancel it, or name another --run")
-    _log.warning("taking %s over from %s: silent for %g s", run, owner, lease_seconds)
+    _log.warning("taking %s over from %s: silent for %g s", run, owner, owner.lease_seconds)
 
 
 def _moves(path: Path, seconds: float) -> bool:
@@ -243,7 +246,7 @@ def _text(path: Path) -> str:
 
 def _gone(owner: Owner) -> str:
     """What proves that an owner is gone; empty where nothing does."""
-    own = Owner.this_process()
+    own = Owner.this_process(0.0)
     if owner.job_id and owner.cluster == own.cluster:
         if owner.job_id == own.job_id:
             if owner.restart_count < own.restart_count:

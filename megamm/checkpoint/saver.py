@@ -141,12 +141,14 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, exception: BaseException | None, trace: object) -> None:
+        # An error that all ranks have in common leaves them able to agree; after any other one a collective would hang, and
+        # what the thread still writes could not be committed.
+        in_order = exception is None or getattr(exception, "on_all_ranks", False)
         try:
-            # An error that all ranks have in common leaves them able to agree; after any other one a collective would hang.
-            if getattr(exception, "on_all_ranks", False):
+            if in_order:
                 self._drain()
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=in_order)
             self._snapshot.close()
 
     @property

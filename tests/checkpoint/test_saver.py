@@ -1,0 +1,329 @@
+"""Saving behind training, with the real engine: nothing mixes two steps, and no failure ends or stalls what it need not."""
+
+import errno
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megamm.checkpoint.choose import newest_good
+from megamm.checkpoint.commit import Progress
+from megamm.checkpoint.fence import Fence, starts
+from megamm.checkpoint.hold import Hold, hold_run
+from megamm.checkpoint.lock import LostRun, Owner, RunLock
+from megamm.checkpoint.manifest import committed, read_data_state, read_ledger, read_manifest, verify
+from megamm.checkpoint.saver import Committed, Failed, Saver
+from megamm.config.schema import Checkpointing
+from megamm.core.errors import CheckpointError
+from megamm.engine import distributed, partitions
+from tests.support.faults import Broken, slow
+from tests.support.models import build_engine, train
+from tests.support.ranks import run_ranks
+
+KEEP_ALL = {"keep_last": 100}
+
+
+@pytest.fixture(scope="module")
+def engine(world):
+    engine = build_engine(1)
+    train(engine, 0, 1, 0, 1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def make_saver(engine, world, tmp_path):
+    """A saver into `tmp_path`/run/checkpoints; closed at the end."""
+    savers = []
+
+    def make(io=None, hold=None, **settings):
+        arguments = {"hold": hold} | ({"io": io} if io else {})
+        savers.append(Saver(tmp_path / "run" / "checkpoints", engine, world, Checkpointing(**(KEEP_ALL | settings)), **arguments))
+        return savers[-1]
+
+    yield make
+    for saver in savers:
+        saver.__exit__(None, None, None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run" / "checkpoints"
+
+
+def poll_to_the_end(saver):
+    outcomes = []
+    while saver.is_pending:
+        outcomes += saver.poll()
+        time.sleep(0.001)
+    return outcomes + saver.poll()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_training_goes_on_while_a_save_is_written(make_saver, folder):
+    saver = make_saver(slow(0.1))
+    saver.save(Progress(1))
+    assert saver.poll() == []
+    assert saver.is_pending
+    assert committed(folder) == []
+    (outcome,) = poll_to_the_end(saver)
+    assert isinstance(outcome, Committed)
+    assert (outcome.step, outcome.folder) == (1, folder / "step_00000001")
+    assert outcome.num_bytes == sum(path.stat().st_size for path in outcome.folder.iterdir() if path.name != "manifest.json")
+    assert outcome.stall_seconds < 0.1 < outcome.commit_seconds
+    assert verify(outcome.folder).step == 1
+
+
+def test_a_snapshot_never_mixes_two_steps(make_saver, engine, folder):
+    """What is overwritten the moment that `save` returns, while every write waits, is what was there before."""
+    saver = make_saver(slow(0.05))
+    state = partitions.local_state(engine, rank=0)
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    progress = Progress(1, {"row": [3]}, [{"key": "a"}])
+    saver.save(progress)
+    with torch.no_grad():
+        for tensor in state.values():
+            tensor.fill_(-1.0)
+    progress.data_state["row"].append(4)
+    progress.ledger[0]["key"] = "b"
+    torch.rand(10)
+    saver.finish()
+    with torch.no_grad():
+        for key, tensor in partitions.local_state(engine, rank=0).items():
+            tensor.copy_(before[key])
+    path = folder / "step_00000001"
+    read = load_file(path / "rank_00000.safetensors")
+    assert [key for key in before if not torch.equal(read[key], before[key].reshape(-1))] == []
+    assert (read_data_state(path), read_ledger(path)) == ({"row": [3]}, [{"key": "a"}])
+
+
+def test_the_next_save_waits_for_the_last_and_reuses_its_memory(make_saver, folder):
+    saver = make_saver(slow(0.05))
+    num_bytes = saver.snapshot_bytes
+    for step in (1, 2, 3):
+        saver.save(Progress(step))
+    outcomes = saver.finish()
+    assert [outcome.step for outcome in outcomes] == [1, 2, 3]
+    assert outcomes[1].stall_seconds > 0.15 > outcomes[0].stall_seconds
+    assert saver.snapshot_bytes == num_bytes
+    assert names(folder) == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_waiting_for_each_save_is_the_same_path(make_saver, engine, folder):
+    saver = make_saver(asynchronous=False)
+    saver.save(Progress(1))
+    assert not saver.is_pending
+    (outcome,) = saver.poll()
+    assert outcome.stall_seconds >= outcome.commit_seconds > 0
+    behind = make_saver()
+    behind.save(Progress(2))
+    behind.finish()
+    one, two = (read_manifest(folder / f"step_0000000{step}").files["rank_00000.safetensors"] for step in (1, 2))
+    assert one == two
+
+
+def test_the_memory_for_snapshots_is_the_size_of_the_state(make_saver, engine):
+    state = partitions.local_state(engine, rank=0)
+    held = make_saver().snapshot_bytes - sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    assert 0 < held < 20_000, "random states"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("operation", ["make_folder", "create", "write", "sync", "sync_folder", "rename"])
+def test_a_failure_is_counted_and_the_next_save_works(make_saver, folder, operation, number):
+    io = Broken(operation)
+    saver = make_saver(io)
+    saver.save(Progress(1))
+    saver.finish()
+    io.error_number = number
+    for expected in (1, 2):
+        saver.save(Progress(1 + expected))
+        (outcome,) = poll_to_the_end(saver)
+        assert isinstance(outcome, Failed)
+        assert (outcome.step, outcome.num_in_a_row) == (1 + expected, expected)
+    io.error_number = None
+    saver.save(Progress(4))
+    assert [type(outcome) for outcome in saver.finish()] == [Committed]
+    assert names(folder) == ["step_00000001", "step_00000004"]
+    io.error_number = number
+    saver.save(Progress(5))
+    assert poll_to_the_end(saver)[0].num_in_a_row == 1
+
+
+def test_failures_in_a_row_end_the_run(make_saver, folder):
+    io = Broken("write")
+    saver = make_saver(io, max_failures=2)
+    saver.save(Progress(1))
+    saver.finish()
+    io.error_number = errno.ENOSPC
+    saver.save(Progress(2))
+    poll_to_the_end(saver)
+    saver.save(Progress(3))
+    with pytest.raises(CheckpointError, match=r"step_00000003 was not written .*No space left.* 2 failures in a row") as raised:
+        poll_to_the_end(saver)
+    assert raised.value.on_all_ranks
+    assert names(folder) == ["step_00000001"]
+    assert verify(folder / "step_00000001")
+
+
+def test_the_last_save_is_tried_again_from_the_same_snapshot(make_saver, folder, monkeypatch):
+    monkeypatch.setattr("megamm.checkpoint.saver._RETRY_SECONDS", 0.0)
+    io = Broken("sync", errno.EIO)
+    saver = make_saver(io)
+    saver.save(Progress(7))
+    poll_to_the_end(saver)
+    io.error_number = None
+    assert [(type(outcome), outcome.step) for outcome in saver.finish()] == [(Committed, 7)]
+    io.error_number = errno.EIO
+    saver.save(Progress(8))
+    with pytest.raises(CheckpointError, match="3 failures in a row"):
+        saver.finish()
+    assert names(folder) == ["step_00000007"]
+
+
+class Rotten(Broken):
+    """Bits turn between the write and the disk."""
+
+    def write(self, file, block):
+        if self.error_number is not None and Path(file.name).suffix == ".safetensors":
+            block = bytes(byte ^ 1 for byte in block)
+        super().write(file, block)
+
+
+def test_what_reads_back_damaged_is_set_aside_and_replaces_nothing(make_saver, folder):
+    io = Rotten("never")
+    saver = make_saver(io, keep_last=1)
+    saver.save(Progress(1))
+    saver.finish()
+    io.error_number = 0
+    saver.save(Progress(2))
+    (outcome,) = poll_to_the_end(saver)
+    assert isinstance(outcome, Failed) and "reads back damaged" in outcome.reason
+    assert names(folder) == ["step_00000001", "step_00000002.damaged-1"]
+    io.error_number = None
+    saver.save(Progress(3))
+    saver.finish()
+    assert names(folder) == ["step_00000002.damaged-1", "step_00000003"]
+
+
+def test_older_ones_go_only_once_the_new_one_was_read_back(make_saver, folder):
+    saver = make_saver(keep_last=2, keep_every=4)
+    for step in range(1, 8):
+        saver.save(Progress(step))
+    saver.finish()
+    assert [step for step, _ in committed(folder)] == [4, 6, 7]
+
+
+def test_an_error_of_all_ranks_still_commits_what_was_under_way(engine, world, folder):
+    error = CheckpointError("the data ended")
+    error.on_all_ranks = True
+    with pytest.raises(CheckpointError), Saver(folder, engine, world, Checkpointing(), io=slow(0.05)) as saver:
+        saver.save(Progress(3))
+        raise error
+    assert [step for step, _ in committed(folder)] == [3]
+
+
+def test_a_job_that_lost_its_run_commits_nothing_and_ends(make_saver, folder, world):
+    run = folder.parent
+    old = RunLock.acquire(run, lease_seconds=60.0)
+    saver = make_saver(hold=Hold(Fence(old.number), old))
+    saver.save(Progress(1))
+    saver.finish()
+    disown(run, old.number)
+    new = RunLock.acquire(run, lease_seconds=60.0)
+    saver.save(Progress(2))
+    with pytest.raises(LostRun, match=r"was taken over by .* this job must not write to it"):
+        saver.finish()
+    assert [step for step, _ in committed(folder)] == [1]
+    for lock in (new, old):
+        lock.release()
+
+
+def disown(run, number):
+    """Make the owner's record say that its process is another one, long gone."""
+    path = run / ".lock" / f"{number:08d}.owner"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"pid_started": 1.0}))
+    assert Owner(**json.loads(path.read_text())).pid_started == 1.0
+
+
+def test_what_an_old_owner_commits_late_is_passed_over(make_saver, folder, world):
+    """The old one passed its last check before the new one came, and renames long after."""
+    run = folder.parent
+    with hold_run(run, world, lease_seconds=60.0) as first:
+        saver = make_saver(hold=first)
+        saver.save(Progress(10))
+        saver.finish()
+    with hold_run(run, world, lease_seconds=60.0) as second:
+        second.started_at(10)
+        late = make_saver(hold=Hold(first.fence))
+        late.save(Progress(20))
+        late.finish()
+        assert [step for step, _ in committed(folder)] == [10, 20]
+        choice = newest_good(folder, world, hold=second)
+        assert choice.folder == folder / "step_00000010"
+        saver = make_saver(hold=second)
+        saver.save(Progress(20))
+        saver.finish()
+        assert verify(folder / "step_00000020").fence == second.fence
+    assert starts(run) == [(2, 10)]
+
+
+def on_two_ranks(folder):
+    """Beside training; with a full disk on one rank; with a programming error on one rank."""
+    world = distributed.start()
+    engine = build_engine(2)
+    folder = Path(folder)
+    found = {}
+    io = Broken("write")
+    waiting = Checkpointing(asynchronous=False, **KEEP_ALL)
+    with (
+        Saver(folder / "waited", engine, world, waiting) as waited,
+        Saver(folder / "behind", engine, world, Checkpointing(**KEEP_ALL), io=io) as saver,
+    ):
+        train(engine, world.rank, 2, 0, 3)
+        waited.save(Progress(3))
+        saver.save(Progress(3))
+        outcomes = []
+        for step in range(3, 6):
+            train(engine, world.rank, 2, step, step + 1)
+            outcomes += saver.poll()
+        outcomes += saver.finish()
+        found["beside_training"] = [[type(outcome).__name__, outcome.step] for outcome in outcomes]
+        io.error_number = errno.ENOSPC if world.rank == 1 else None
+        saver.save(Progress(6))
+        found["full_disk"] = [outcome.reason for outcome in poll_to_the_end(saver)]
+        found["left"] = names(folder / "behind")
+        io.error_number = None
+        saver.save(Progress(7))
+        found["again"] = [outcome.step for outcome in saver.finish()]
+        saver._snapshot.blocks = (lambda: 1 / 0) if world.rank == 1 else saver._snapshot.blocks
+        saver.save(Progress(8))
+        try:
+            saver.finish()
+        except Exception as error:
+            found["mistake"] = [type(error).__name__, str(error)]
+    engine.close()
+    distributed.stop()
+    return found
+
+
+@pytest.mark.distributed
+def test_two_ranks_agree_on_every_save(tmp_path):
+    found = run_ranks(on_two_ranks, 2, str(tmp_path))
+    first, second = (read_manifest(tmp_path / way / "step_00000003") for way in ("waited", "behind"))
+    assert first.files == second.files
+    assert first.engine == second.engine
+    for rank in found:
+        assert rank["beside_training"] == [["Committed", 3]]
+        assert len(rank["full_disk"]) == 1 and rank["full_disk"][0].startswith("rank 1: [Errno 28] No space left")
+        assert rank["left"] == ["step_00000003"]
+        assert rank["again"] == [7]
+    assert found[0]["mistake"] == ["MegaMMError", "rank 1 failed with ZeroDivisionError: division by zero"]
+    assert found[1]["mistake"] == ["ZeroDivisionError", "division by zero"]
