@@ -136,25 +136,40 @@ def _tokenizer(arguments: Arguments) -> None:
 
 def _shards_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="tar files or URLs; {00000..00099} names a range")
-    parser.add_argument(
-        "--sidecars", type=Path, default=Path("data/sidecars"), help="folder for the indexes of URLs (default: data/sidecars)"
-    )
+    _sidecars_argument(parser)
+    parser.add_argument("--workers", type=int, default=env.num_cores(), metavar="N", help="processes (default: all cores)")
+
+
+def _sidecars_argument(parser: argparse.ArgumentParser) -> None:
+    text = "folder for the indexes of URLs (default: data/sidecars)"
+    parser.add_argument("--sidecars", type=Path, default=Path("data/sidecars"), metavar="DIR", help=text)
 
 
 def _data_index(arguments: Arguments) -> None:
-    from megamm.config import Reading
-    from megamm.data.sidecars import index_shards
-
-    for shard, index in index_shards(arguments.shards, arguments.sidecars, Reading()):
-        print(f"{shard}: {index.num_samples} samples")
+    _check_shards(arguments, write=True)
 
 
 def _data_verify(arguments: Arguments) -> None:
-    from megamm.config import Reading
-    from megamm.data.sidecars import verify_shards
+    _check_shards(arguments, write=False)
 
-    for shard, index in verify_shards(arguments.shards, arguments.sidecars, Reading()):
-        print(f"{shard}: {index.num_samples} samples, digest {index.digest} holds")
+
+def _check_shards(arguments: Arguments, *, write: bool) -> None:
+    from tqdm import tqdm
+
+    from megamm.prepare import verify
+
+    shards, results = verify.find_all(arguments.shards, arguments.sidecars), []
+    checked = verify.check_all(shards, arguments.sidecars, write=write, num_workers=max(1, arguments.workers))
+    with tqdm(total=len(shards), unit="shard", disable=None) as bar:
+        for one in checked:
+            results.append(one)
+            bar.update()
+            if not one.refused:
+                more = "" if write else f", digest {one.digest} holds, planned lengths: {one.num_lengths}"
+                bar.write(f"{one.shard}: {one.num_samples} samples{more}", file=sys.stdout)
+    for line in verify.summary(results, [] if write else verify.stray_files(shards)):
+        print(line)
+    verify.check_none_refused(results)
 
 
 def _data_plan_lengths(arguments: Arguments) -> None:
@@ -164,6 +179,40 @@ def _data_plan_lengths(arguments: Arguments) -> None:
     recipe = _recipe(arguments)
     for line in plan_all_lengths(recipe, load_tokenizer(recipe)):
         print(line)
+
+
+def _stats_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="+", metavar="RECIPE|SHARD", help="a recipe, or shards that are indexed")
+    parser.add_argument("--output", type=Path, default=None, metavar="DIR", help="write stats.json and histograms (PNG) into this folder")
+    _sidecars_argument(parser)
+
+
+def _data_stats(arguments: Arguments) -> None:
+    from megamm.config import load_recipe, recipe_names
+    from megamm.prepare.stats import recipe_stats, shard_stats
+
+    name, *others = arguments.data
+    if name in recipe_names() or name.endswith(".toml"):
+        from megamm.train.build import load_tokenizer
+
+        if others:
+            raise ConfigError(f"{others[0]!r} after the recipe {name}: name one recipe, or shards alone")
+        recipe = load_recipe(name, arguments.overrides)
+        stats = recipe_stats(recipe, load_tokenizer(recipe))
+    else:
+        from megamm.prepare.verify import find_all
+
+        if arguments.overrides:
+            raise ConfigError(f"{arguments.overrides[0]!r} overrides a recipe, but shards are named")
+        stats = shard_stats(find_all(arguments.data, arguments.sidecars))
+    print(stats.to_markdown())
+    if arguments.output is not None:
+        from megamm.core.files import write_json
+        from megamm.prepare.plots import write_plots
+
+        paths = write_plots(stats, arguments.output)
+        write_json(arguments.output / "stats.json", stats.to_json())
+        print(f"wrote {', '.join(path.name for path in paths)} and stats.json into {arguments.output}", file=sys.stderr)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +376,7 @@ COMMANDS = (
     Command(("data", "index"), "Validate shards and write their sidecar indexes.", _shards_arguments, _data_index),
     Command(("data", "verify"), "Check shards against their indexes, byte for byte.", _shards_arguments, _data_verify),
     Command(("data", "plan-lengths"), "Plan the token length of every sample of a recipe.", _recipe_argument, _data_plan_lengths, True),
+    Command(("data", "stats"), "Measure a recipe's data, or shards, from their sidecars.", _stats_arguments, _data_stats, True),
     Command(("data", "report"), "Say what a run skipped, and why.", _report_arguments, _data_report),
     Command(("data", "trace"), "List the samples of a run's step: rank, row, dataset and key.", _trace_arguments, _data_trace),
     Command(("pretrain",), "Train a recipe, or resume it.", _pretrain_arguments, _pretrain, True),

@@ -43,6 +43,11 @@ def rank_info() -> RankInfo:
     return info
 
 
+def num_cores() -> int:
+    """Cores that this process may use (a Slurm job may not use all of its node)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def apply_defaults() -> None:
     """Set the environment that the libraries read at import; what the user set stays."""
     for name, value in _DEFAULTS.items():

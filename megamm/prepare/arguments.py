@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megamm.core import env
 from megamm.core.errors import DataError
 from megamm.prepare import SOURCES
 from megamm.prepare.source import SEED, Option, Source, count
@@ -100,7 +100,7 @@ def _add_shared(parser: argparse.ArgumentParser, source: Source) -> None:
         help="or after so many bytes of inputs, such as 500M (default 1 GiB)",
     )
     work = parser.add_argument_group("work")
-    work.add_argument("--workers", type=_typed(count), default=_num_cores(), metavar="N", help="processes (default: all cores)")
+    work.add_argument("--workers", type=_typed(count), default=env.num_cores(), metavar="N", help="processes (default: all cores)")
     work.add_argument(
         "--part",
         type=_typed(_part),
@@ -141,8 +141,3 @@ def _part(word: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"{word!r} is not I/N, such as 0/16")
     return int(match[1]), int(match[2])
-
-
-def _num_cores() -> int:
-    """Cores that this process may use (a Slurm job may not use all of its node)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

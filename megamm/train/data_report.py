@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 from megamm.checkpoint.manifest import LEDGER, check_file, committed, read_ledger, read_manifest
 from megamm.core.errors import CheckpointError, ConfigError
+from megamm.core.names import kind_of_message
 from megamm.core.tables import aligned
 from megamm.data.ledger import Skipped, merge
 from megamm.train.run_folder import RunFolder
 from megamm.train.skipped import read_skipped
-
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def read_report(run: Path) -> SkipReport:
 
 def reason_class(entry: Skipped) -> str:
     """A reason without what is different from sample to sample: its key, its shard, its numbers."""
-    return _NUMBER.sub("#", entry.reason.replace(entry.key, "KEY").replace(entry.shard, "SHARD"))
+    return kind_of_message(entry.reason, entry.key, entry.shard)
 
 
 def _newest_ledger(checkpoints: Path) -> tuple[int | None, list[Skipped]]:
