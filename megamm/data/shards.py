@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from braceexpand import braceexpand
 from megamm.core.errors import ConfigError
 from megamm.core.files import digest_text
 
-MAX_SHARDS = 10_000_000
+MAX_SHARDS = 1_000_000
 """More names than this in one brace range are a slip of the pen."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -96,10 +98,12 @@ def expand(pattern: str) -> Iterator[str]:
     """
     _check(pattern)
     try:
-        names = list(islice(braceexpand(pattern, escape=False), MAX_SHARDS + 1))
+        # Counted before they are written out: that would take all memory.
+        num_names = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
+        names = list(islice(braceexpand(pattern, escape=False), MAX_SHARDS + 1)) if num_names <= MAX_SHARDS else []
     except ValueError:
         raise ConfigError(f"shards {_printable(pattern)}: a brace has no partner; write ranges as {{00000..00099}}") from None
-    if len(names) > MAX_SHARDS:
+    if not 0 < len(names) <= MAX_SHARDS:
         raise ConfigError(f"shards {_printable(pattern)}: the ranges name more than {MAX_SHARDS:,} shards; shorten them")
     for name in names:
         if re.search(r"[{}]", name):

@@ -151,7 +151,8 @@ class HttpTransport:
     def _body(self, response: Any, size: int, deadline: float) -> bytes:
         pieces, num_bytes = [], 0
         try:
-            while num_bytes < size and (piece := response.read(min(_PIECE_BYTES, size - num_bytes))):
+            # Not `read`: it comes back only when all bytes are there, and a server that sends one a second would never be late.
+            while num_bytes < size and (piece := response.read1(min(_PIECE_BYTES, size - num_bytes))):
                 pieces.append(piece)
                 num_bytes += len(piece)
                 if num_bytes < size and time.monotonic() > deadline:
