@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Files = Mapping[str, bytes]
 """Members of one sample by suffix."""
@@ -30,6 +31,9 @@ class Case:
         spoil: Damages what lies beside the shard, after all sidecars were written; receives the shard.
         during: Damages the shard once training has opened it; receives the shard.
         trouble: What goes wrong while reading, see `reading.Trouble`.
+        server: The shard is read from a web server with these manners, see `serving.Manners`.
+        settings: Of `Data`, in place of those of all tries.
+        around: What happens besides while the loader runs.
         passes: True for a trouble that passes: delivering everything is then recovering.
     """
 
@@ -44,7 +48,10 @@ class Case:
     shards: str | None = None
     spoil: Callable[[Path], None] | None = None
     during: Callable[[Path], None] | None = None
-    trouble: object | None = None
+    trouble: Any = None
+    server: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
     passes: bool = False
 
 

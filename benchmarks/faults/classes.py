@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.faults import archive, names, pictures, reading, sidecars, sounds, texts
+from benchmarks.faults import archive, disk, names, pictures, reading, serving, sidecars, sounds, texts, workers
 from benchmarks.faults.case import Case
 
 
@@ -54,20 +54,28 @@ FAULTS = (
     Fault("joined lengths: bits and cuts", sidecars.joined_lengths, every=31, peer=False),
     Fault("pictures: odd but whole", pictures.odd_pictures),
     Fault("pictures: cut, empty, beyond limits", pictures.broken_pictures),
-    Fault("pictures: bombs", pictures.picture_bombs, every=4),
+    Fault("pictures: bombs", pictures.picture_bombs, every=5),
     Fault("sounds: odd but whole", sounds.odd_sounds),
     Fault("sounds: empty, NaN, cut, too long", sounds.useless_sounds),
     Fault("sounds: wrong rates and lengths", sounds.stated_sounds),
-    Fault("sounds: bombs", sounds.sound_bombs, every=2),
+    Fault("sounds: bombs", sounds.sound_bombs, every=3),
     Fault("documents: not UTF-8, not JSON, deep", texts.broken_documents),
-    Fault("documents: 100 MB", texts.large_documents, every=2),
-    Fault("compressed members and shards", texts.compressed_members),
+    Fault("documents: 100 MB", texts.large_documents, every=3),
+    Fault("compressed members and shards", texts.compressed_members, every=3),
     Fault("pickles", texts.pickles),
     Fault("`pipe:` and names like commands", texts.commands),
     Fault("I/O errors, once", reading.errors_once),
-    Fault("I/O errors, always", reading.errors_always, every=2),
+    Fault("I/O errors, always", reading.errors_always, every=0),
     Fault("short reads", reading.short_reads),
     Fault("wrong bytes", reading.wrong_reads),
-    Fault("a stall of 2 s", reading.short_stall),
+    Fault("web server: errors once", serving.errors_once, every=4),
+    Fault("web server: errors always", serving.errors_always, every=4),
+    Fault("web server: lies", serving.lies, every=3),
+    Fault("disk full: index and lengths", disk.sidecars, every=4, peer=False),
+    Fault("disk full: new shard", disk.shards, every=4, peer=False),
+    Fault("disk full: cache", disk.cache, every=2, peer=False),
+    Fault("decoder process killed", workers.killed, every=4, peer=False),
+    Fault("decoder process stopped", workers.stopped, every=0, peer=False),
+    Fault("a stall of 2 s", reading.short_stall, every=0),
     Fault("a stall of 60 s", reading.long_stall, every=0),
 )

@@ -41,8 +41,8 @@ def keys(canary: Path) -> Iterator[Case]:
 def spellings(canary: Path) -> Iterator[Case]:
     """Names that WebDataset's readers split in their own way: a leading dot, no suffix, capital letters, reserved words."""
     for name in (".hidden.json", "folder/.hidden.json", "noending", "folder.x/noending", "x.", "x..json", "__x__.json", "__meta__/x.json"):
-        key = name.rpartition(".")[0] or name
-        yield _shard(f"{name}", _between([(name, TEXT)]), beside({key: {"json": TEXT}}))
+        key, suffix = ("x", ".json") if name == "x..json" else (name.rpartition(".")[0] or name, "json")
+        yield _shard(f"{name}", _between([(name, TEXT)]), beside({key: {suffix: TEXT}}))
     image = picture(seed=3)
     capital = {"json": media_sample("0.JPG", image)["json"], "0.JPG": image}
     yield Case("x.0.JPG, named so", pack(beside({"x": capital})), beside({"x": capital}))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.case import Case, Verdict
 from benchmarks.faults.reading import faulty_stream
+from benchmarks.faults.serving import serving
 
 
 class PeerRun:
@@ -34,12 +36,16 @@ class PeerRun:
         return _judge(case, delivered, refused)
 
     def _samples(self, case: Case, tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+        with nullcontext("") if case.server is None else serving(self._folder, case.server) as server:
+            url = str(tar) if case.shards is None else case.shards
+            if case.trouble is not None:
+                url = faulty_stream(tar, case.trouble)
+            yield from self._read(case, tar, f"{server}/{tar.name}" if server else url)
+
+    def _read(self, case: Case, tar: Path, url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         import webdataset as wds
 
         handler = wds.handlers.reraise_exception
-        url = str(tar) if case.shards is None else case.shards
-        if case.trouble is not None:
-            url = faulty_stream(tar, case.trouble)
         dataset = wds.WebDataset([url], shardshuffle=False, handler=handler)
         dataset = dataset.map(_with_raw, handler=handler).decode("pil", _decode_sound, handler=handler)
         for number, sample in enumerate(dataset):

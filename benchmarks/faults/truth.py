@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from benchmarks.faults.case import Files
-from megamm.config import AudioFeatures, Batching, Data, Dataset, ImageFeatures, Model, Tokenizer, Tower
+from megamm.config import AudioFeatures, Batching, Data, Dataset, ImageFeatures, Model, Reading, Tokenizer, Tower
 from megamm.core.types import Batch, TokenSequence
 from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
@@ -32,18 +34,19 @@ BATCH = Batching(row_tokens=512, global_rows=1)
 RULES = MediaRules.of(MODEL, Data())
 
 
-def settings(root: Path, shards: str, num_samples: int) -> Data:
-    """One pass over the shard is one window, so that the end of a pass can be seen in the loader's state."""
-    return Data(
+def settings(root: Path, shards: str, **changes: Any) -> Data:
+    """What a recipe of these tries says of its data."""
+    data = Data(
         root=str(root),
         train={DATASET: Dataset(shards)},
-        window=max(1, num_samples),
         row_patches=64,
         row_frames=3200,
         prefetch_steps=1,
         max_skipped_share=1.0,
         max_skipped_in_a_row=1000,
+        reading=Reading(block_bytes=4096, timeout_seconds=1.0, retries=2),
     )
+    return replace(data, **changes)
 
 
 def train_tokenizer(folder: Path, texts: list[str], text_size: int) -> TextTokenizer:

@@ -98,13 +98,22 @@ class ShardFile:
             if error is None and self._num_samples:
                 self._publish()
             else:
+                self._name(error)
                 with suppress(OSError):  # else the tar would try to end itself when it is collected
                     self._tar.close()
+        except OSError as failure:
+            self._name(failure)
+            raise
         finally:
             try:
                 self._file.close()  # flushes, which a full disk refuses
             finally:
                 self._temporary.unlink(missing_ok=True)
+
+    def _name(self, error: BaseException | None) -> None:
+        """A full disk says so without saying where."""
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(self._path)
 
     def _publish(self) -> None:
         self._tar.close()
