@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import pickle
+import select
 import signal
 import threading
 import time
@@ -153,11 +154,14 @@ def main(parent: int, socket: int, spec: int, memory: int, board: int) -> None:
     _forward_logs(send)
     arena, progress = mmap.mmap(memory, 0), Board(mmap.mmap(board, 0))
     try:
+        # Made once: Connection.poll makes one each time, which takes as long as decoding a short text.
+        hung_up = select.poll()
+        hung_up.register(socket, select.POLLIN)
         source = pickle.loads(mmap.mmap(spec, 0)).open()
         warm(source.encoder.rules)
         while True:
             request = connection.recv()
-            reply = _reply(source, request, progress, RegionWriter(arena, request.region), connection)
+            reply = _reply(source, request, progress, RegionWriter(arena, request.region), hung_up)
             progress.begin(request.number, len(request.samples))
             send(reply)
     except (EOFError, OSError):
@@ -175,11 +179,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
-def _reply(source: SampleSource, request: Request, progress: Board, write: RegionWriter, connection: Connection) -> Reply:
+def _reply(source: SampleSource, request: Request, progress: Board, write: RegionWriter, hung_up: select.poll) -> Reply:
     outcomes = []
     try:
         for number, sample in enumerate(request.samples):
-            if connection.poll():
+            if hung_up.poll(0):
                 # Nothing is sent to a busy worker: its parent has closed the socket.
                 raise EOFError
             progress.begin(request.number, number)
