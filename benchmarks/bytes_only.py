@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.corpus import Corpus
 from benchmarks.results import Row, measured
+from megamm.config import Data
+from megamm.data.index import Member
 from megamm.data.order import sample_at
 from megamm.data.reader import LocalReader, ShardPool
 
@@ -23,8 +27,7 @@ def bytes_only_rows(corpus: Corpus, *, num_rounds: int) -> list[Row]:
     plan = corpus.plan()
     (dataset,) = plan.datasets.values()
     pool = ShardPool(LocalReader())
-    numbers = [sample_at_position(position, corpus.num_samples) for position in range(corpus.num_samples)]
-    places = [dataset.locate(number) for number in numbers]
+    places = [dataset.locate(number) for number in _shuffled(corpus)]
     ranges = [_range(pool.shard(tar).index.members(number)) for tar, number in places]
 
     def read_ours() -> int:
@@ -56,20 +59,21 @@ def bytes_only_rows(corpus: Corpus, *, num_rounds: int) -> list[Row]:
     ]
 
 
-def sample_at_position(position: int, num_samples: int) -> int:
-    """The sample at a position of the loader's default order."""
-    import numpy as np
-
-    from megamm.config import Data
-
+def _shuffled(corpus: Corpus) -> list[int]:
+    """All samples in the loader's default order."""
     settings = Data()
-    at = sample_at(
-        np.array([position]), num_samples=num_samples, block=settings.shuffle_block, window=settings.shuffle_window, seed=0, epoch=0
+    order = sample_at(
+        np.arange(corpus.num_samples),
+        num_samples=corpus.num_samples,
+        block=settings.shuffle_block,
+        window=settings.shuffle_window,
+        seed=0,
+        epoch=0,
     )
-    return int(at[0])
+    return order.tolist()
 
 
-def _range(members) -> tuple[int, int]:
+def _range(members: list[Member]) -> tuple[int, int]:
     return members[0].offset, members[-1].offset + members[-1].size - members[0].offset
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -52,7 +53,12 @@ def decoding_rows(corpus: Corpus, *, num_rounds: int, versions: Mapping[str, str
         versions: From `peer_versions`.
     """
     check_equal(corpus)
-    names = ["megamm", "webdataset", *(name for name, package in OPTIONAL.items() if versions[package] != NOT_INSTALLED)]
+    names = [
+        "megamm",
+        "megamm-processes",
+        "webdataset",
+        *(name for name, package in OPTIONAL.items() if versions[package] != NOT_INSTALLED),
+    ]
     with ExitStack() as stack:
         contestants = [
             stack.enter_context(Contestant(name, corpus.folder, python=_peer_python() if name in OPTIONAL else sys.executable))
@@ -61,20 +67,26 @@ def decoding_rows(corpus: Corpus, *, num_rounds: int, versions: Mapping[str, str
         turns = race(contestants, num_rounds=num_rounds, num_samples=corpus.num_samples)
     _check_work(turns)
     ours = [turn.cpu_ms for turn in turns["megamm"]]
-    rows = [measured("full decode: megamm", ours, "CPU ms a sample", peer=f"StepLoader, {NUM_WORKERS} threads; {corpus.origin}")]
+    rows = [
+        _cost("megamm", ours, f"StepLoader, {NUM_WORKERS} threads; {corpus.origin}"),
+        _cost("megamm-processes", [turn.cpu_ms for turn in turns["megamm-processes"]], f"StepLoader, {NUM_WORKERS} processes"),
+    ]
     for name, label in PEERS.items():
         if name not in turns:
             rows.append(Row(f"full decode: {name}", NOT_INSTALLED, peer=f"{label}; see docs/benchmarks.md"))
             continue
         theirs = [turn.cpu_ms for turn in turns[name]]
-        rows.append(measured(f"full decode: {name}", theirs, "CPU ms a sample", peer=f"{label}, {NUM_WORKERS} workers"))
         ratios = [peer / own for peer, own in zip(theirs, ours, strict=True)]
-        rows.append(
-            measured(
-                f"full decode: megamm / {name}, samples a CPU second", ratios, "×", goal=GOAL if name == "webdataset" else "", peer=label
-            )
-        )
+        goal = GOAL if name == "webdataset" else ""
+        rows += [
+            _cost(name, theirs, f"{label}, {NUM_WORKERS} worker processes"),
+            measured(f"full decode: megamm / {name}, samples a CPU second", ratios, "×", goal=goal, peer=label),
+        ]
     return rows
+
+
+def _cost(name: str, cpu_ms: list[float], peer: str) -> Row:
+    return measured(f"full decode: {name}", cpu_ms, "CPU ms a sample", peer=peer)
 
 
 def check_equal(corpus: Corpus, num_samples: int = 8) -> None:
@@ -129,4 +141,5 @@ def _a_sample(turns: list[Turn]) -> list[float]:
 
 
 def _peer_python() -> str:
-    return os.environ.get("MEGAMM_PEERS", sys.executable)
+    """Absolute, because contestants start in the checkout; not resolved, because a virtual environment's Python is a link."""
+    return str(Path(os.environ.get("MEGAMM_PEERS", sys.executable)).absolute())

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,11 @@ class Delivered:
             setattr(self, name, getattr(self, name) + value)
 
 
-def megamm_batches(folder: Path) -> Iterator[Delivered]:
-    """Our loader in its default order; decoders as `MEGAMM_DECODERS` says (threads by default)."""
+def megamm_batches(folder: Path, *, decoders: str = "threads") -> Iterator[Delivered]:
+    """Our loader in its default order."""
     from benchmarks.corpus import Corpus
     from megamm.data.loader import StepLoader
 
-    decoders = os.environ.get("MEGAMM_DECODERS", "threads")
     plan = Corpus(folder, "", 0).plan(decoders=decoders, decode_workers=NUM_WORKERS)
     with StepLoader(plan) as loader:
         for step in loader:
@@ -136,6 +136,7 @@ def _delivered(batch: dict[str, Any]) -> Delivered:
 
 CONTESTANTS: dict[str, Callable[[Path], Iterator[Delivered]]] = {
     "megamm": megamm_batches,
+    "megamm-processes": partial(megamm_batches, decoders="processes"),
     "webdataset": webdataset_batches,
     "litdata": litdata_batches,
     "mosaic": mosaic_batches,

@@ -106,7 +106,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"# {result['name']}",
         "",
-        f"`{result['command']}` on {_words(result['machine'])}. {_words(result['versions'])}.",
+        f"`{result['command']}` on {_place(result['machine'])}. Versions: {_words(result['versions'])}.",
         "",
         "| row | value | quartiles | goal | holds | beside |",
         "|---|---:|---:|---:|---|---|",
@@ -164,6 +164,12 @@ def _number(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _place(machine: Mapping[str, Any]) -> str:
+    return (
+        f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}"
+    )
 
 
 def _words(facts: Mapping[str, Any]) -> str:
