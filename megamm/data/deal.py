@@ -73,7 +73,10 @@ def deal(rows: Sequence[Row], world_size: int, micro_rows: int, accumulation: in
         )
     ordered: list[Row | None] = [rows[number] for number in sorted(range(len(rows)), key=lambda number: (-rows[number].cost, number))]
     ordered += [None] * (-len(rows) % world_size)
-    hands = _level([[(_cost(row), [row]) for row in ordered[start : start + world_size]] for start in range(0, len(ordered), world_size)])
+    # An empty row runs as many tokens as any other.
+    cheapest = min(row.cost for row in rows)
+    alone = [(cheapest if row is None else row.cost, [row]) for row in ordered]
+    hands = _level([alone[start : start + world_size] for start in range(0, len(alone), world_size)])
     dealt = []
     for hand in hands:
         # Stable, so that rows of equal cost keep the order in which they were dealt.
@@ -81,10 +84,6 @@ def deal(rows: Sequence[Row], world_size: int, micro_rows: int, accumulation: in
         slots = [*full, *[None] * (num_slots - len(full))]
         dealt.append([slots[start : start + micro_rows] for start in range(0, num_slots, micro_rows)])
     return dealt
-
-
-def _cost(row: HasCost | None) -> float:
-    return 0.0 if row is None else row.cost
 
 
 def _level(groups: list[list[tuple[float, list[Row | None]]]]) -> list[list[Row | None]]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 UNFIT = -1
-_FEW_SAMPLES_A_ROW = 8
+_FEW = 4
 _GOOD_ENOUGH = 1.02
 
 
@@ -39,11 +39,15 @@ def pack(lengths: np.ndarray, capacity: tuple[int, int, int]) -> np.ndarray:
     lengths = lengths[fits].astype(np.int64)
     demand = lengths.sum(axis=0) / capacity
     main, num_rows = int(demand.argmax()), int(np.ceil(demand.max()))
-    packed = _deal_out(lengths, np.array(capacity), main, num_rows)
+    samples_a_row = len(fits) / num_rows
+    nothing = np.zeros((0, 3), dtype=np.int64)
     # Where a row holds few samples there is little to even out with: large ones must match.
-    if len(fits) < _FEW_SAMPLES_A_ROW * num_rows and packed.max() + 1 > _GOOD_ENOUGH * num_rows:
-        alone = _best_fit(lengths, np.zeros((0, 3), dtype=np.int64), capacity, main)
-        packed = alone if alone.max() < packed.max() else packed
+    if samples_a_row < _FEW:
+        packed = _best_fit(lengths, nothing, capacity, main)
+    else:
+        packed = _deal_out(lengths, np.array(capacity), main, num_rows)
+        if samples_a_row < 2 * _FEW and packed.max() + 1 > _GOOD_ENOUGH * num_rows:
+            packed = min(packed, _best_fit(lengths, nothing, capacity, main), key=np.max)
     rows[fits] = packed
     return rows
 
@@ -51,17 +55,18 @@ def pack(lengths: np.ndarray, capacity: tuple[int, int, int]) -> np.ndarray:
 def _deal_out(lengths: np.ndarray, capacity: np.ndarray, main: int, num_rows: int) -> np.ndarray:
     """Rows of samples that all fit a row; numbers without gaps."""
     shares = lengths / capacity
-    kinds, sizes = shares.argmax(axis=1), shares.max(axis=1)
-    # One phase for each class of size (a factor of 4), and in it for each resource that is what a sample takes most of.
-    # Exponents, unlike logarithms, are exact on every machine.
-    phases = 3 * (-np.frexp(sizes)[1].astype(np.int64) // 2) + (kinds - main) % 3
-    order = np.lexsort((-sizes, phases))
+    kinds, largest = shares.argmax(axis=1), shares.max(axis=1)
+    sizes = np.where(lengths[:, main] > 0, shares[:, main], largest)
+    # One phase for each class of size (a factor of 4), and in it for each resource that is what a sample takes most of; the
+    # scarcest comes last in each class and evens out what the others left. Exponents, unlike logarithms, are exact on every machine.
+    phases = 3 * (-np.frexp(sizes)[1].astype(np.int64) // 2) + (kinds - main - 1) % 3
+    order = np.lexsort((-largest, phases))
     lengths, phases = lengths[order], phases[order]
     loads, dealt = np.zeros((3, num_rows), dtype=np.int64), np.full(len(order), UNFIT, dtype=np.int64)
     columns, limits = np.ascontiguousarray(lengths.T), capacity[:, None]
     borders = [0, *(np.flatnonzero(np.diff(phases)) + 1).tolist(), len(order)]
     for start, end in itertools.pairwise(borders):
-        resource = (int(phases[start]) + main) % 3
+        resource = (int(phases[start]) + main + 1) % 3
         for samples, rows in _phase(columns[:, start:end], loads, limits, resource):
             dealt[start + samples] = rows
     left = np.flatnonzero(dealt == UNFIT)

@@ -15,9 +15,9 @@ _GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class RowCosts:
-    """What makes one row costlier than another, in units of what a token costs the decoder outside attention.
+    """What a row costs, in units of what a token costs the decoder outside attention.
 
-    Every row runs the same number of tokens, padding included, so those do not count.
+    Every row runs as many tokens as it could hold, padding included; what it holds makes it costlier than that.
 
     Attributes:
         token_pair: A pair of tokens of one document in attention.
@@ -123,7 +123,7 @@ class Window:
         used = lengths[fit].astype(np.float64)
         cost = costs.token_pair * used[:, 0] ** 2 + costs.patch * used[:, 1] + costs.frame * used[:, 2]
         rows = packed[fit]
-        row_costs = np.bincount(rows, weights=cost, minlength=num_rows)
+        row_costs = capacity[0] + np.bincount(rows, weights=cost, minlength=num_rows)
         if row_key is not None:
             places = _spread(row_costs, row_key)
             rows, row_costs[places] = places[rows], row_costs.copy()
