@@ -11,7 +11,7 @@ so nobody writes into another's, and what may be swept away is told by name alon
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Attempt:
         return self.folder / step_folder(self.step)
 
 
-def write_files(attempt: Attempt, files: dict[str, list[Buffer]], io: Io) -> dict[str, FileFacts]:
+def write_files(attempt: Attempt, files: Mapping[str, Iterable[Buffer]], io: Io) -> dict[str, FileFacts]:
     """Write this rank's files (name -> blocks) and make their names durable, before anybody vouches for them."""
     io.make_folder(attempt.temporary)
     facts = {name: write_file(attempt.temporary / name, blocks, io) for name, blocks in files.items()}

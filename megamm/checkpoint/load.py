@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from megamm.checkpoint import random_states
 from megamm.checkpoint.manifest import Manifest, ParameterEntry, rank_file, read_data_state, read_ledger, read_manifest
+from megamm.checkpoint.shards import DTYPES
 from megamm.checkpoint.slicing import pieces
 from megamm.core.errors import CheckpointError
 from megamm.engine import partitions
@@ -50,6 +51,18 @@ class Slices:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
+    def keys(self) -> list[str]:
+        """`KIND/NAME` of all flat tensors."""
+        return [key for key in self._file(0).keys() if not key.startswith(random_states.PREFIX)]  # noqa: SIM118
+
+    def num_elements(self, name: str) -> int:
+        """Elements of a parameter or buffer."""
+        return self._num_elements[name]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type that `KIND/NAME` was saved in."""
+        return DTYPES[self._file(0).get_slice(key).get_dtype()]
+
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor `KIND/NAME`, in the dtype it was saved in."""
         name = key.partition("/")[2]
@@ -77,8 +90,8 @@ class Slices:
 def load(folder: Path, engine: Engine, world: World) -> Loaded:
     """Fill the engine from a verified checkpoint (`choose`); every rank calls it.
 
-    At the world size that wrote it the random states return as well and training continues bit for bit. At another one
-    weights and moments are equal element by element, and the random states stay as they are.
+    At the world size that wrote it the random states return as well and training continues bit for bit. At another one, and
+    after a re-shard, weights and moments are equal element by element, and the random states stay as they are.
 
     Raises:
         CheckpointError: It is of another model (names the first parameter that differs), on every rank.
@@ -88,8 +101,9 @@ def load(folder: Path, engine: Engine, world: World) -> Loaded:
         check_model(folder, manifest, [ParameterEntry(**asdict(facts)) for facts in partitions.parameter_table(engine)])
     with Slices(folder, manifest) as slices:
         partitions.load_local_state(engine, slices.read, manifest.engine)
-        if manifest.world_size == world.size:
-            random_states.restore(slices.random_states(world.rank), world.device)
+        states = slices.random_states(world.rank) if manifest.world_size == world.size else {}
+        if states:
+            random_states.restore(states, world.device)
     return Loaded(manifest, read_data_state(folder), read_ledger(folder))
 
 

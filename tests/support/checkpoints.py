@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, Manifest, ParameterEntry, rank_file, step_folder
+from megamm.checkpoint.load import Slices
+from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, Manifest, ParameterEntry, rank_file, step_folder, verify
 from megamm.checkpoint.shards import write_file, write_shard
 from megamm.checkpoint.slicing import slice_bounds
 
@@ -19,6 +21,7 @@ def write_checkpoint(
     num_ranks: int = 2,
     fill: float = 0.0,
     buffers: dict[str, torch.Tensor] | None = None,
+    random: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Commit `tensors` (trainable) and `buffers` (None for one, `steps_seen`) as `num_ranks` ranks would; moments are `fill`."""
     buffers = {"steps_seen": torch.tensor([step])} if buffers is None else buffers
@@ -32,6 +35,8 @@ def write_checkpoint(
             state[f"weight/{name}"] = tensor.reshape(-1)[start:stop]
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{moment}/{name}"] = torch.full((stop - start,), fill)
+        # As every rank's own: plus its number.
+        state |= {name: tensor + rank for name, tensor in (random or {}).items()}
         if rank == 0:
             state |= {f"buffer/{name}": tensor.reshape(-1) for name, tensor in buffers.items()}
         files[rank_file(rank)] = write_shard(path / rank_file(rank), state)
@@ -42,6 +47,14 @@ def write_checkpoint(
     manifest = Manifest(step=step, world_size=num_ranks, files=files, parameters=tuple(parameters), engine={})
     write_file(path / MANIFEST, [manifest.to_text().encode()])
     return path
+
+
+def whole_state(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every flat tensor of a checkpoint that verifies, whole."""
+    manifest = verify(folder)
+    with Slices(folder, manifest) as slices:
+        for key in sorted(slices.keys()):
+            yield key, slices.read(key, 0, slices.num_elements(key.partition("/")[2]))
 
 
 def shard_bytes(tensors: dict[str, torch.Tensor]) -> bytes:

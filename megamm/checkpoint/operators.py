@@ -1,0 +1,118 @@
+"""What people ask of a run's checkpoints: list, show, prune. Nothing here needs ranks or an engine."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamm.checkpoint.lock import RunLock
+from megamm.checkpoint.manifest import MANIFEST, committed, kept_aside, read_data_state, read_ledger, read_manifest, verify
+from megamm.checkpoint.retain import retire
+from megamm.config.schema import Checkpointing
+from megamm.core.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a listing.
+
+    Attributes:
+        name: Of the folder.
+        step: Optimizer steps; None for what was set aside.
+        world_size: Ranks that wrote it; 0 where the manifest cannot be read.
+        num_bytes: Size of its files.
+        committed_at: Local time of the manifest.
+        problem: What is wrong with it, as far as was looked; empty for nothing.
+    """
+
+    name: str
+    step: int | None
+    world_size: int
+    num_bytes: int
+    committed_at: str
+    problem: str
+
+
+def entries(folder: Path, *, verified: bool = False) -> list[Entry]:
+    """All checkpoints of a `checkpoints` folder, oldest first, then what was set aside.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        verified: Read every byte; without it only the manifests.
+    """
+    found = [_entry(path, step, verified=verified) for step, path in committed(folder)]
+    return found + [_entry(folder / name, None, verified=False) for name in kept_aside(folder)]
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest, data state and ledger say, as JSON.
+
+    Raises:
+        CheckpointError: The manifest is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    sizes = {kind: sum(math.prod(entry.shape) for entry in manifest.parameters if entry.kind == kind) for kind in _KINDS}
+    return {
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "num_bytes": sum(facts.num_bytes for facts in manifest.files.values()),
+        "num_parameters": sizes,
+        "engine": manifest.engine,
+        "fingerprints": manifest.fingerprints,
+        "software": manifest.software,
+        "owner": {"number": manifest.fence.number, "job_id": manifest.fence.job_id, "restart_count": manifest.fence.restart_count},
+        "num_skipped_samples": len(read_ledger(folder)),
+        "data_state": read_data_state(folder),
+    }
+
+
+def prune(run: Path, settings: Checkpointing, *, set_aside: bool = False) -> list[str]:
+    """Delete what the settings do not keep, once the newest checkpoint was read back; owns the run while it works.
+
+    Args:
+        run: The run folder.
+        settings: How many and which stay.
+        set_aside: Delete damaged and stale ones as well.
+
+    Returns:
+        Names of the deleted folders.
+
+    Raises:
+        CheckpointError: A job uses the run, or its newest checkpoint is damaged.
+    """
+    folder = run / "checkpoints"
+    found = committed(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    lock = RunLock.acquire(run, lease_seconds=settings.lease_seconds)
+    try:
+        # Again: only now does nobody else change the folder.
+        step, newest = committed(folder)[-1]
+        verify(newest)
+        deleted = retire(folder, step, settings)
+        for name in kept_aside(folder) if set_aside else []:
+            shutil.rmtree(folder / name)
+            deleted.append(name)
+    finally:
+        lock.release()
+    return deleted
+
+
+_KINDS = ("trainable", "frozen", "buffer")
+
+
+def _entry(path: Path, step: int | None, *, verified: bool) -> Entry:
+    problem = ""
+    world_size = num_bytes = 0
+    try:
+        manifest = verify(path) if verified else read_manifest(path)
+        world_size, num_bytes = manifest.world_size, sum(facts.num_bytes for facts in manifest.files.values())
+    except CheckpointError as error:
+        problem = str(error)
+    place = path / MANIFEST
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(place.stat().st_mtime)) if place.is_file() else ""
+    return Entry(path.name, step, world_size, num_bytes, at, problem)
