@@ -205,7 +205,6 @@ def _data_stats(arguments: Arguments) -> None:
         if arguments.overrides:
             raise ConfigError(f"{arguments.overrides[0]!r} overrides a recipe, but shards are named")
         stats = shard_stats(find_all(arguments.data, arguments.sidecars))
-    print(stats.to_markdown())
     if arguments.output is not None:
         from megamm.core.files import write_json
         from megamm.prepare.plots import write_plots
@@ -213,6 +212,7 @@ def _data_stats(arguments: Arguments) -> None:
         paths = write_plots(stats, arguments.output)
         write_json(arguments.output / "stats.json", stats.to_json())
         print(f"wrote {', '.join(path.name for path in paths)} and stats.json into {arguments.output}", file=sys.stderr)
+    print(stats.to_markdown())
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from megamm.core.types import Batch
 from megamm.data.datasets import find_shards
 from megamm.data.features import MediaRules
 from megamm.data.held_out import HeldOut, held_out_batches
+from megamm.data.ledger import Skipped
 from megamm.data.lengths import ONE_SPEED, ensure_lengths, lengths_key, open_catalogue
 from megamm.data.loader import StepLoader
 from megamm.data.mapping import SampleForm
@@ -106,9 +107,11 @@ class TrainingData:
         _log.info("%d samples are kept out from step %d on", len(new), state.step + 1)
         return state.excluding(new)
 
-    def loader(self, state: LoaderState, world: World) -> StepLoader:
-        """Steps from `state` on (from `begin`), decoded ahead."""
-        return StepLoader(self.plan, rank=world.rank, world_size=world.size, state=state, task_weights=self.recipe.loss.task_weights)
+    def loader(self, state: LoaderState, world: World, ledger: Sequence[Skipped] = ()) -> StepLoader:
+        """Steps from `state` on (from `begin`), decoded ahead; `ledger` is what was skipped before."""
+        return StepLoader(
+            self.plan, rank=world.rank, world_size=world.size, state=state, task_weights=self.recipe.loss.task_weights, ledger=ledger
+        )
 
     def held_out_batches(self, world: World) -> Iterator[Batch]:
         """This rank's micro-batches of the first `evaluation.rows` held-out rows; as many on every rank."""

@@ -72,7 +72,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, *, resume: str, chan
     # Everything that can be refused is refused before the run folder changes.
     state = data.begin(start.data_state, changes, world)
     with distributed.fail_together():
-        loader = data.loader(state, world)
+        loader = data.loader(state, world, start.ledger)
     with distributed.fail_together():
         if world.is_main:
             folder.archive(recipe, trainer.ds_config)
@@ -94,8 +94,9 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, *, resume: str, chan
             stop=stop,
             fingerprints=fingerprints,
             step=start.step,
-            ledger=list(start.ledger),
-            num_skipped=Counter(distributed.broadcast_json(Counter(entry.dataset for entry in start.ledger))),
+            # Each entry once when the ranks' ledgers are gathered.
+            ledger=list(start.ledger) if world.is_main else [],
+            num_skipped=Counter(entry.dataset for entry in start.ledger),
         )
     )
 

@@ -26,7 +26,7 @@ class Start:
     Attributes:
         step: Optimizer steps that are done.
         data_state: Where the data plan goes on; None for its beginning.
-        ledger: Samples skipped so far, on rank 0 only, so that gathering over ranks counts each once.
+        ledger: Samples that all ranks skipped so far.
     """
 
     step: int = 0
@@ -82,7 +82,7 @@ def find_start(run: RunFolder, engine: Engine, world: World, *, resume: str, fin
             message = f"checkpoint {folder} was written with {name} {found}, this run has {expected}; resume with what it was written with"
             raise _together(CheckpointError(message))
     _log.info("resumed from %s (written by %d ranks)", folder, loaded.manifest.world_size)
-    ledger = tuple(Skipped.from_json(entry) for entry in loaded.ledger) if world.is_main else ()
+    ledger = tuple(Skipped.from_json(entry) for entry in loaded.ledger)
     return Start(step=loaded.manifest.step, data_state=LoaderState.from_json(loaded.data_state), ledger=ledger)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamm.config import Recipe, load_recipe
-from megamm.data.index import write_index
+from megamm.data.index import load_index, write_index
 from megamm.tokenizers import text
 from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
 
@@ -53,6 +53,16 @@ def make_data(root: Path, *, num_each: int = 24) -> None:
     held_out = {f"h{number}": samples["pictures"][f"p{number:03d}"] for number in range(5)}
     write_index(write_tar(root / "pictures" / "test-00000.tar", held_out))
     text.train([*WORDS, ask["text"], *(f"the word {word} is a digit" for word in WORDS)], recipe_over(root).tokenizer, root / "tokenizer")
+
+
+def corrupt_pictures(tar: Path) -> None:
+    """Change bytes inside every fourth picture: the hash no longer matches, so the rank that gets the sample skips it."""
+    index = load_index(tar)
+    with tar.open("r+b") as file:
+        for sample in range(0, index.num_samples, 4):
+            member = next(member for member in index.members(sample) if member.suffix == "0.jpg")
+            file.seek(member.offset + member.size // 2)
+            file.write(b"rotten")
 
 
 def recipe_over(root: Path, *overrides: str) -> Recipe:

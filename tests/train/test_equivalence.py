@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megamm.config import Recipe
-from megamm.data.index import load_index
 from tests.support.ranks import run_ranks
-from tests.support.runs import make_data, recipe_over
+from tests.support.runs import corrupt_pictures, make_data, recipe_over
 
 FP32 = ("--engine.precision=fp32", "--optim.max_grad_norm=0")
 CASES = {
@@ -99,16 +98,6 @@ def compared(tmp_path_factory):
         output = tmp_path_factory.mktemp(f"world{world_size}")
         results[world_size] = (run_ranks(two_steps, world_size, str(root), str(output), CASES, timeout_seconds=240), output)
     return results
-
-
-def corrupt_pictures(tar: Path) -> None:
-    """Change bytes inside every fourth picture: the hash no longer matches, so the rank that gets the sample skips it."""
-    index = load_index(tar)
-    with tar.open("r+b") as file:
-        for sample in range(0, index.num_samples, 4):
-            member = next(member for member in index.members(sample) if member.suffix == "0.jpg")
-            file.seek(member.offset + member.size // 2)
-            file.write(b"rotten")
 
 
 @pytest.mark.distributed
