@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -24,7 +23,7 @@ from megamm.core.logging import get_logger
 from megamm.core.types import TokenSequence
 from megamm.data.arena import Arena, Region, SampleBytes, map_arrays
 from megamm.data.decoder_worker import RUN_SIGNALS, Board, LogLine, Reply, Request, WorkerSpec
-from megamm.data.decoders import DECODING, READING, Patience, RowJob, closed, name_of, outcomes_of, stalled, too_slow
+from megamm.data.decoders import DECODING, READING, Patience, RowJob, Watch, closed, name_of, outcomes_of, stalled, too_slow
 from megamm.data.ledger import Skipped
 from megamm.data.rows import PlannedSample
 from megamm.data.source import SampleSource
@@ -34,6 +33,7 @@ MAX_RESTARTS_IN_A_ROW = 8
 
 _START_SECONDS = 300.0
 _STOP_SECONDS = 1.0
+_STOPPED_SECONDS = 2.0
 _JOIN_SECONDS = 10.0
 _SOCKET_SECONDS = 60
 _ARRAYS_A_SAMPLE = 8
@@ -260,7 +260,7 @@ class _Worker:
     """One process, its socket and its board. State: the request that it is at."""
 
     def __init__(self, decoders: ProcessDecoders) -> None:
-        self._decoders, self._request = decoders, 0
+        self._decoders, self._request, self._watch = decoders, 0, Watch()
         ours, theirs = socket.socketpair()
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             # A process that is stopped in the middle of a message must not stop this one.
@@ -282,7 +282,7 @@ class _Worker:
         finally:
             theirs.close()
             os.close(board)
-        self._socket, self._started = ours, time.monotonic()
+        self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))
 
     def ask(self, samples: Sequence[PlannedSample], region: Region) -> list[TokenSequence | Skipped]:
@@ -294,7 +294,6 @@ class _Worker:
             RuntimeError: A bug, with its traceback.
         """
         self._request += 1
-        self._asked = time.monotonic()
         try:
             self._connection.send(Request(self._request, samples, region))
             while True:
@@ -334,23 +333,23 @@ class _Worker:
     def _look(self, samples: Sequence[PlannedSample]) -> None:
         """Raise where the process has been at one thing for too long."""
         patience = self._decoders.patience
-        request, sample, phase, offset, seconds = self._board.look()
+        request, sample, phase, offset = place = self._board.look()
+        seconds = self._watch.look((self._request, *place))
+        if seconds > min(_STOPPED_SECONDS, patience.decode_seconds) and _is_stopped(self._process.pid):
+            raise _Lost("its decoder was stopped", None)
         if request != self._request:
-            limit, since = (_START_SECONDS, self._started) if request == 0 else (patience.decode_seconds, self._asked)
-            if time.monotonic() - since > max(limit, patience.decode_seconds):
+            if seconds > (max(patience.decode_seconds, _START_SECONDS) if request == 0 else patience.decode_seconds):
                 raise _Lost("it did not begin", None)
         elif sample == len(samples):
             if seconds > patience.decode_seconds:
                 raise _Lost("it did not send its reply", None)
-        elif phase == READING and seconds > patience.decode_seconds and _is_stopped(self._process.pid):
-            raise _Lost("its decoder was stopped", None)
         elif phase == READING and seconds > patience.read_seconds:
             raise stalled(self._decoders.source, samples[sample], offset, patience)
         elif phase == DECODING and seconds > patience.decode_seconds:
             raise _Lost(too_slow(patience), sample)
 
     def _death(self) -> _Lost:
-        request, sample, phase, _, _ = self._board.look()
+        request, sample, phase, _ = self._board.look()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0 if self._decoders.is_closed else _STOP_SECONDS)
         code = self._process.returncode

@@ -15,7 +15,6 @@ import pickle
 import select
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ class LogLine:
 class Board:
     """What a worker is doing, in memory that its parent sees. It stays readable when the worker is stopped or dead.
 
-    State: request, sample of it, phase, offset, and since when (nanoseconds of the monotonic clock, which all processes share).
+    State: request, sample of it, phase, offset.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -106,28 +105,24 @@ class Board:
 
     def begin(self, request: int, sample: int) -> None:
         """A sample of a request is next."""
-        # The time goes first here and below: who looks in between must not take an old time for that of a new phase.
-        self._fields[4] = time.monotonic_ns()
+        # The request goes last: who looks in between must not take what is left of the one before for this one's.
         self._fields[2] = IDLE
         self._fields[1] = sample
         self._fields[0] = request
 
     def reading(self, offset: int) -> None:
         """See `source.Progress`."""
-        if self._fields[2] != READING:
-            self._fields[4] = time.monotonic_ns()
         self._fields[3] = offset
         self._fields[2] = READING
 
     def decoding(self) -> None:
         """See `source.Progress`."""
-        self._fields[4] = time.monotonic_ns()
         self._fields[2] = DECODING
 
-    def look(self) -> tuple[int, int, int, int, float]:
-        """Request, sample, phase, offset and the seconds that the phase has lasted."""
-        request, sample, phase, offset, since = self._fields[:5].tolist()
-        return request, sample, phase, offset, (time.monotonic_ns() - since) / 1e9
+    def look(self) -> tuple[int, int, int, int]:
+        """Request, sample, phase and offset."""
+        request, sample, phase, offset = self._fields[:4].tolist()
+        return request, sample, phase, offset
 
 
 def main(parent: int, socket: int, spec: int, memory: int, board: int) -> None:

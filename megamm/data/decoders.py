@@ -28,6 +28,7 @@ MAX_STUCK_THREADS = 4
 
 _JOIN_SECONDS = 10.0
 _MAX_WATCH_SECONDS = 0.5
+_MAX_GAP_SECONDS = 1.0
 IDLE, READING, DECODING = 0, 1, 2
 
 
@@ -101,43 +102,49 @@ class Decoders(Protocol):
         ...
 
 
-class CallProgress:
-    """What a thread does with a sample, for others to look at. State: the last thing that was said, and when.
+class Watch:
+    """How long something has been seen at the same place. State: the place, and when it was looked at last.
+
+    Time in which nobody looked does not count: a job that is suspended as a whole has not stalled when it goes on.
 
     Attributes:
-        phase: IDLE, READING or DECODING.
-        offset: Of what is being read; -1 for the index.
-        since: On the monotonic clock.
+        seconds: Since the place was first seen.
     """
 
     def __init__(self) -> None:
-        self.phase, self.offset, self.since = IDLE, -1, 0.0
+        self._place: object = None
+        self._looked = self.seconds = 0.0
 
-    def reading(self, offset: int) -> None:
-        """See `source.Progress`."""
-        if self.phase != READING:
-            self.since = time.monotonic()
-        self.phase, self.offset = READING, offset
-
-    def decoding(self) -> None:
-        """See `source.Progress`."""
-        self.since = time.monotonic()
-        self.phase = DECODING
-
-    def idle(self) -> None:
-        """Nothing is being done."""
-        self.phase = IDLE
+    def look(self, place: object) -> float:
+        """Note where it is now; returns `seconds`."""
+        now = time.monotonic()
+        if place == self._place:
+            self.seconds += min(now - self._looked, _MAX_GAP_SECONDS)
+        else:
+            self._place, self.seconds = place, 0.0
+        self._looked = now
+        return self.seconds
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Worker:
-    """A thread and what it is at."""
+    """A thread and what it is at; told by the source as a `source.Progress`."""
 
     thread: threading.Thread | None = None
     job: RowJob | None = None
     number: int = 0
-    progress: CallProgress = field(default_factory=CallProgress)
+    phase: int = IDLE
+    offset: int = -1
+    watch: Watch = field(default_factory=Watch)
     is_abandoned: bool = False
+
+    def reading(self, offset: int) -> None:
+        """See `source.Progress`."""
+        self.phase, self.offset = READING, offset
+
+    def decoding(self) -> None:
+        """See `source.Progress`."""
+        self.phase = DECODING
 
 
 class ThreadDecoders:
@@ -223,17 +230,16 @@ class ThreadDecoders:
             if job.outcomes[number] is not None:
                 continue
             worker.number = number
-            outcome = self._source.load(sample, worker.progress)
+            outcome = self._source.load(sample, worker)
             with self._changed:
-                worker.progress.idle()
+                worker.phase = IDLE
                 if worker.is_abandoned or self._is_closed:
                     return
                 job.outcomes[number] = outcome
 
     def _is_stuck(self, worker: _Worker) -> bool:
-        progress = worker.progress
         limits = {IDLE: float("inf"), READING: self._patience.read_seconds, DECODING: self._patience.decode_seconds}
-        return time.monotonic() - progress.since > limits[progress.phase]
+        return worker.watch.seconds > limits[worker.phase]
 
     def _look_after_threads(self) -> None:
         """Leave threads behind that are stuck.
@@ -242,13 +248,14 @@ class ThreadDecoders:
             DataError: Reading is stuck, or too many threads are.
         """
         with self._changed:
-            for worker in [worker for worker in self._workers if self._is_stuck(worker)]:
+            for worker in list(self._workers):
+                worker.watch.look((worker.job, worker.number, worker.phase, worker.offset))
                 job = worker.job
-                assert job is not None, "a thread without a job is idle"
-                sample = job.samples[worker.number]
-                if worker.progress.phase == READING:
-                    raise stalled(self._source, sample, worker.progress.offset, self._patience)
-                self._abandon(worker, job, sample)
+                if job is None or not self._is_stuck(worker):
+                    continue
+                if worker.phase == READING:
+                    raise stalled(self._source, job.samples[worker.number], worker.offset, self._patience)
+                self._abandon(worker, job, job.samples[worker.number])
 
     def _abandon(self, worker: _Worker, job: RowJob, sample: PlannedSample) -> None:
         self._num_stuck += 1

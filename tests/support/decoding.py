@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 from PIL import Image
 
-from megamm.data.decoders import DECODING
+from megamm.data.decoders import DECODING, Watch
 from megamm.data.index import write_index
 from megamm.data.loader import StepLoader
 from megamm.data.reader import LocalReader
@@ -95,12 +96,14 @@ def signalling(loader: StepLoader, number: int, *, times: int, min_requests: int
         The process ids that got it.
     """
     hit: list[int] = []
+    watches: dict[int, Watch] = defaultdict(Watch)
     over = Event()
 
     def watch() -> None:
         while len(hit) < times and not over.is_set():
             for pid, board in boards(loader):
-                request, _, phase, _, lasted = board.look()
+                request, _, phase, _ = place = board.look()
+                lasted = watches[pid].look(place)
                 if pid not in hit and request >= min_requests and phase == DECODING and lasted >= seconds:
                     os.kill(pid, number)
                     hit.append(pid)
