@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from benchmarks.faults.case import Case
 from benchmarks.faults.corpus import document, flipped, healthy, pack
 from benchmarks.faults.truth import RULES, load_tokenizer, train_tokenizer
 from megamm.core.errors import MegaMMError
-from megamm.data import lengths
+from megamm.data import catalogue, lengths
 from megamm.data.index import index_path, write_index
 from megamm.data.lengths import ensure_lengths, lengths_key, lengths_path
 
@@ -65,15 +67,51 @@ def lengths_swaps(canary: Path) -> Iterator[Case]:
 
 
 def joined_lengths(canary: Path) -> Iterator[Case]:
-    """Every bit and some cuts of the file that large datasets map, which is made here for a small one."""
-    large, lengths.IN_MEMORY_SAMPLES = lengths.IN_MEMORY_SAMPLES, 0
+    """Bits and cuts of the file that very large datasets map, which is made here for a small one."""
+    with _as_if_large("IN_MEMORY_SAMPLES", 0):
+        size = 128 + len(healthy()) * 3 * 4
+        for bit in range(size * 8):
+            yield _case(f"bit {bit}", _joined_first(lambda tar, bit=bit: _change(_joined(tar), lambda content: flipped(content, bit))))
+        for kept in range(0, size, 8):
+            yield _case(f"{kept} bytes stay", _joined_first(lambda tar, kept=kept: _change(_joined(tar), lambda content: content[:kept])))
+
+
+def catalogues(canary: Path) -> Iterator[Case]:
+    """Damage of the catalogue of many shards, made here for one, and everything that befalls the sidecars behind its back."""
+    with _as_if_large("MIN_SHARDS", 1):
+        for case in (*index_swaps(canary), *lengths_swaps(canary)):
+            yield replace(case, spoil=_joined_first(case.spoil or (lambda tar: None)), passes=True)
+        for bit in range(0, 5600, 61):
+            yield _case(
+                f"bit {bit}", _joined_first(lambda tar, bit=bit: _change(_catalogue(tar), lambda body: flipped(body, bit))), passes=True
+            )
+        for kept in range(0, 700, 61):
+            yield _case(
+                f"{kept} bytes stay", _joined_first(lambda tar, kept=kept: _change(_catalogue(tar), lambda body: body[:kept])), passes=True
+            )
+
+
+@contextmanager
+def _as_if_large(name: str, value: int) -> Iterator[None]:
+    """Let a dataset of one small shard be treated as a large one."""
+    before = {module: getattr(module, name) for module in (lengths, catalogue) if hasattr(module, name)}
     try:
-        for bit in range(128 * 8, (128 + 4 * 3 * 4) * 8):
-            yield _case(f"bit {bit}", lambda tar, bit=bit: _change(_joined(tar), lambda content: flipped(content, bit)))
-        for size in range(0, 128 + 4 * 3 * 4, 16):
-            yield _case(f"{size} bytes stay", lambda tar, size=size: _change(_joined(tar), lambda content: content[:size]))
+        for module in before:
+            setattr(module, name, value)
+        yield
     finally:
-        lengths.IN_MEMORY_SAMPLES = large
+        for module, old in before.items():
+            setattr(module, name, old)
+
+
+def _joined_first(spoil: Callable[[Path], object]) -> Callable[[Path], object]:
+    """`spoil`, once all files of a large dataset are there."""
+
+    def run(tar: Path) -> None:
+        ensure_lengths([tar], load_tokenizer(), RULES)
+        spoil(tar)
+
+    return run
 
 
 def _case(name: str, spoil: Callable[[Path], object], *, found: bytes | None = None, passes: bool = False) -> Case:
@@ -112,6 +150,10 @@ def _lengths(tar: Path) -> Path:
 
 def _joined(tar: Path) -> Path:
     return next(tar.parent.glob("lengths-*.npy"))
+
+
+def _catalogue(tar: Path) -> Path:
+    return next(path for path in tar.parent.iterdir() if ".catalogue-" in path.name)
 
 
 def _put(tar: Path, other: bytes, *names: str) -> None:

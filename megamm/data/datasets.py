@@ -65,7 +65,11 @@ class ShardSet:
     def problem(self, index: int) -> str:
         """Why a sample that takes no tokens can never be used."""
         tar, number = self.locate(index)
-        return load_lengths(tar, self.key).problems[number]
+        problems = load_lengths(tar, self.key).problems
+        if number not in problems:
+            # The lengths that planning saw are not those of the shard: the joined file has no digest of its own.
+            raise DataError(f"dataset {self.name}: sample {number} of {tar} has no planned length; delete lengths-*.npy beside it")
+        return problems[number]
 
 
 def find_shards(name: str, dataset: Dataset, root: Path, *, reading: Reading | None = None) -> tuple[Shard, ...]:

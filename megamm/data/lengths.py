@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -264,15 +265,18 @@ def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], star
     shape = (int(starts[-1]), num_variants, 3)
     if starts[-1] <= IN_MEMORY_SAMPLES:
         joined = np.empty(shape, dtype=np.int32)
-        for tar, low, high in zip(tars, starts[:-1], starts[1:], strict=True):
-            joined[low:high] = load_lengths(tar, key).lengths
+        for tar, digest, low, high in zip(tars, digests, starts[:-1], starts[1:], strict=True):
+            one = load_lengths(tar, key)
+            if one.digest != digest:
+                raise DataError(f"shard {tar}: {lengths_path(tar, key).name} changed since they were catalogued; delete it and {_FIX}")
+            joined[low:high] = one.lengths
         return joined
     path = _joined_path(tars, digests)
     try:
         joined = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"dataset of shard {tars[0]}: {path.name} is missing; {_FIX}") from None
-    except ValueError as error:
+    except (ValueError, SyntaxError, TokenError) as error:  # numpy reads its headers as Python
         raise DataError(f"dataset of shard {tars[0]}: {path.name} is damaged ({error}); delete it and {_FIX}") from None
     if joined.shape != shape or joined.dtype != np.int32:
         raise DataError(f"dataset of shard {tars[0]}: {path.name} has shape {joined.shape}, not {shape}; delete it and {_FIX}")
@@ -333,8 +337,11 @@ def load_lengths(tar: Shard, key: str) -> SampleLengths:
         DataError: They are missing or damaged.
     """
     file = load_arrays(lengths_path(tar, key), subject=f"shard {tar}", fix=_FIX)
-    problems = {int(number): reason for number, reason in file.facts["problems"].items()}
-    return SampleLengths(file.arrays["lengths"], file.arrays["tasks"], tuple(file.facts["task_names"]), problems, file.digest)
+    try:
+        problems = {int(number): reason for number, reason in file.facts["problems"].items()}
+        return SampleLengths(file.arrays["lengths"], file.arrays["tasks"], tuple(file.facts["task_names"]), problems, file.digest)
+    except KeyError as error:
+        raise DataError(f"shard {tar}: {lengths_path(tar, key).name} has no {error}: it is another file; delete it and {_FIX}") from None
 
 
 _FIX = "run `megamm data plan-lengths` with this recipe"

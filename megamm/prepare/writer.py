@@ -105,10 +105,9 @@ class ShardFile:
             self._name(failure)
             raise
         finally:
-            try:
-                self._file.close()  # flushes, which a full disk refuses
-            finally:
-                self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # what is to stay was synced; flushing the rest is what a full disk refuses
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
 
     def _name(self, error: BaseException | None) -> None:
         """A full disk says so without saying where."""

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from megamm.config import Data, Limits
+from megamm.config import Data, Dataset, Limits
 from megamm.core.errors import DataError
+from megamm.data.datasets import open_dataset
 from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
-from megamm.data.index import load_index, read_shard_facts, write_index
+from megamm.data.index import index_path, load_index, read_shard_facts, write_index
 from megamm.data.lengths import ensure_lengths, lengths_key, lengths_path, load_lengths, plan_lengths, read_lengths_facts
 from megamm.data.reader import LocalReader
 from megamm.data.rows import PlannedSample
@@ -90,6 +91,22 @@ def test_lengths_are_made_once_and_again_when_the_shard_changes(tmp_path, tokeni
     assert ensure_lengths([tar], tokenizer, RULES) == [tar]
 
 
+def test_lengths_that_are_not_those_of_the_catalogue_are_refused(tmp_path, tokenizer, monkeypatch):
+    """The catalogue looks at shards and not into sidecars: who reads these must notice."""
+    for module in ("lengths", "catalogue"):
+        monkeypatch.setattr(f"megamm.data.{module}.MIN_SHARDS", 1)
+    data, key = Data(root=str(tmp_path)), lengths_key(tokenizer, RULES)
+    for name, number in (("x", 2), ("other", 3)):
+        tar = write_tar(tmp_path / f"{name}.tar", {str(one): as_files(text_document("plain words")) for one in range(number)})
+        write_index(tar)
+        ensure_lengths([tar], tokenizer, RULES)
+    path = lengths_path(tmp_path / "x.tar", key)
+    for other, message in ((lengths_path(tar, key), "changed since they were catalogued"), (index_path(tar), "it is another file")):
+        shutil.copy(other, path)
+        with pytest.raises(DataError, match=rf"x\.tar.*{message}"):
+            open_dataset("x", Dataset("x.tar"), data, tokenizer=tokenizer, rules=RULES)
+
+
 def test_other_settings_are_other_files(tokenizer):
     rules = [
         RULES,
@@ -117,3 +134,19 @@ def test_large_datasets_map_one_joined_file(corpus, tmp_path, tokenizer, open_pl
     joined.write_bytes(joined.read_bytes()[:-4])
     with pytest.raises(DataError, match="is damaged"):
         open_plan(root)
+
+
+def test_damage_of_the_joined_file_is_an_error_or_is_noticed_by_every_sample(corpus, tmp_path, tokenizer, open_plan, monkeypatch):
+    root = shutil.copytree(corpus, tmp_path / "corpus")
+    monkeypatch.setattr("megamm.data.lengths.IN_MEMORY_SAMPLES", 0)
+    for name in ("digits", "words", "text"):
+        ensure_lengths(sorted(root.glob(f"{name}/*.tar")), tokenizer, RULES)
+    path = next(root.glob("text/lengths-*.npy"))
+    content = path.read_bytes()
+    for place in range(10, 60):
+        path.write_bytes(content[:place] + b"(" + content[place + 1 :])
+        with pytest.raises(DataError, match=r"lengths-\w+\.npy"):
+            open_plan(root)
+    path.write_bytes(content[:128] + bytes(len(content) - 128))
+    with pytest.raises(DataError, match="has no planned length"):
+        open_plan(root).datasets["text"].problem(0)
