@@ -235,8 +235,8 @@ class DataPlan:
                 passes, within = np.divmod(places[mine] - origin.drawn, dataset.num_samples)
                 passes += origin.epoch
                 epochs[mine], indices[mine] = passes, (chosen := self._ordered(dataset, within, passes))
-                variants[mine] = variants_at(self.seed, positions[mine], dataset.num_variants)
-                lengths[mine] = dataset.lengths[chosen, variants[mine]]
+                drawn = variants_at(self.seed, positions[mine], dataset.num_variants)
+                variants[mine], lengths[mine] = drawn, dataset.lengths[chosen, drawn]
         return Window.pack(
             self._names,
             positions,
@@ -253,10 +253,11 @@ class DataPlan:
     def _ordered(self, dataset: ShardSet, within: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Samples at positions of a dataset, which ascend; a window rarely holds more than one epoch of it."""
         indices = np.empty_like(within)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            these = epochs == epoch
-            indices[these] = sample_at(
-                within[these],
+        first, last = int(epochs[0]), int(epochs[-1])
+        borders = np.searchsorted(epochs, range(first, last + 2)).tolist()
+        for epoch, start, end in zip(range(first, last + 1), borders, borders[1:], strict=False):
+            indices[start:end] = sample_at(
+                within[start:end],
                 num_samples=dataset.num_samples,
                 block=self.data.shuffle_block,
                 window=self.data.shuffle_window,
