@@ -43,10 +43,12 @@ def test_equal_seeds_make_equal_shards(corpus, tmp_path, monkeypatch):
     assert again.tars[0].read_bytes() == corpus.tars[0].read_bytes()
 
 
+@pytest.mark.integration
 def test_the_peers_decoder_gives_what_ours_gives(corpus):
     check_equal(corpus)
 
 
+@pytest.mark.integration
 def test_readers_are_measured_against_each_other(corpus):
     rows = {row.row: row for row in bytes_only_rows(corpus, num_rounds=3)}
     ours, raw = rows["bytes only: index reader"].value, rows["bytes only: plain reads"].value
@@ -77,6 +79,7 @@ def test_contestants_deliver_the_same_work(corpus):
         assert turn.delivered["frames"] == 500 * turn.delivered["samples"]
 
 
+@pytest.mark.integration
 def test_a_contestant_that_ends_is_an_error(tmp_path: Path):
     with pytest.raises(RuntimeError, match="webdataset ended with code"):
         Contestant("webdataset", tmp_path / "nowhere")
