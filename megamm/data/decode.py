@@ -111,7 +111,7 @@ def log_mel(wave: np.ndarray, features: AudioFeatures) -> np.ndarray:
     num_frames = len(wave) // hop
     padded = torch.from_numpy(np.pad(wave, size // 2, mode="reflect"))
     frames_FW = padded.as_strided((num_frames, size), (hop, 1))
-    window, filters = torch.hann_window(size), _filter_blocks(features.num_mel, size, features.rate_hz)
+    window, filters = _window(size), _filter_blocks(features.num_mel, size, features.rate_hz)
     mel_FM = torch.empty(num_frames, features.num_mel)
     # A chunk at a time stays in the cache and below the size from which malloc returns fresh pages.
     for start in range(0, num_frames, _CHUNK_FRAMES):
@@ -122,6 +122,14 @@ def log_mel(wave: np.ndarray, features: AudioFeatures) -> np.ndarray:
             torch.matmul(power[:, bins], weights, out=mel_FM[chunk, bands])
     mel_FM = mel_FM.clamp_(min=1e-10).log10_()
     return torch.maximum(mel_FM, mel_FM.max() - 8.0).add_(4.0).div_(4.0).T.contiguous().numpy()
+
+
+@lru_cache(maxsize=8)
+def _window(num_samples: int) -> torch.Tensor:
+    """float32[num_samples]."""
+    import torch
+
+    return torch.hann_window(num_samples)
 
 
 @lru_cache(maxsize=8)
@@ -167,9 +175,15 @@ def _resampled(wave: np.ndarray, rate_hz: int, target_hz: int) -> np.ndarray:
 
 def _normalised(values: np.ndarray, features: ImageFeatures) -> np.ndarray:
     """(x / 255 - mean) / std of values whose last axis is pixels x channels; long inner loops are what makes it fast."""
-    num_pixels = values.shape[-1] // 3
-    mean, std = np.array(features.mean), np.array(features.std)
+    scale, shift = _scale_and_shift(features, values.shape[-1] // 3)
     result = np.empty(values.shape, dtype=np.float32)
-    np.multiply(values, np.tile(1 / (255 * std), num_pixels).astype(np.float32), out=result)
-    result -= np.tile(mean / std, num_pixels).astype(np.float32)
+    np.multiply(values, scale, out=result)
+    result -= shift
     return result
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(features: ImageFeatures, num_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32[num_pixels x 3] each."""
+    mean, std = np.array(features.mean), np.array(features.std)
+    return np.tile(1 / (255 * std), num_pixels).astype(np.float32), np.tile(mean / std, num_pixels).astype(np.float32)

@@ -7,7 +7,6 @@ before anything is built of them, so that a sample which is a bomb costs no more
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from megamm.data.index import Member
 from megamm.data.ledger import BadSample
 from megamm.data.media import DEFAULT_LIMITS, media_type
 from megamm.data.reader import ShardReader
+from megamm.data.texts import read_json_object, read_text, text_field
 from megamm.tasks import TASKS, template
 
 _PLACE = re.compile(r"([a-z0-9_-][a-z0-9_.-]*(?:\|[a-z0-9_-][a-z0-9_.-]*)*)(?::(.+))?")
 _NUMBER = re.compile(r"[0-9]{1,9}")
-# Ends at the end of the text where a string is not closed: no input makes it start over.
-_JSON_STRING = re.compile(rb'"[^"]*(?:"|\Z)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +217,9 @@ class SampleForm:
         if place.fields:
             document = read_json_object(files[suffix], self.limits, f"{where}.{suffix}")
             metadata.update(document)
-            text = _field(document, place.fields, f"{where}.{suffix}")
+            text = text_field(document, place.fields, f"{where}.{suffix}")
         else:
-            text = _decoded(files[suffix], f"{where}.{suffix}")
+            text = read_text(files[suffix], f"{where}.{suffix}")
         # A file's last line ends with a break that is no part of an answer; of a document every character counts.
         if not (self.mapping is not None and self.mapping.task == "text"):
             text = text.strip()
@@ -259,58 +257,6 @@ def read_sample(shard: ShardReader, number: int, form: SampleForm, *, media: boo
     suffixes = [member.suffix for member in members]
     files = shard.sample(number, form.needed(suffixes, media=media))
     return form.sample(shard.index.key(number), files, suffixes, shard=shard.tar.name)
-
-
-def read_json_object(content: bytes, limits: Limits, where: str) -> dict[str, Any]:
-    """Parse a JSON member, whose objects and lists are counted before any is built.
-
-    Args:
-        content: UTF-8, with or without a byte order mark.
-        limits: Bytes and values.
-        where: For the error.
-
-    Raises:
-        BadSample: Too large, not JSON in UTF-8, or not an object.
-    """
-    if len(content) > limits.text_bytes:
-        raise BadSample(f"{where}: {len(content)} bytes of JSON, data.limits.text_bytes is {limits.text_bytes}")
-    num_values = content.count(b"{") + content.count(b"[")
-    if num_values > limits.values:
-        # Texts hold brackets too: count again without them before refusing.
-        bare = _JSON_STRING.sub(b"", content.replace(b"\\\\", b"").replace(b'\\"', b""))
-        if (num_values := bare.count(b"{") + bare.count(b"[")) > limits.values:
-            raise BadSample(f"{where}: {num_values} objects and lists in JSON, data.limits.values is {limits.values}")
-    try:
-        document = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"{where}: not JSON in UTF-8 ({error})") from None
-    if not isinstance(document, dict):
-        raise BadSample(f"{where}: {type(document).__name__}, not a JSON object")
-    return document
-
-
-def _decoded(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"{where} is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _field(document: dict[str, Any], fields: tuple[str, ...], where: str) -> str:
-    value: Any = document
-    for name in fields:
-        if not isinstance(value, dict) or name not in value:
-            raise BadSample(f"{where} has no field {'.'.join(fields)}")
-        value = value[name]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise BadSample(f"{where}: field {'.'.join(fields)} is {type(value).__name__}, not a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadSample(f"{where}: field {'.'.join(fields)} holds half of a surrogate pair") from None
-    return value
 
 
 def _check_mapping(mapping: SampleMapping, where: str) -> None:

@@ -179,21 +179,40 @@ def _sound_facts(file: BinaryIO) -> MediaFacts:
 
 def _plain_png(file: BinaryIO, header_only: bool) -> BinaryIO:
     """A PNG without compressed texts and colour profiles, of which Pillow would unpack up to 64 MiB and nothing here uses any."""
-    kept = [file.read(len(_PNG_SIGNATURE))]
+    position = len(_PNG_SIGNATURE)
+    kept, is_whole = [(0, position)], True
+    file.seek(position)
     while len(head := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)
         if header_only and kind == b"IDAT":
-            kept.append(head)
+            # Pillow looks no further than where the pixels begin.
+            kept.append((position, 8))
             break
-        is_wanted = kind == b"IHDR" or (kind == b"eXIf" and size <= _MAX_EXIF_BYTES) if header_only else kind not in (b"zTXt", b"iCCP")
-        if not is_wanted:
-            file.seek(size + 4, os.SEEK_CUR)
-            continue
-        body = file.read(size + 4)
-        if kind == b"iTXt" and body[body.find(b"\0") + 1 :][:1] != b"\0":
-            continue
-        kept += [head, body]
-    return io.BytesIO(b"".join(kept))
+        if _is_needed(kind, size, file, header_only):
+            kept.append((position, size + 12))
+        else:
+            is_whole = False
+        position += size + 12
+        file.seek(position)
+    if is_whole and not header_only:
+        file.seek(0)
+        return file
+    content = io.BytesIO()
+    for start, size in kept:
+        file.seek(start)
+        content.write(file.read(size))
+    content.seek(0)
+    return content
+
+
+def _is_needed(kind: bytes, size: int, file: BinaryIO, header_only: bool) -> bool:
+    if header_only:
+        return kind in (b"IHDR", b"eXIf") and size <= _MAX_EXIF_BYTES
+    if kind == b"iTXt":
+        # A keyword of at most 79 bytes, zero, and whether the text is compressed.
+        _, _, rest = file.read(min(size, 81)).partition(b"\0")
+        return rest[:1] == b"\0"
+    return kind not in (b"zTXt", b"iCCP")
 
 
 def _rgb(image):

@@ -20,8 +20,9 @@ from megamm.data.features import MediaRules
 from megamm.data.index import build_index, write_index
 from megamm.data.ledger import BadSample
 from megamm.data.lengths import plan_lengths
-from megamm.data.mapping import OWN_FORM, SampleForm, read_json_object
+from megamm.data.mapping import OWN_FORM, SampleForm
 from megamm.data.media import MediaError, check_sound, decode_sound
+from megamm.data.texts import read_json_object
 from tests.data.conftest import MODEL
 from tests.support import bombs
 from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
