@@ -75,8 +75,8 @@ class Counts:
         return {
             "num": self.num,
             "mean": self.total / self.num if self.num else 0.0,
-            "min": float(numbers.min(initial=0)) * self.unit if self.num else 0.0,
-            "max": float(numbers.max(initial=0)) * self.unit,
+            "min": float(numbers[0]) * self.unit if self.num else 0.0,
+            "max": float(numbers[-1]) * self.unit if self.num else 0.0,
             **{f"p{share * 100:g}": self.quantile(share) for share in _QUANTILES},
             "unit": self.unit,
             "counts": {str(number): int(self.counts[number]) for number in numbers.tolist()},
