@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megamm.core.errors import DataError
 from megamm.data.datasets import ShardSet
 from megamm.data.plan import DataPlan
-from megamm.data.rows import PlannedSample
+from megamm.data.rows import PlannedSample, RowCosts
 from megamm.data.state import LoaderState
 from tests.support.plans import CAPACITY, plan_of, shard_set
 
@@ -86,6 +86,35 @@ def test_rows_are_not_taken_from_long_to_short(tokenizer):
     plan = plan_of([shard_set("a", [4096])], tokenizer, window=2048, num_rows=300)
     costs = [row.cost for row in plan.next_step(plan.start()).rows]
     assert abs(np.corrcoef(np.arange(300), costs)[0, 1]) < 0.2
+
+
+def test_steps_hold_every_dataset_in_nearly_its_share(tokenizer):
+    """Three datasets, each of its own length: over steps of 4 rows their shares vary less than if samples were drawn at random."""
+    sets = [shard_set(name, [5000], tokens=tokens) for name, tokens in (("long", 12), ("middle", 5), ("short", 2))]
+    plan = plan_of(sets, tokenizer, window=512, num_rows=4)
+    state, counts = plan.start(), []
+    for _ in range(150):
+        step = plan.next_step(state)
+        state = step.state
+        found = [sample.dataset for row in step.rows for sample in row.samples]
+        counts.append([found.count(name) for name in plan.datasets])
+    sizes = np.sum(counts, axis=1)
+    variance = ((np.array(counts) / sizes[:, None] - 1 / 3) ** 2).mean(axis=0)
+    assert variance.max() < (1 / 3 * 2 / 3) * (1 / sizes).mean()
+
+
+def test_every_stretch_of_rows_costs_about_the_same(tokenizer):
+    """Rows of one long document and rows of many short ones come mixed, however many rows a step has."""
+    lengths = np.where(np.random.default_rng(0).random(4096) < 0.05, 90, 10)
+    dataset = shard_set("a", [4096])
+    dataset = replace(dataset, lengths=np.stack([lengths, 0 * lengths, 0 * lengths], axis=1)[:, None].astype(np.int32))
+    costs = RowCosts(token_pair=0.1)
+    plan = plan_of([dataset], tokenizer, window=4096, num_rows=400, costs=costs)
+    rows = np.array([row.cost for row in plan.next_step(plan.start()).rows])
+    shuffled = np.random.default_rng(1).permutation(rows)
+    for stretch in (4, 10, 40):
+        sums, at_random = (each.reshape(-1, stretch).sum(axis=1).std() for each in (rows, shuffled))
+        assert sums < 0.6 * at_random
 
 
 def test_names_not_their_order_in_the_recipe_decide(tokenizer):

@@ -11,6 +11,7 @@ from megamm.config import Batching, Data, Dataset
 from megamm.data.datasets import ShardSet
 from megamm.data.features import MediaRules
 from megamm.data.plan import DataPlan
+from megamm.data.rows import DEFAULT_COSTS
 
 CAPACITY = (100, 40, 40)
 
@@ -24,9 +25,11 @@ def shard_set(name: str, num_samples: list[int], tokens: int | None = None, *, s
     return ShardSet(name, tars, starts, "digest", ("text",), "key", lengths.astype(np.int32), shards)
 
 
-def plan_of(datasets: list[ShardSet], tokenizer, *, weights=None, seed: int = 0, num_rows: int = 8, **changes) -> DataPlan:
+def plan_of(
+    datasets: list[ShardSet], tokenizer, *, weights=None, seed: int = 0, num_rows: int = 8, costs=DEFAULT_COSTS, **changes
+) -> DataPlan:
     """A plan over such datasets; other keywords are settings of `Data`."""
     train = {dataset.name: Dataset("x", weight) for dataset, weight in zip(datasets, weights or [1.0] * len(datasets), strict=True)}
     data = replace(Data(train=train, window=64, row_patches=CAPACITY[1], row_frames=CAPACITY[2]), **changes)
     batch = Batching(row_tokens=CAPACITY[0], global_rows=num_rows)
-    return DataPlan(datasets, data, batch, rules=MediaRules(None, None), tokenizer=tokenizer, seed=seed)
+    return DataPlan(datasets, data, batch, rules=MediaRules(None, None), tokenizer=tokenizer, seed=seed, costs=costs)
