@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -209,6 +211,34 @@ def test_a_mapping_is_read_from_a_recipe_and_archived():
     assert from_dict(to_dict(recipe)) == recipe and recipe.data.limits.pixels == 100
     table["data"]["train"]["wild"]["mapping"]["classes"] = "names.txt"
     assert from_dict(table).data.train["wild"].mapping == replace(CLASSES, classes="names.txt")
+
+
+def test_the_recipes_of_the_documentation_are_read():
+    from megamm.config import load_recipe
+
+    page = Path(__file__).parents[2].joinpath("docs/data-formats.md").read_text(encoding="utf-8")
+    datasets = {}
+    for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
+        table = to_dict(load_recipe("tiny"))
+        table["data"] = tomli.loads(block)["data"]
+        data = from_dict(table).data
+        datasets |= {name: SampleForm.of(name, dataset, data) for name, dataset in data.train.items()}
+    assert {"captions", "classes", "speech", "books", "words", "photos"} == set(datasets)
+    rows = re.findall(r"^\| .* \| (`\..*) \| (`(?:task|image|audio) = .*) \|$", page, re.MULTILINE)
+    assert len(rows) == 8
+    for members, mapping in rows:
+        fields = tomli.loads("\n".join(re.findall(r'`(\w+ = "[^`]*")`', mapping)))
+        form = form_of(SampleMapping(**{"task": "captioning"} | fields))
+        suffixes = [suffix.removeprefix(".") for suffix in re.findall(r"`(\.\w+)`", members)]
+        assert set(form.needed(suffixes) or ()) <= set(suffixes)
+        assert len(form.needed(suffixes) or ()) >= len(
+            {value.split(":")[0] for name, value in fields.items() if name in ("image", "audio", "answer")}
+        )
+    defaults = Limits()
+    for name, text in re.findall(r"^\| `(\w+)` \| ([\d,]+(?: MiB)?) \|", page, re.MULTILINE):
+        number = int(text.removesuffix(" MiB").replace(",", "")) << (20 if text.endswith("MiB") else 0)
+        assert getattr(defaults, name) == number
+    assert "`messages`, `parts` | 4096, 16,384" in page and (defaults.messages, defaults.parts) == (4096, 16_384)
 
 
 _TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
