@@ -125,7 +125,8 @@ def _matching(name: str, folder: Path, patterns: list[str], files: set[str]) -> 
         if has_magic(pattern):
             found.update(one for one in fnmatch.filter(files, pattern) if not one.endswith(".index"))
             # A glob alone would not notice a shard that went missing.
-            indexed = {one.removesuffix(".index") for one in fnmatch.filter(files, f"{pattern}.index")}
+            indexed = {one[: -len(".index")] for one in files if one.endswith(".index") and one[: -len(".index")] not in files}
+            indexed = set(fnmatch.filter(indexed, pattern))
         else:
             found.update({pattern} & files)
             indexed = {pattern} if f"{pattern}.index" in files or len(patterns) > 1 else set()
