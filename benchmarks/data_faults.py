@@ -23,6 +23,7 @@ from megamm.core.files import read_json, write_json, write_text
 
 NAME = "data_faults"
 OURS, PEER = "megamm", "webdataset"
+NUM_WORKERS = 2
 Table = Mapping[str, Mapping[str, Tally]]
 """Class -> side -> tally."""
 
@@ -31,17 +32,19 @@ def run_table(faults: Sequence[Fault], *, quick: bool) -> dict[str, dict[str, Ta
     """Try all classes on both sides."""
     # Memory-backed, because a million fsyncs on a disk would measure the disk.
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch, new_pool() as pool:
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch, new_pool(NUM_WORKERS) as pool:
+        under_way = [
+            (fault, side, pool.submit(measure, fault.name, side, fault.every if quick else 1, Path(scratch)))
+            for fault in faults
+            for side in ((OURS, PEER) if fault.peer else (OURS,))
+        ]
         table: dict[str, dict[str, Tally]] = {}
-        for fault in faults:
-            table[fault.name] = {}
-            for side in (OURS, PEER) if fault.peer else (OURS,):
-                tally = pool.submit(measure, fault.name, side, fault.every if quick else 1, Path(scratch)).result()
-                table[fault.name][side] = tally
-                print(f"{fault.name:45} {side:10} {tally.seconds:6.1f} s  {tally.counts}", flush=True)
-                for verdict in ("crashed", "lost silently"):
-                    if side == OURS and verdict in tally.examples:
-                        print(f"    {verdict}: {tally.examples[verdict]}", flush=True)
+        for fault, side, future in under_way:
+            tally = table.setdefault(fault.name, {})[side] = future.result()
+            print(f"{fault.name:45} {side:10} {tally.seconds:6.1f} s  {tally.counts}", flush=True)
+            for verdict in ("crashed", "lost silently"):
+                if side == OURS and verdict in tally.examples:
+                    print(f"    {verdict}: {tally.examples[verdict]}", flush=True)
     return table
 
 
@@ -63,7 +66,8 @@ def rows_of(table: Table) -> list[results.Row]:
 def markdown(table: Table) -> str:
     """The table that people read."""
     lines = [
-        "| fault | tries | detected | recovered | unharmed | lost silently | peak MB | webdataset: detected | lost silently | executed code | peak MB |",
+        "| fault | tries | detected | recovered | unharmed | lost silently | peak MB "
+        "| webdataset: detected | lost silently | executed code | peak MB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, sides in table.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from benchmarks.faults.case import Case
@@ -51,14 +52,14 @@ def header_bits_after(canary: Path) -> Iterator[Case]:
 
 
 def payload_bits_before(canary: Path) -> Iterator[Case]:
-    """Every bit of a picture's and a sound's sample, before indexing: nothing tells what the bytes should have been."""
+    """Every third bit of a picture's sample, before indexing: nothing tells what the bytes should have been."""
     content = pack(healthy())
-    for name, bit in _payload_bits(content):
-        yield Case(f"{name}, bit {bit}", flipped(content, bit), healthy(), loose=frozenset({"p0", "s0"}))
+    for name, bit in islice(_payload_bits(content), 0, None, 3):
+        yield Case(f"{name}, bit {bit}", flipped(content, bit), healthy(), loose=frozenset({"p0"}))
 
 
 def payload_bits_after(canary: Path) -> Iterator[Case]:
-    """Every bit of a picture's and a sound's sample, after indexing; every eighth try before the lengths were planned."""
+    """Every bit of a picture's sample, after indexing; every eighth try before the lengths were planned."""
     content = pack(healthy())
     for number, (name, bit) in enumerate(_payload_bits(content)):
         yield Case(f"{name}, bit {bit}", content, healthy(), found=flipped(content, bit), planned=number % 8 != 0)
@@ -121,7 +122,7 @@ def _two_samples() -> tuple[bytes, dict[str, dict[str, bytes]]]:
 
 def _payload_bits(content: bytes) -> Iterator[tuple[str, int]]:
     for name, (offset, size) in payloads(content).items():
-        if name.startswith(("p0", "s0")):
+        if name.startswith("p0"):
             for bit in range(offset * 8, (offset + size) * 8):
                 yield name, bit
 

@@ -24,11 +24,11 @@ PRELOAD = [
 ]
 
 
-def new_pool() -> ProcessPoolExecutor:
+def new_pool(num_workers: int) -> ProcessPoolExecutor:
     """Processes that live for one class each, forked from one that has imported everything and done nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+    return ProcessPoolExecutor(num_workers, mp_context=context, max_tasks_per_child=1)
 
 
 def measure(name: str, side: str, every: int, scratch: Path) -> Tally:

@@ -23,6 +23,8 @@ from megamm.data.loader import StepLoader
 from megamm.data.plan import DataPlan
 from megamm.data.remote import open_reader
 
+_MAX_SAVED = 4
+
 
 @dataclass
 class Delivery:
@@ -37,7 +39,7 @@ class OurRun:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._prepared: tuple[str, str] | None = None
+        self._saved: dict[tuple[str, str, bool], dict[str, bytes]] = {}
 
     def run(self, case: Case) -> tuple[Verdict, str]:
         """What became of a case, and the message that says so."""
@@ -47,7 +49,6 @@ class OurRun:
             if case.found is not None:
                 tar.write_bytes(case.found)
             if case.spoil is not None:
-                self._prepared = None
                 case.spoil(tar)
             self._one_pass(case, tar, delivery)
         except MegaMMError as error:
@@ -62,19 +63,22 @@ class OurRun:
         return _judge(case, delivery, refused)
 
     def _prepare(self, case: Case) -> Path:
-        """The shard as it was when it was indexed, with its sidecars."""
-        tar, state = self._folder / case.file_name, (case.file_name, xxhash.xxh3_128_hexdigest(case.indexed))
-        if state == self._prepared:
-            tar.write_bytes(case.indexed)
-            return tar
-        self._prepared = None
+        """The shard as it was when it was indexed, with its sidecars; made once, brought back for every further case."""
+        state = (case.file_name, xxhash.xxh3_128_hexdigest(case.indexed), case.planned)
+        tar = self._folder / case.file_name
         shutil.rmtree(self._folder, ignore_errors=True)
         tar.parent.mkdir(parents=True)
+        if state in self._saved:
+            for name, content in self._saved[state].items():
+                (self._folder / name).write_bytes(content)
+            return tar
         tar.write_bytes(case.indexed)
         write_index(tar)
         if case.planned:
             ensure_lengths([tar], load_tokenizer(), RULES)
-            self._prepared = state
+        if len(self._saved) == _MAX_SAVED:
+            self._saved.clear()
+        self._saved[state] = {path.name: path.read_bytes() for path in self._folder.iterdir() if path.is_file()}
         return tar
 
     def _one_pass(self, case: Case, tar: Path, delivery: Delivery) -> None:
@@ -94,7 +98,6 @@ class OurRun:
             ensure_lengths(tars, load_tokenizer(), RULES, reader=reader)
         plan = DataPlan.open(data, BATCH, model=MODEL, tokenizer=load_tokenizer(), seed=0)
         if case.during is not None:
-            self._prepared = None
             case.during(tar)
         with case.around(), StepLoader(plan, reader=faulty_reader(case.trouble)) as loader:
             for step in loader:

@@ -31,6 +31,9 @@ _UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _BLOCK_VALUES = 1 << 18
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_EXIF_BYTES = 1 << 20
+_MAX_WAV_CHUNKS = 1000
+_UNKNOWN_WAV_BYTES = 0x7FFFF000
+"""What programs write that do not know the length yet is this or more."""
 
 
 class MediaError(DataError):
@@ -231,9 +234,28 @@ def _rgb(image):
     return image.convert("RGB")
 
 
+def _check_whole_wav(file: BinaryIO) -> None:
+    """Refuse a WAV that is cut: libsndfile takes what is left of it for the whole sound."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if file.read(4) == b"RIFF":
+        file.seek(12)
+        for _ in range(_MAX_WAV_CHUNKS):
+            if len(head := file.read(8)) < 8:
+                break
+            kind, size = struct.unpack("<4sI", head)
+            if kind == b"data":
+                if end - file.tell() < size < _UNKNOWN_WAV_BYTES:
+                    raise MediaError(f"the sound is cut: {end - file.tell()} of its {size} bytes of samples are there")
+                break
+            file.seek(size + size % 2, os.SEEK_CUR)
+    file.seek(0)
+
+
 def _open_sound(file: BinaryIO):
     import soundfile
 
+    _check_whole_wav(file)
     try:
         sound = soundfile.SoundFile(file)
     except (soundfile.LibsndfileError, RuntimeError, OSError, ValueError, TypeError) as error:

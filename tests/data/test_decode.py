@@ -248,11 +248,20 @@ def test_damaged_pictures_are_refused(content):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"RIFF", flac(16000)[:100], flac(16000)[:-8000], b"ID3" + bytes(200), wav(np.zeros(0, np.float32))]
+    "content",
+    [b"", b"RIFF", flac(16000)[:100], flac(16000)[:-8000], b"ID3" + bytes(200), wav(np.zeros(0, np.float32)), flac(99, format="WAV")[:-2]],
 )
 def test_damaged_sounds_are_refused(content):
     with pytest.raises(MediaError):
         audio_input(content, AudioFeatures())
+
+
+def test_a_wav_of_unknown_length_is_taken_as_it_is():
+    content = flac(9000, format="WAV")
+    place = content.index(b"data") + 4
+    for size in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):
+        found = audio_input(content[:place] + size + content[place + 4 :], AudioFeatures())
+        np.testing.assert_array_equal(found.mel, audio_input(content, AudioFeatures()).mel)
 
 
 def test_useless_sounds_are_refused():
