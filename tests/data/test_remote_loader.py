@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,12 @@ def test_steps_over_http_are_those_of_local_files(served, tmp_path, tokenizer, l
         assert steps_of(data_of(tmp_path, f"{server.url}/", RANGES, cache_folder=str(tmp_path / "cache")), tokenizer) == local
         # The blocks are on the disk: what is left is asking each shard's size, and what one run reads further ahead than another.
         assert sum(end - start for _, start, end in server.requests) < num_bytes / 4
+
+
+def test_decoder_processes_read_over_http(served, tmp_path, tokenizer, local):
+    with FileServer(served) as server:
+        data = replace(data_of(tmp_path, f"{server.url}/", RANGES), decoders="processes")
+        assert steps_of(data, tokenizer) == local
 
 
 def test_steps_over_s3_are_those_of_local_files(served, tmp_path, tokenizer, local, monkeypatch):
