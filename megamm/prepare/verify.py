@@ -93,7 +93,9 @@ def summary(results: Sequence[Checked], stray: Sequence[Path]) -> list[str]:
         problems.update(one.problems)
     if problems:
         lines += ["", *aligned(("samples that cannot be used, because", "samples"), problems.most_common())]
-    if refused := [(one.shard, one.refused) for one in results if one.refused]:
+    refused = [(one.shard, one.refused) for one in results if one.refused]
+    # A single one is the command's error.
+    if len(refused) > 1:
         lines += ["", *aligned(("refused", "because"), refused)]
     if stray:
         lines += ["", *aligned(("temporary file; delete it unless something is writing", "bytes"), [(path, _size(path)) for path in stray])]
