@@ -56,6 +56,9 @@ class ProcessDecoders:
 
     A process that dies, is stopped or does not end with a sample is killed and replaced, and the sample tried once more; the second time
     it enters the ledger. State: the queue, the arena's regions, and what each process is at.
+
+    Attributes:
+        arena_bytes: See `Decoders`.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class ProcessDecoders:
         self.spec = os.memfd_create("megamm-decoder-spec", os.MFD_CLOEXEC)
         with open(self.spec, "wb", closefd=False) as file:
             file.write(content)
-        self._sizes = sizes
+        self.arena_bytes, self._sizes = self.arena.num_bytes, sizes
         self._changed = threading.Condition()
         self._queue: deque[RowJob] = deque()
         self._under_way: set[RowJob] = set()
@@ -107,6 +110,9 @@ class ProcessDecoders:
 
     def result(self, job: RowJob) -> list[TokenSequence | Skipped]:
         """See `Decoders`."""
+        with self._changed:
+            job.is_awaited = True
+            self._changed.notify_all()
         job.done.wait()
         return outcomes_of(job)
 
@@ -139,7 +145,8 @@ class ProcessDecoders:
     def next_job(self) -> tuple[RowJob, Region] | None:
         """The oldest job, as soon as there is room for it; None when the decoders were closed.
 
-        Rooms are given in the order of the queue, so that what is needed first never waits for what is needed later.
+        Room is given in the order of the queue, so that what is needed first never waits for what is needed later. A row that is
+        waited for while the rows before it, of the same micro-batch, fill the arena must do without.
         """
         found: tuple[RowJob, Region] | None = None
 
@@ -149,6 +156,8 @@ class ProcessDecoders:
                 samples = self._queue[0].samples
                 size = self._sizes.row(samples)
                 region = self.arena.reserve(self.arena.room_for(size, _ARRAYS_A_SAMPLE * len(samples)))
+                if region is None and self._queue[0].is_awaited:
+                    region = self.arena.reserve(0)
                 if region is not None:
                     found = self._queue.popleft(), region
             return self.is_closed or found is not None

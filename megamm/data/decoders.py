@@ -58,12 +58,14 @@ class RowJob:
         samples: What to decode.
         outcomes: For each sample its sequence or its ledger entry; None while it is under way.
         error: What ends the run, if anything does.
+        is_awaited: Somebody waits for it, and releases nothing before it is done.
         done: Set when there is an error, or an outcome for each sample.
     """
 
     samples: tuple[PlannedSample, ...]
     outcomes: list[TokenSequence | Skipped | None]
     error: BaseException | None = None
+    is_awaited: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -79,7 +81,13 @@ class RowJob:
 
 
 class Decoders(Protocol):
-    """What decodes rows. Jobs are begun in the order in which they were submitted; a context that ends with `close`."""
+    """What decodes rows. Jobs are begun in the order in which they were submitted; whoever takes results takes them in that order.
+
+    Attributes:
+        arena_bytes: Memory of its own for decoded rows; 0 where they take whatever they need.
+    """
+
+    arena_bytes: int
 
     def submit(self, samples: Sequence[PlannedSample]) -> RowJob:
         """Queue a row."""
@@ -152,7 +160,12 @@ class ThreadDecoders:
 
     A thread cannot be stopped from outside: one whose decoding does not end is left behind, another takes its place, and its sample
     enters the ledger. State: the queue, and what each thread is at.
+
+    Attributes:
+        arena_bytes: See `Decoders`.
     """
+
+    arena_bytes = 0
 
     def __init__(self, source: SampleSource, num_workers: int, patience: Patience) -> None:
         self._source, self._patience = source, patience

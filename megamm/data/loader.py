@@ -206,20 +206,19 @@ class StepLoader:
         return sample.dataset in self._excluded_datasets and self._source.key(sample) in self._excluded
 
     def _planned_bytes(self, slots: list[list[tuple[PlannedSample, ...]]]) -> int:
-        """Of decoded rows and of the batches that they become, which exist at once while a step is collated."""
+        """Of a step's batches, and of its decoded rows, which exist beside them while it is collated (in the decoders' arena if any)."""
         rows = [row for step in slots for row in step]
         media = replace(self._sizes, token=0)
         batches = len(rows) * self._plan.batch.row_tokens * _BATCH_TOKEN_BYTES + sum(media.row(row) for row in rows)
-        return batches + sum(self._sizes.row(row) for row in rows)
+        return batches if self._decoders.arena_bytes else batches + sum(self._sizes.row(row) for row in rows)
 
     def _admit(self, planned: _Planned, *, wait: bool) -> bool:
         """Take the room for a step; a step that is larger than all room is admitted alone."""
 
         def has_room() -> bool:
             data = self._plan.data
-            return not self._num_held or (
-                self._num_held < data.prefetch_steps and self._bytes_held + planned.num_bytes <= data.prefetch_bytes
-            )
+            num_bytes = self._bytes_held + planned.num_bytes + self._decoders.arena_bytes
+            return not self._num_held or (self._num_held < data.prefetch_steps and num_bytes <= data.prefetch_bytes)
 
         with self._changed:
             if wait:

@@ -18,6 +18,7 @@ from megamm.data.reader import Reader
 from megamm.data.source import SampleSource
 
 _READ_SECONDS = 60.0
+_ARENA_PARTS = 4
 
 
 def open_decoders(
@@ -55,9 +56,9 @@ def open_decoders(
     patience = patience_of(data)
     if (kind or data.decoders) == "threads":
         return source, ThreadDecoders(source, num_workers, patience)
-    # What is admitted holds decoded rows and batches, so half of it is room for all rows that can be under way.
-    sizes, arena_bytes = SampleBytes.of(encoder.rules), data.prefetch_bytes // 2
-    return source, ProcessDecoders(source, spec, num_workers, patience, arena_bytes=arena_bytes, sizes=sizes)
+    # The rest is for batches; rows become part of one soon after they were decoded.
+    arena_bytes = data.prefetch_bytes // _ARENA_PARTS
+    return source, ProcessDecoders(source, spec, num_workers, patience, arena_bytes=arena_bytes, sizes=SampleBytes.of(encoder.rules))
 
 
 def patience_of(data: Data) -> Patience:
