@@ -77,6 +77,7 @@ class RemoteReader:
             against_index: Compare shards with their indexes; False for who makes an index.
         """
         self._reading, self._against_index = reading, against_index
+        self._request_blocks = max(1, min(_MAX_REQUEST_BLOCKS, reading.buffer_bytes // reading.block_bytes // 2))
         self._fetcher = Fetcher(reading.timeout_seconds, reading.retries)
         self._cache = BlockCache(Path(reading.cache_folder), reading.cache_bytes) if reading.cache_folder else None
         self._lock = threading.Lock()
@@ -100,7 +101,7 @@ class RemoteReader:
         pieces = []
         while offset < end:
             first = offset // block_bytes
-            last = min((end - 1) // block_bytes, first + _MAX_REQUEST_BLOCKS - 1)
+            last = min((end - 1) // block_bytes, first + self._request_blocks - 1)
             for number, content in self._blocks_of(tar, file, first, last):
                 start = number * block_bytes
                 pieces.append(memoryview(content)[max(0, offset - start) : end - start])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,32 @@ def test_a_failed_read_ahead_is_nobodys_error(server, content, kind):
             assert reader.read(shard, offset, 4096) == content[offset : offset + 4096]
 
 
+def test_threads_faults_and_little_memory_change_no_byte(server, content):
+    reading = Reading(block_bytes=4096, buffer_bytes=12 * 4096, read_ahead_blocks=3, timeout_seconds=0.3, retries=20)
+    server.stall_seconds = 1.0
+    for kind in ("500", "reset", "short", "stall", "ignore_range", "half_said", "trickle") * 5:
+        server.inject(kind, 1)
+
+    def read(seed: int) -> int:
+        rng = random.Random(seed)
+        for number in range(60):
+            offset = number * 5000 if seed % 2 else rng.randrange(SIZE)
+            size = rng.randrange(20_000)
+            assert reader.read(shard, offset, size) == content[offset : offset + size]
+            if rng.random() < 0.05:
+                reader.distrust(shard, offset, max(1, min(size, SIZE - offset)))
+        return seed
+
+    with closing(RemoteReader(reading)) as reader, ThreadPoolExecutor(6) as pool:
+        shard = shard_of(server)
+        assert list(pool.map(read, range(6))) == list(range(6))
+        deadline = time.monotonic() + 5
+        while not all(block.future.done() for block in list(reader._blocks.values())) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert reader._num_bytes == sum(block.size for block in reader._blocks.values())
+    assert not any(fault.times for fault in server._faults)
+
+
 def test_unknown_schemes_and_missing_packages_are_one_line(tmp_path):
     with closing(open_reader(FAST)) as reader:
         with pytest.raises(ConfigError, match="fsspec knows no such scheme"):
@@ -243,6 +270,17 @@ def test_s3_serves_the_same_bytes(tmp_path, content, monkeypatch):
             client().put_object(Bucket="corpus", Key="x.tar", Body=bytes(1000))
             with pytest.raises(DataError, match=r"s3://corpus/x\.tar"):
                 reader.read(shard, 100_000, 10)
+
+
+def test_s3_that_never_answers_is_an_error_in_time(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        start = time.monotonic()
+        with closing(RemoteReader(FAST)) as reader, pytest.raises(DataError, match=r"s3://corpus/x\.tar: .* failed 3 times \(\w*Timeout"):
+            reader.read(RemoteShard.at("s3://corpus/x.tar", tmp_path), 0, 1)
+        assert time.monotonic() - start < 20
 
 
 def test_s3_that_is_not_there_is_an_error(tmp_path, monkeypatch):
