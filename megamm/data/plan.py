@@ -8,13 +8,14 @@ Nothing here depends on ranks, threads or what was read, so every rank plans the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import xxhash
 
 from megamm.config import Batching, Data, Model
 from megamm.core.errors import ConfigError, DataError
+from megamm.core.files import canonical_json
 from megamm.core.logging import get_logger
 from megamm.data.augment import variants_at
 from megamm.data.datasets import ShardSet, open_dataset
@@ -26,6 +27,8 @@ from megamm.data.rows import DEFAULT_COSTS, PlannedRow, PlannedSample, RowCosts,
 from megamm.data.state import DataChange, LoaderState, Pass, PlanState, check_identity, differences, fingerprint_of
 from megamm.tokenizers.text import TextTokenizer
 
+PLAN_VERSION = 2
+"""Raised whenever equal settings give other rows: a state from before is then refused, not continued with other samples."""
 _MAX_EMPTY_WINDOWS = 100
 
 _log = get_logger("data")
@@ -75,7 +78,7 @@ class DataPlan:
         self.datasets = {dataset.name: dataset for dataset in sorted(datasets, key=lambda dataset: dataset.name)}
         self.data, self.batch, self.rules, self.tokenizer = data, batch, rules, tokenizer
         self.tasks = tuple(sorted({task for dataset in datasets for task in dataset.task_names}))
-        self.identity = _identity(self.datasets, data, batch, key=lengths_key(tokenizer, rules), seed=seed)
+        self.identity = _identity(self.datasets, data, batch, key=lengths_key(tokenizer, rules), seed=seed, costs=costs)
         self.fingerprint = fingerprint_of(self.identity)
         self._weights = planned_weights(data)
         self._names = tuple(self.datasets)
@@ -267,8 +270,9 @@ class DataPlan:
         return indices
 
 
-def _identity(datasets: dict[str, ShardSet], data: Data, batch: Batching, *, key: str, seed: int) -> dict[str, str]:
+def _identity(datasets: dict[str, ShardSet], data: Data, batch: Batching, *, key: str, seed: int, costs: RowCosts) -> dict[str, str]:
     settings = {
+        "plan version": PLAN_VERSION,
         "seed": seed,
         "data.window": data.window,
         "data.shuffle_block": data.shuffle_block,
@@ -277,6 +281,7 @@ def _identity(datasets: dict[str, ShardSet], data: Data, batch: Batching, *, key
         "data.row_frames": data.row_frames,
         "batch.row_tokens": batch.row_tokens,
         "tokenizer and media settings": key,
+        "row costs": canonical_json(asdict(costs)),
     }
     for name, one in datasets.items():
         settings |= {f"shards of {name}": one.shards_digest, f"samples of {name}": one.num_samples, f"lengths of {name}": one.digest}

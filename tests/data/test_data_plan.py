@@ -135,6 +135,8 @@ def test_identity_names_everything_that_the_rows_depend_on(tokenizer):
             for name in ("window", "shuffle_block", "shuffle_window", "row_patches", "row_frames")
         ),
         plan_of([replace(shard_set("a", [50]), digest="other")], tokenizer),
+        plan_of([shard_set("a", [50], shards="other")], tokenizer),
+        plan_of([shard_set("a", [50])], tokenizer, costs=RowCosts(patch=1.0)),
     ]
     assert len({plan.fingerprint for plan in (base, *others)}) == len(others) + 1
     # What only changes how fast and on how many ranks it runs is not part of the plan.
