@@ -23,7 +23,7 @@ from megamm.core.logging import get_logger
 from megamm.core.types import TokenSequence
 from megamm.data.arena import Arena, Region, SampleBytes, map_arrays
 from megamm.data.decoder_worker import RUN_SIGNALS, Board, LogLine, Reply, Request, WorkerSpec
-from megamm.data.decoders import DECODING, READING, Patience, RowJob, Watch, closed, name_of, outcomes_of, stalled, too_slow
+from megamm.data.decoders import DECODING, JOIN_SECONDS, READING, Patience, RowJob, Watch, closed, name_of, outcomes_of, stalled, too_slow
 from megamm.data.ledger import Skipped
 from megamm.data.rows import PlannedSample
 from megamm.data.source import SampleSource
@@ -34,7 +34,6 @@ MAX_RESTARTS_IN_A_ROW = 8
 _START_SECONDS = 300.0
 _STOP_SECONDS = 1.0
 _STOPPED_SECONDS = 2.0
-_JOIN_SECONDS = 10.0
 _SOCKET_SECONDS = 60
 _ARRAYS_A_SAMPLE = 8
 _PROGRAM = "import sys; sys.path[:] = sys.argv[6:]; from megamm.data.decoder_worker import main; main(*map(int, sys.argv[1:6]))"
@@ -136,7 +135,7 @@ class ProcessDecoders:
         for keeper in self._keepers:
             keeper.hang_up()
         for keeper in self._keepers:
-            keeper.join(_JOIN_SECONDS)
+            keeper.join(JOIN_SECONDS)
         self.arena.close()
         if self.spec >= 0:
             os.close(self.spec)
@@ -199,7 +198,9 @@ class _Keeper(threading.Thread):
         # A worker inherits the mask, and with it deafness to the run's signals from its first instruction on.
         signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
         try:
-            self._ensure_worker()
+            # Ahead of the first row. What fails here fails again when there is one, and is heard of then.
+            with contextlib.suppress(OSError, DataError):
+                self._ensure_worker()
             while (taken := self._decoders.next_job()) is not None:
                 job, region = taken
                 error = None

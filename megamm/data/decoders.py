@@ -26,7 +26,9 @@ from megamm.data.source import SampleSource
 MAX_STUCK_THREADS = 4
 """Threads that may hang at once: each keeps its memory, and maybe a processor, until the program ends."""
 
-_JOIN_SECONDS = 10.0
+JOIN_SECONDS = 10.0
+"""How long closing waits for a thread before it leaves it behind."""
+
 _MAX_WATCH_SECONDS = 0.5
 _MAX_GAP_SECONDS = 1.0
 IDLE, READING, DECODING = 0, 1, 2
@@ -206,7 +208,7 @@ class ThreadDecoders:
             self._changed.notify_all()
         for job in unfinished:
             job.finish(closed())
-        deadline = time.monotonic() + _JOIN_SECONDS
+        deadline = time.monotonic() + JOIN_SECONDS
         for worker in self._workers:
             if worker.thread is not None and not self._is_stuck(worker):
                 worker.thread.join(max(0.0, deadline - time.monotonic()))

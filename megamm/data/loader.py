@@ -19,7 +19,7 @@ from megamm.data.arena import SampleBytes
 from megamm.data.budget import Budget
 from megamm.data.collate import batch_bytes, collate
 from megamm.data.deal import deal, resolve_accumulation
-from megamm.data.decoders import RowJob, closed
+from megamm.data.decoders import JOIN_SECONDS, RowJob, closed
 from megamm.data.encode import SampleEncoder
 from megamm.data.ledger import EXCLUDED, Skipped
 from megamm.data.open_decoders import open_decoders
@@ -165,7 +165,8 @@ class StepLoader:
             self._closed = True
             self._changed.notify_all()
         self._decoders.close()
-        self._thread.join()
+        # Planning looks at indexes, on storage that may not answer; a daemon thread may stay behind there.
+        self._thread.join(JOIN_SECONDS)
         self._source.close()
 
     def _run(self) -> None:

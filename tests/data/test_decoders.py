@@ -182,6 +182,23 @@ def test_errors_of_decoders_reach_whoever_waits(slow_plan, monkeypatch, kind):
         next(loader)
 
 
+@pytest.mark.integration
+def test_closing_at_once_is_silent_and_leaves_nothing(corpus, open_plan, monkeypatch):
+    heard = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+    before = set(threading.enumerate())
+    for _ in range(3):
+        StepLoader(open_plan(corpus, **PROCESSES)).close()
+    assert not heard and not workers() and set(threading.enumerate()) <= before
+
+
+@pytest.mark.integration
+def test_a_process_that_cannot_be_started_is_heard_of(corpus, open_plan, monkeypatch):
+    monkeypatch.setattr("megamm.data.decoder_processes.sys.executable", "/nowhere/python")
+    with StepLoader(open_plan(corpus, **PROCESSES)) as loader, pytest.raises(FileNotFoundError, match="/nowhere/python"):
+        next(loader)
+
+
 def test_a_reader_that_cannot_be_sent_is_refused(corpus, open_plan):
     reader = Broken("words")
     reader.name = threading.Lock()  # type: ignore[assignment]
