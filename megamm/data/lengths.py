@@ -19,7 +19,7 @@ import numpy as np
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text, sync_folder
 from megamm.data.arrays import load_arrays, read_facts, write_arrays
-from megamm.data.catalogue import MIN_SHARDS, Catalogue, read_catalogue, write_catalogue
+from megamm.data.catalogue import Catalogue, read_catalogue, write_catalogue
 from megamm.data.encode import SampleEncoder
 from megamm.data.features import MediaRules
 from megamm.data.index import INDEX_VERSION, ShardFacts, check_unchanged, load_index, read_shard_facts
@@ -193,21 +193,22 @@ def ensure_lengths(
         known.num_samples.sum() <= IN_MEMORY_SAMPLES or _joined_path(tars, known.lengths_digests).exists()
     ):
         return []
-    written, digests, sizes = [], [], []
+    written, facts = [], []
     for tar in tars:
         shard = read_shard_facts(tar)
         try:
-            facts = read_lengths_facts(tar, key, shard)
+            lengths = read_lengths_facts(tar, key, shard)
         except DataError:
             write_lengths(tar, tokenizer, rules, form=form, speeds=speeds, reader=reader)
             written.append(tar)
-            facts = read_lengths_facts(tar, key, shard)
-        digests.append(facts.digest)
-        sizes.append(shard.num_samples)
-    if sum(sizes) > IN_MEMORY_SAMPLES and not (path := _joined_path(tars, digests)).exists():
-        _write_joined(path, tars, key, (sum(sizes), len(speeds), 3))
-    if len(tars) >= MIN_SHARDS:
-        write_catalogue(tars, key, _VERSIONS, _gather(tars, key))
+            lengths = read_lengths_facts(tar, key, shard)
+        check_unchanged(tar, shard)
+        facts.append((shard, lengths))
+    catalogue = _catalogue_of(facts)
+    num_samples = int(catalogue.num_samples.sum())
+    if num_samples > IN_MEMORY_SAMPLES and not (path := _joined_path(tars, catalogue.lengths_digests)).exists():
+        _write_joined(path, tars, key, (num_samples, len(speeds), 3))
+    write_catalogue(tars, key, _VERSIONS, catalogue)
     return written
 
 
@@ -232,7 +233,11 @@ def _gather(tars: Sequence[Shard], key: str) -> Catalogue:
 
     # Headers are tiny; on a shared file system waiting for them is all that this takes.
     with ThreadPoolExecutor(_NUM_OPENERS) as pool:
-        shards, lengths = zip(*pool.map(of, tars), strict=True)
+        return _catalogue_of(list(pool.map(of, tars)))
+
+
+def _catalogue_of(facts: Sequence[tuple[ShardFacts, LengthsFacts]]) -> Catalogue:
+    shards, lengths = zip(*facts, strict=True)
     return Catalogue(
         num_samples=np.array([one.num_samples for one in shards], dtype=np.int64),
         digests=[one.digest for one in shards],

@@ -65,7 +65,6 @@ def test_what_runs_code_is_no_shard(tmp_path):
 @pytest.fixture
 def small_catalogues(monkeypatch):
     monkeypatch.setattr(catalogues, "MIN_SHARDS", 3)
-    monkeypatch.setattr("megamm.data.lengths.MIN_SHARDS", 3)
 
 
 @pytest.fixture

@@ -93,8 +93,7 @@ def test_lengths_are_made_once_and_again_when_the_shard_changes(tmp_path, tokeni
 
 def test_lengths_that_are_not_those_of_the_catalogue_are_refused(tmp_path, tokenizer, monkeypatch):
     """The catalogue looks at shards and not into sidecars: who reads these must notice."""
-    for module in ("lengths", "catalogue"):
-        monkeypatch.setattr(f"megamm.data.{module}.MIN_SHARDS", 1)
+    monkeypatch.setattr("megamm.data.catalogue.MIN_SHARDS", 1)
     data, key = Data(root=str(tmp_path)), lengths_key(tokenizer, RULES)
     for name, number in (("x", 2), ("other", 3)):
         tar = write_tar(tmp_path / f"{name}.tar", {str(one): as_files(text_document("plain words")) for one in range(number)})
