@@ -148,18 +148,18 @@ def main(parent: int, socket: int, spec: int, memory: int, board: int) -> None:
 
     _forward_logs(send)
     arena, progress = mmap.mmap(memory, 0), Board(mmap.mmap(board, 0))
+    # Made once: Connection.poll makes one each time, which takes as long as decoding a short text.
+    hung_up = select.poll()
+    hung_up.register(socket, select.POLLIN)
+    source = pickle.loads(mmap.mmap(spec, 0)).open()
+    warm(source.encoder.rules)
     try:
-        # Made once: Connection.poll makes one each time, which takes as long as decoding a short text.
-        hung_up = select.poll()
-        hung_up.register(socket, select.POLLIN)
-        source = pickle.loads(mmap.mmap(spec, 0)).open()
-        warm(source.encoder.rules)
         while True:
             request = connection.recv()
             reply = _reply(source, request, progress, RegionWriter(arena, request.region), hung_up)
             progress.begin(request.number, len(request.samples))
             send(reply)
-    except (EOFError, OSError):
+    except (_HungUp, EOFError, OSError):
         # Without a parent there is nothing to clean up and nobody to tell; threads of a reader may hang.
         os._exit(0)
 
@@ -174,19 +174,23 @@ def die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
+class _HungUp(Exception):
+    """The parent has closed the socket."""
+
+
 def _reply(source: SampleSource, request: Request, progress: Board, write: RegionWriter, hung_up: select.poll) -> Reply:
     outcomes = []
     try:
         for number, sample in enumerate(request.samples):
             if hung_up.poll(0):
                 # Nothing is sent to a busy worker: its parent has closed the socket.
-                raise EOFError
+                raise _HungUp
             progress.begin(request.number, number)
             outcome = source.load(sample, progress)
             outcomes.append(map_arrays(outcome, write) if isinstance(outcome, TokenSequence) else outcome)
     except MegaMMError as error:
         return Reply([], error)
-    except EOFError:
+    except _HungUp:
         raise
     except Exception:
         return Reply([], trace=traceback.format_exc())
