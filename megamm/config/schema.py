@@ -291,8 +291,9 @@ class Data:
         row_patches: Capacity of a row for vision-tower input, in patches (pictures of `fixed` kind count their tokens).
         row_frames: Capacity of a row for audio-tower input, in mel frames.
         prefetch_steps: Steps decoded ahead.
-        prefetch_bytes: Bound on the bytes of decoded batches waiting.
-        decoders: Where samples are read and decoded: in `threads` of this process or in `processes` of their own.
+        prefetch_bytes: Bound on the bytes of decoded batches waiting, shared memory of decoder processes included.
+        decoders: Where samples are read and decoded: in `threads` of this process, which cost least and start at once, or in
+            `processes` of their own, which survive a codec that crashes and leave the step the interpreter's lock.
         decode_workers: Threads or processes a rank.
         decode_timeout_seconds: A sample that takes longer to decode is given up (reading has its own limits).
         max_skipped_share: Share of skipped samples that turns into an error.
