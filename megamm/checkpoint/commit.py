@@ -117,15 +117,3 @@ def remove(path: Path, io: Io) -> None:
             io.remove_folder(path)
     except OSError as error:
         _log.warning("%s stays for now: %s", path, error)
-
-
-def save(folder: Path, engine: Any, world: Any, progress: Progress) -> Path:
-    """Commit one checkpoint while training waits."""
-    from megamm.checkpoint.saver import Committed, Saver
-    from megamm.config.schema import Checkpointing
-
-    with Saver(folder, engine, world, Checkpointing(asynchronous=False, keep_last=1_000_000, max_failures=1)) as saver:
-        saver.save(progress)
-        outcome = saver.finish()[-1]
-    assert isinstance(outcome, Committed)
-    return outcome.folder

@@ -50,8 +50,3 @@ def superseded(steps: list[int], settings: Checkpointing) -> list[int]:
     """Steps, of ascending `steps`, that neither `keep_last` nor `keep_every` keeps."""
     candidates = steps[: -settings.keep_last]
     return [step for step in candidates if not settings.keep_every or step % settings.keep_every]
-
-
-def retain(folder: Path, settings: Checkpointing, world: object) -> list[str]:
-    """Nothing: saving retires what it replaces."""
-    return []

@@ -101,7 +101,7 @@ class _Save:
     small_files: dict[str, bytes]
     asked: float
     copied: float = 0.0
-    committed: float = 0.0
+    commit_seconds: float = 0.0
 
 
 class Saver:
@@ -128,6 +128,8 @@ class Saver:
         self._io = io
         self._snapshot = Snapshot(self._state(), world.device)
         self._parameters = tuple(ParameterEntry(**asdict(facts)) for facts in partitions.parameter_table(engine))
+        self._model_digest = model_digest(self._parameters)
+        self._software = software_versions()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._num_attempts = 0
         self._num_failed = 0
@@ -179,8 +181,8 @@ class Saver:
             files={},
             parameters=self._parameters,
             engine=partitions.counters(self._engine),
-            fingerprints={**progress.fingerprints, "model": model_digest(self._parameters)},
-            software=software_versions(),
+            fingerprints={**progress.fingerprints, "model": self._model_digest},
+            software=self._software,
             fence=self._hold.fence,
         )
         self._begin(_Save(self._next_attempt(progress.step), manifest, small_files if self._world.is_main else {}, asked))
@@ -268,10 +270,14 @@ class Saver:
 
     def _written(self, save: _Save, parts: list[dict[str, Any]]) -> None:
         save.manifest.files.update({name: FileFacts(**facts) for part in parts for name, facts in part.items()})
-        self._start_on_main(lambda: commit(save.attempt, save.manifest, self._io, self._hold.check), self._committed)
+        self._start_on_main(lambda: self._commit(save), self._committed)
 
-    def _committed(self, save: _Save, _: list[Any]) -> None:
-        save.committed = time.monotonic()
+    def _commit(self, save: _Save) -> float:
+        commit(save.attempt, save.manifest, self._io, self._hold.check)
+        return time.monotonic() - save.copied
+
+    def _committed(self, save: _Save, seconds: list[Any]) -> None:
+        save.commit_seconds = seconds[0]
         self._start(lambda: self._verify(save), self._verified)
 
     def _verify(self, save: _Save) -> str | None:
@@ -305,7 +311,7 @@ class Saver:
         self._save = None
         num_bytes = sum(facts.num_bytes for facts in save.manifest.files.values())
         stall = (save.copied if self._settings.asynchronous else time.monotonic()) - save.asked
-        outcome = Committed(save.attempt.step, save.attempt.final, num_bytes, stall, save.committed - save.copied)
+        outcome = Committed(save.attempt.step, save.attempt.final, num_bytes, stall, save.commit_seconds)
         self._outcomes.append(outcome)
         if self._world.is_main:
             replaced = f", which replaces {', '.join(names[0])}" if names[0] else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from megamm.checkpoint.commit import Progress, save
-from megamm.checkpoint.retain import retain
+from megamm.checkpoint.commit import Progress
+from megamm.checkpoint.saver import Committed, Outcome, Saver
 from megamm.core.errors import DataError, MegaMMError
 from megamm.core.logging import get_logger
 from megamm.data.ledger import Skipped, merge
@@ -38,6 +37,7 @@ class Run:
         data: What is trained on.
         trainer: The model under ZeRO.
         loader: Steps from the next one on.
+        saver: Commits checkpoints behind training.
         journal: What the run says of itself.
         stop: Whether somebody asked for a stop.
         fingerprints: Name -> digest of what a resumed run must find as it is.
@@ -52,6 +52,7 @@ class Run:
     data: TrainingData
     trainer: Trainer
     loader: StepLoader
+    saver: Saver
     journal: Journal
     stop: StopRequest
     fingerprints: dict[str, str]
@@ -70,7 +71,7 @@ def train(run: Run) -> None:
     recipe, journal = run.data.recipe, run.journal
     report = StepReport(recipe, run.trainer, run.world)
     stopping = False
-    with run.loader, journal:
+    with run.loader, journal, run.saver:
         while run.step < recipe.train.steps and not stopping:
             report.begin()
             batch, counts = _next_batch(run, report)
@@ -85,8 +86,10 @@ def train(run: Run) -> None:
                 journal.numbers(run.step, {**report.values(counts, result), **skipped, "sample_keys": sample_keys_digest(batch.keys)})
             if run.data.held_out and (due(run.step, recipe.evaluation.every) or run.step == recipe.train.steps):
                 _evaluate(run)
+            _tell(run, run.saver.poll())
             if due(run.step, recipe.checkpoint.every) or stopping or run.step == recipe.train.steps:
-                _commit(run, batch)
+                run.saver.save(Progress(run.step, batch.state.to_json(), _all_entries(run.ledger), run.fingerprints))
+        _tell(run, run.saver.finish())
     _leave(run)
 
 
@@ -170,12 +173,15 @@ def _evaluate(run: Run) -> None:
     run.journal.numbers(run.step, {f"held_out/{name}": value for name, value in losses.items()})
 
 
-def _commit(run: Run, batch: StepData) -> None:
-    started = time.monotonic()
-    progress = Progress(run.step, batch.state.to_json(), _all_entries(run.ledger), run.fingerprints)
-    folder = save(run.folder.checkpoints, run.trainer.engine, run.world, progress)
-    retain(run.folder.checkpoints, run.data.recipe.checkpoint, run.world)
-    _log.info("committed %s in %.1f s", folder.name, time.monotonic() - started)
+def _tell(run: Run, outcomes: list[Outcome]) -> None:
+    """Log what became of saves: at the step that heard of it, because the one that was saved may be long past."""
+    for outcome in outcomes:
+        if isinstance(outcome, Committed):
+            seconds = {"stall_seconds": outcome.stall_seconds, "commit_seconds": outcome.commit_seconds}
+            values = {"step": outcome.step, "num_bytes": outcome.num_bytes, "snapshot_bytes": run.saver.snapshot_bytes, **seconds}
+        else:
+            values = {"failed_step": outcome.step, "failures_in_a_row": outcome.num_in_a_row}
+        run.journal.numbers(run.step, {f"checkpoint/{name}": value for name, value in values.items()})
 
 
 def _all_entries(ledger: list[Skipped]) -> list[dict]:

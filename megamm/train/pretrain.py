@@ -9,6 +9,8 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+from megamm.checkpoint.hold import Hold, hold_run
+from megamm.checkpoint.saver import Saver
 from megamm.config import Recipe
 from megamm.core.env import RankInfo
 from megamm.core.errors import MegaMMError
@@ -54,7 +56,8 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
             if world.is_main:
                 print(f"{path} is done (it holds DONE); start a new run with another --run", file=sys.stderr)
         else:
-            _train(recipe, run, world, resume=resume, changes=changes, stop=stop)
+            with hold_run(path, world, lease_seconds=recipe.checkpoint.lease_seconds) as hold:
+                _train(recipe, run, world, hold, resume=resume, changes=changes, stop=stop)
     except MegaMMError:
         raise
     except Exception:
@@ -62,13 +65,13 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
     distributed.stop()
 
 
-def _train(recipe: Recipe, folder: RunFolder, world: World, *, resume: str, changes: DataChanges, stop: StopRequest) -> None:
+def _train(recipe: Recipe, folder: RunFolder, world: World, hold: Hold, *, resume: str, changes: DataChanges, stop: StopRequest) -> None:
     with distributed.fail_together():
         tokenizer = load_tokenizer(recipe, folder.tokenizer)
     data = TrainingData.open(recipe, tokenizer, world)
     trainer = build_trainer(recipe, tokenizer, world)
     fingerprints = {"tokenizer": tokenizer.fingerprint}
-    start = find_start(folder, trainer.engine, world, resume=resume, fingerprints=fingerprints)
+    start = find_start(folder, trainer.engine, world, hold, resume=resume, fingerprints=fingerprints)
     # Everything that can be refused is refused before the run folder changes.
     state = data.begin(start.data_state, changes, world)
     with distributed.fail_together():
@@ -80,6 +83,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, *, resume: str, chan
     journal = Journal(folder, recipe, world, start=state, scale=scale)
     with distributed.fail_together():
         if world.is_main:
+            hold.started_at(start.step)
             folder.begin()
     setup(RankInfo(world.rank, world.local_rank, world.size), folder=folder.logs)
     _log.info("%s from step %d of %d on %d ranks", recipe.name, start.step, recipe.train.steps, world.size)
@@ -90,6 +94,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, *, resume: str, chan
             data=data,
             trainer=trainer,
             loader=loader,
+            saver=Saver(folder.checkpoints, trainer.engine, world, recipe.checkpoint, hold=hold),
             journal=journal,
             stop=stop,
             fingerprints=fingerprints,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamm.checkpoint.choose import newest_good, require_good
+from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.load import load
 from megamm.checkpoint.manifest import committed
 from megamm.core.errors import CheckpointError
@@ -34,13 +35,14 @@ class Start:
     ledger: tuple[Skipped, ...] = ()
 
 
-def find_start(run: RunFolder, engine: Engine, world: World, *, resume: str, fingerprints: dict[str, str]) -> Start:
+def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resume: str, fingerprints: dict[str, str]) -> Start:
     """Choose a checkpoint, the same on all ranks, and fill the engine from it.
 
     Args:
         run: The run folder.
         engine: Freshly built.
         world: The ranks.
+        hold: This job's hold of the run.
         resume: `auto` takes the newest good checkpoint of the run, `never` none; anything else is a checkpoint folder.
         fingerprints: Name -> digest of what must be as it was when the checkpoint was written.
 
@@ -62,7 +64,7 @@ def find_start(run: RunFolder, engine: Engine, world: World, *, resume: str, fin
             )
     # A run that was started from another run's checkpoint and has its own since then goes on from these.
     if resume == "auto" or (own and asked.parent != run.checkpoints.resolve()):
-        choice = newest_good(run.checkpoints, world)
+        choice = newest_good(run.checkpoints, world, hold=hold)
         if choice.folder is None and choice.damaged:
             raise _together(
                 CheckpointError(

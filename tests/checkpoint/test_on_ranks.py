@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from megamm.checkpoint.choose import newest_good
-from megamm.checkpoint.commit import Progress, save
+from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.load import load
 from megamm.checkpoint.manifest import rank_file, read_manifest
 from megamm.checkpoint.reshard import reshard
 from megamm.checkpoint.slicing import slice_bounds
 from megamm.core.errors import CheckpointError
 from megamm.engine import distributed, weights
-from tests.support.checkpoints import whole_state
+from tests.support.checkpoints import save, whole_state
 from tests.support.models import small_config, small_decoder, start_engine, train
 from tests.support.ranks import run_ranks
 

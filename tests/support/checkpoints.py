@@ -8,10 +8,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.load import Slices
 from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, Manifest, ParameterEntry, rank_file, step_folder, verify
+from megamm.checkpoint.saver import Committed, Saver
 from megamm.checkpoint.shards import write_file, write_shard
 from megamm.checkpoint.slicing import slice_bounds
+from megamm.config.schema import Checkpointing
+from megamm.engine.distributed import World
+from megamm.engine.runtime import Engine
 
 
 def write_checkpoint(
@@ -66,3 +71,13 @@ def some_tensors() -> dict[str, torch.Tensor]:
     """Sizes that ranks do not divide: a matrix, a vector, a scalar's worth."""
     generator = torch.Generator().manual_seed(7)
     return {name: torch.randn(shape, generator=generator) for name, shape in {"a.weight": (3, 7), "a.bias": (5,), "b.scale": (1,)}.items()}
+
+
+def save(folder: Path, engine: Engine, world: World, progress: Progress) -> Path:
+    """Commit one checkpoint of an engine while training waits."""
+    settings = Checkpointing(asynchronous=False, keep_last=1000, max_failures=1)
+    with Saver(folder, engine, world, settings) as saver:
+        saver.save(progress)
+        (outcome,) = saver.finish()
+    assert isinstance(outcome, Committed)
+    return outcome.folder
