@@ -274,6 +274,11 @@ def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], star
             one = load_lengths(tar, key)
             if one.digest != digest:
                 raise DataError(f"shard {tar}: {lengths_path(tar, key).name} changed since they were catalogued; delete it and {_FIX}")
+            if len(one.lengths) != high - low:
+                # Opening reads the header of an index without its digest; here a wrong number shows.
+                raise DataError(
+                    f"shard {tar}: {high - low} samples in its index, {len(one.lengths)} planned lengths; run `megamm data index {tar}`"
+                )
             joined[low:high] = one.lengths
         return joined
     path = _joined_path(tars, digests)
@@ -281,7 +286,7 @@ def joined_lengths(tars: Sequence[Shard], key: str, digests: Sequence[str], star
         joined = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"dataset of shard {tars[0]}: {path.name} is missing; {_FIX}") from None
-    except (ValueError, SyntaxError, TokenError) as error:  # numpy reads its headers as Python
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy reads its headers as Python
         raise DataError(f"dataset of shard {tars[0]}: {path.name} is damaged ({error}); delete it and {_FIX}") from None
     if joined.shape != shape or joined.dtype != np.int32:
         raise DataError(f"dataset of shard {tars[0]}: {path.name} has shape {joined.shape}, not {shape}; delete it and {_FIX}")

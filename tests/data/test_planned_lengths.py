@@ -106,6 +106,20 @@ def test_lengths_that_are_not_those_of_the_catalogue_are_refused(tmp_path, token
             open_dataset("x", Dataset("x.tar"), data, tokenizer=tokenizer, rules=RULES)
 
 
+def test_a_wrong_number_of_samples_in_the_header_of_an_index_is_refused(tmp_path, tokenizer):
+    """The header alone says how many there are when a dataset is opened; its digest covers the arrays as well and is not computed then."""
+    tar = write_tar(tmp_path / "x.tar", {str(one): as_files(text_document("plain words")) for one in range(4)})
+    write_index(tar)
+    ensure_lengths([tar], tokenizer, RULES)
+    path = index_path(tar)
+    content = path.read_bytes()
+    assert content.count(b'num_samples\\":4') == 1
+    for number in (b"6", b"2"):
+        path.write_bytes(content.replace(b'num_samples\\":4', b'num_samples\\":' + number))
+        with pytest.raises(DataError, match=r"x\.tar: [26] samples in its index, 4 planned lengths"):
+            open_dataset("x", Dataset("x.tar"), Data(root=str(tmp_path)), tokenizer=tokenizer, rules=RULES)
+
+
 def test_other_settings_are_other_files(tokenizer):
     rules = [
         RULES,
@@ -144,6 +158,10 @@ def test_damage_of_the_joined_file_is_an_error_or_is_noticed_by_every_sample(cor
     content = path.read_bytes()
     for place in range(10, 60):
         path.write_bytes(content[:place] + b"(" + content[place + 1 :])
+        with pytest.raises(DataError, match=r"lengths-\w+\.npy"):
+            open_plan(root)
+    for size in (0, 5, 100, len(content) - 1):
+        path.write_bytes(content[:size])
         with pytest.raises(DataError, match=r"lengths-\w+\.npy"):
             open_plan(root)
     path.write_bytes(content[:128] + bytes(len(content) - 128))
