@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ class Delivered:
             setattr(self, name, getattr(self, name) + value)
 
 
-def megamm_batches(folder: Path, *, decoders: str = "threads") -> Iterator[Delivered]:
+def megamm_batches(folder: Path, *, decoders: str = "threads") -> Generator[Delivered]:
     """Our loader in its default order."""
     from benchmarks.corpus import Corpus
     from megamm.data.loader import StepLoader
@@ -53,7 +53,7 @@ def megamm_batches(folder: Path, *, decoders: str = "threads") -> Iterator[Deliv
             yield delivered
 
 
-def webdataset_batches(folder: Path) -> Iterator[Delivered]:
+def webdataset_batches(folder: Path) -> Generator[Delivered]:
     """The pipeline of webdataset's documentation: batches are made in the workers, WebLoader around it."""
     import webdataset
 
@@ -63,14 +63,14 @@ def webdataset_batches(folder: Path) -> Iterator[Delivered]:
     dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).repeat().shuffle(SHUFFLE_BUFFER_SAMPLES)
     dataset = dataset.map(_with_json).batched(BATCH_SAMPLES, collation_fn=Batches(folder / "tokenizer"))
     loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=NUM_WORKERS, prefetch_factor=PREFETCH_BATCHES)
-    return map(_delivered, loader)
+    yield from map(_delivered, loader)
 
 
 def _with_json(sample: dict[str, Any]) -> dict[str, bytes]:
     return {"json": sample["json"], "jpg": sample["0.jpg"], "flac": sample["1.flac"]}
 
 
-def litdata_batches(folder: Path) -> Iterator[Delivered]:
+def litdata_batches(folder: Path) -> Generator[Delivered]:
     """litdata's optimized chunks and its own loader."""
     import litdata
 
@@ -97,7 +97,7 @@ def _litdata_samples(tar: str) -> Iterator[dict[str, bytes]]:
     yield from samples([tar])
 
 
-def mosaic_batches(folder: Path) -> Iterator[Delivered]:
+def mosaic_batches(folder: Path) -> Generator[Delivered]:
     """MosaicML streaming's MDS shards under torch's DataLoader."""
     from benchmarks.peer_decode import Batches, define_torchvision_operators
 
@@ -118,8 +118,12 @@ def mosaic_batches(folder: Path) -> Iterator[Delivered]:
         prefetch_factor=PREFETCH_BATCHES,
         persistent_workers=True,
     )
-    while True:
-        yield from map(_delivered, loader)
+    try:
+        while True:
+            yield from map(_delivered, loader)
+    finally:
+        # It shares state between processes through named memory, which stays behind when they end.
+        streaming.base.util.clean_stale_shared_memory()
 
 
 def samples(tars: Sequence[Path | str]) -> Iterator[dict[str, bytes]]:
@@ -134,7 +138,7 @@ def _delivered(batch: dict[str, Any]) -> Delivered:
     return Delivered(len(batch["input_ids"]), *(int(mask.sum()) for mask in masks))
 
 
-CONTESTANTS: dict[str, Callable[[Path], Iterator[Delivered]]] = {
+CONTESTANTS: dict[str, Callable[[Path], Generator[Delivered]]] = {
     "megamm": megamm_batches,
     "megamm-processes": partial(megamm_batches, decoders="processes"),
     "webdataset": webdataset_batches,
@@ -155,6 +159,7 @@ def main() -> None:
         while delivered.samples < int(line):
             delivered.add(next(batches))
         print(json.dumps(asdict(delivered)), file=answers, flush=True)
+    batches.close()
     # Worker processes of some libraries outlive an orderly exit.
     os._exit(0)
 

@@ -21,6 +21,7 @@ import psutil
 _QUIET_SECONDS = 0.4
 _QUIET_SHARE = 0.05
 _MAX_WAIT_SECONDS = 60.0
+_MAX_EXIT_SECONDS = 20.0
 CHECKOUT = Path(__file__).parent.parent
 
 
@@ -72,7 +73,12 @@ class Contestant:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         workers = psutil.Process(self._process.pid).children(recursive=True) if self._process.poll() is None else []
-        self._process.kill()
+        assert self._process.stdin is not None, "opened with a pipe"
+        self._process.stdin.close()
+        try:
+            self._process.wait(_MAX_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         for worker in workers:
             if worker.is_running():
                 worker.kill()
