@@ -37,6 +37,18 @@ def test_what_only_changes_the_execution_may_change(tmp_path):
     folder.check(load_recipe("tiny", ["--batch.micro_rows", "2", "--data.decode_workers", "3", "--telemetry.every", "5"]))
 
 
+def test_the_mixture_may_change_and_other_data_when_asked(tmp_path):
+    folder = started(tmp_path)
+    schedule = "--data.schedule=[{step=20,weights={digits=2.0}}]"
+    folder.check(load_recipe("tiny", ["--data.train.digits.weight", "3.5", schedule]))
+    shards = load_recipe("tiny", ["--data.train.digits.shards", "other/*.tar", "--data.window", "64"])
+    with pytest.raises(ConfigError, match=r"differs in data\.train\.digits\.shards, data\.window"):
+        folder.check(shards)
+    folder.check(shards, data_may_change=True)
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr"):
+        folder.check(load_recipe("tiny", ["--optim.lr", "1e-4"]), data_may_change=True)
+
+
 def test_markers_replace_each_other(tmp_path):
     folder = RunFolder(tmp_path)
     folder.stop.touch()

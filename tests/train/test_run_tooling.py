@@ -78,6 +78,15 @@ def test_every_step_of_a_run_is_traced(folder):
     assert counted["skipped/pictures"] == counted["skipped_samples"] == len(ledger)
 
 
+def test_data_that_fail_on_one_rank_end_all_ranks_with_one_line(folder):
+    words = command(2, "rotten", "--data.max_skipped_share", "0")
+    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-4000:]
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("megamm")]
+    assert "data.max_skipped_share is 0" in line and "pictures/" in line and "of 2, step " in line
+    assert read_json_lines(folder / "rotten" / "data_positions.jsonl")[0]["step"] == 0
+
+
 def test_sigterm_to_one_rank_commits_and_the_resumed_run_has_the_same_samples(folder):
     run = folder / "stopped"
     launcher = subprocess.Popen(command(2, "stopped"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
