@@ -59,7 +59,8 @@ def measure(name: str, side: str, every: int, scratch: Path) -> Tally:
         for case in islice(fault.cases(canary), 0, None, every):
             _reset_peak()
             before = _memory("VmRSS")
-            tally.add(case.name, *run.run(case))
+            verdict, message = run.run(case)
+            tally.add(case.name, verdict, message.replace(folder, "FOLDER"))
             tally.peak_bytes = max(tally.peak_bytes, _memory("VmHWM") - before)
             for trace in (canary, Path(canary.name)):
                 if trace.exists():
