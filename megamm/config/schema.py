@@ -306,13 +306,14 @@ class Data:
     train: dict[str, Dataset] = Field(default_factory=dict)
     schedule: tuple[WeightChange, ...] = ()
     held_out: dict[str, Dataset] = Field(default_factory=dict)
-    window: Positive = 512
+    window: Positive = 2048
     shuffle_block: Positive = 1
     shuffle_window: Positive = 64
     row_patches: Positive = 4096
     row_frames: Positive = 12000
     prefetch_steps: Positive = 4
     prefetch_bytes: Positive = 1 << 30
+    # Threads by measurement (benchmarks/decoders): processes take 5 to 9 % more processor time a sample, and seconds to start.
     decoders: Literal["threads", "processes"] = "threads"
     decode_workers: Positive = 1
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
