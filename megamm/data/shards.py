@@ -20,6 +20,7 @@ MAX_SHARDS = 1_000_000
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 _MAGIC = re.compile(r"[*?\[]")
+_WEB = re.compile(r"https?:", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -81,8 +82,8 @@ def is_url(pattern: str) -> bool:
 
 
 def has_magic(pattern: str) -> bool:
-    """Whether a pattern is a glob."""
-    return _MAGIC.search(pattern) is not None
+    """Whether a pattern is a glob; what looks like one in a web address is its query or its host."""
+    return _MAGIC.search(pattern) is not None and not _WEB.match(pattern)
 
 
 def rooted(pattern: str, root: Path) -> str:
@@ -117,16 +118,21 @@ def _check(pattern: str) -> None:
         if match := _SCHEME.match(pattern):
             raise ConfigError(f"shards {shown}: {match[0]!r} is never run or read; name a URL (https://, s3://) or a path (./{shown})")
         return
-    if "::" in pattern:
+    try:
+        parts = urlsplit(pattern)
+    except ValueError:
+        raise ConfigError(f"shards {shown}: this is no URL; write SCHEME://HOST/PATH.tar") from None
+    is_web = parts.scheme in ("http", "https")
+    # Addresses of hosts and queries may hold colons too.
+    if "::" in (parts.path if is_web else pattern):
         raise ConfigError(f"shards {shown}: chained URLs are not read; name the object itself")
-    parts = urlsplit(pattern)
     if "@" in parts.netloc:
         raise ConfigError(f"shards {shown}: a URL must not hold a name or a password; put credentials into the environment")
     if parts.scheme in ("file", "local"):
         raise ConfigError(f"shards {shown}: name local shards by their path")
     if not parts.netloc or not parts.path.strip("/") or parts.path.endswith("/"):
         raise ConfigError(f"shards {shown}: the URL names no file; write SCHEME://HOST/PATH.tar")
-    if parts.scheme in ("http", "https"):
+    if is_web:
         if has_magic(parts.path):
             raise ConfigError(f"shards {shown}: a web server lists no files; write a range such as {{00000..00099}}")
     elif "?" in pattern and not has_magic(pattern.replace("?", "")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,15 @@ def test_steps_over_http_are_those_of_local_files(served, tmp_path, tokenizer, l
         assert steps_of(data_of(tmp_path, f"{server.url}/", RANGES, cache_folder=str(tmp_path / "cache")), tokenizer) == local
         # The blocks are on the disk: what is left is asking each shard's size, and what one run reads further ahead than another.
         assert sum(end - start for _, start, end in server.requests) < num_bytes / 4
+
+
+def test_signed_urls_are_read(served, tmp_path, corpus):
+    with FileServer(served) as server:
+        signed = Dataset(f"{server.url}/digits/train-{{00000..00002}}.tar?sig=SECRET")
+        shards = find_shards("digits", signed, tmp_path)
+        assert [shard.name for shard in shards] == sorted(path.name for path in corpus.glob("digits/*.tar"))
+        with closing(open_reader(Reading())) as reader:
+            assert reader.read(shards[1], 512, 1024) == (corpus / "digits/train-00001.tar").read_bytes()[512:1536]
 
 
 def test_decoder_processes_read_over_http(served, tmp_path, tokenizer, local):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamm.core.errors import ConfigError
-from megamm.data.shards import RemoteShard, expand, rooted, sidecar_path
+from megamm.data.shards import RemoteShard, expand, has_magic, rooted, sidecar_path
 
 SIDE = Path("sidecars")
 
@@ -34,6 +34,8 @@ def test_ranges_are_webdatasets():
         ("https://host/folder/", "names no file"),
         ("s3:///x.tar", "names no file"),
         ("https://host/x-*.tar", "lists no files"),
+        ("https://[::1/x.tar", "is no URL"),
+        ("zip://x.tar::https://host/x.zip", "chained"),
         ("x-{00..11.tar", "no partner"),
         ("x-{00}.tar", "no range"),
         ("x-{0..99999999}.tar", "more than"),
@@ -44,6 +46,12 @@ def test_what_shards_cannot_be_read_from_is_refused_in_one_line(pattern, message
     with pytest.raises(ConfigError, match=message) as error:
         list(expand(pattern))
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["https://host/x.tar?sig=a::b", "http://[::1]:8000/x.tar", "HTTP://host/x.tar?x=[1]*"])
+def test_queries_and_addresses_of_web_servers_are_no_globs(url):
+    assert list(expand(url)) == [url] and not has_magic(url)
+    assert has_magic("s3://bucket/x-?[01]*.tar") and has_magic("x-?.tar")
 
 
 def test_a_shard_shows_no_query():
