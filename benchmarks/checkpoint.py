@@ -35,7 +35,7 @@ class Effort:
 
     hidden_size: int = 768
     num_layers: int = 10
-    num_turns: int = 7
+    num_turns: int = 5
     num_steps: int = 3
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megamm import __version__
@@ -279,6 +279,80 @@ def _recipes(arguments: Arguments) -> None:
     print(recipe_table())
 
 
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a step_... folder of a run's checkpoints")
+
+
+def _checkpoint_list_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_argument(parser)
+    parser.add_argument("--verify", action="store_true", help="read every byte, not only the manifests")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+
+
+def _checkpoint_list(arguments: Arguments) -> None:
+    from megamm.checkpoint.operators import entries, listing
+
+    found = entries(arguments.run / "checkpoints", verified=arguments.verify)
+    print(
+        json.dumps([asdict(entry) for entry in found], indent=2) if arguments.json else "\n".join(listing(found, verified=arguments.verify))
+    )
+
+
+def _checkpoint_show(arguments: Arguments) -> None:
+    from megamm.checkpoint.operators import describe
+
+    print(json.dumps(describe(arguments.checkpoint), indent=2))
+
+
+def _checkpoint_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="step_... folders of a run's checkpoints")
+
+
+def _checkpoint_verify(arguments: Arguments) -> None:
+    from megamm.checkpoint.manifest import verify
+
+    for folder in arguments.checkpoints:
+        manifest = verify(folder)
+        print(f"{folder}: {len(manifest.files)} files hold, step {manifest.step}, written by {manifest.world_size} ranks")
+
+
+def _checkpoint_prune_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_argument(parser)
+    parser.add_argument("--keep-last", type=int, default=None, metavar="N", help="newest checkpoints that stay (default: the recipe's)")
+    parser.add_argument("--keep-every", type=int, default=None, metavar="N", help="multiples that stay (default: the recipe's)")
+    parser.add_argument("--set-aside", action="store_true", help="delete damaged and stale ones too")
+
+
+def _checkpoint_prune(arguments: Arguments) -> None:
+    from megamm.checkpoint.operators import prune
+    from megamm.config import load_resolved
+
+    settings = load_resolved(arguments.run / "config.json").checkpoint
+    asked = {name: getattr(arguments, name) for name in ("keep_last", "keep_every") if getattr(arguments, name) is not None}
+    if asked.get("keep_last", 1) < 1 or asked.get("keep_every", 0) < 0:
+        raise ConfigError(f"keep {asked}: at least the newest checkpoint stays; give --keep-last 1 or more, --keep-every 0 or more")
+    for name in prune(arguments.run, replace(settings, **asked), set_aside=arguments.set_aside):
+        print(f"deleted {name}")
+
+
+def _checkpoint_reshard_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_argument(parser)
+    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="number of ranks to write for")
+    parser.add_argument("--output", type=Path, required=True, help="`checkpoints` folder to write it to")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="shards written at once; each holds one tensor in memory")
+
+
+def _checkpoint_reshard(arguments: Arguments) -> None:
+    from megamm.checkpoint.reshard import reshard
+
+    if arguments.ranks < 1 or arguments.threads < 1:
+        raise ConfigError(f"--ranks {arguments.ranks} --threads {arguments.threads}: give 1 or more of each")
+    print(reshard(arguments.checkpoint, arguments.output, arguments.ranks, num_threads=arguments.threads))
+
+
 # --- after training --------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +439,7 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
     del parser
 
 
-_GROUP_HELP = {"data": "index and verify shards, plan lengths"}
+_GROUP_HELP = {"data": "index and verify shards, plan lengths", "checkpoint": "list, verify, prune and re-shard checkpoints"}
 
 COMMANDS = (
     Command(("recipes",), "List the shipped recipes with their parameter counts.", _nothing, _recipes),
@@ -380,6 +454,13 @@ COMMANDS = (
     Command(("data", "report"), "Say what a run skipped, and why.", _report_arguments, _data_report),
     Command(("data", "trace"), "List the samples of a run's step: rank, row, dataset and key.", _trace_arguments, _data_trace),
     Command(("pretrain",), "Train a recipe, or resume it.", _pretrain_arguments, _pretrain, True),
+    Command(("checkpoint", "list"), "List a run's checkpoints.", _checkpoint_list_arguments, _checkpoint_list),
+    Command(("checkpoint", "show"), "Say what a checkpoint holds.", _checkpoint_argument, _checkpoint_show),
+    Command(("checkpoint", "verify"), "Read every byte of checkpoints.", _checkpoint_verify_arguments, _checkpoint_verify),
+    Command(("checkpoint", "prune"), "Delete checkpoints that a good newer one replaces.", _checkpoint_prune_arguments, _checkpoint_prune),
+    Command(
+        ("checkpoint", "reshard"), "Rewrite a checkpoint for another number of ranks.", _checkpoint_reshard_arguments, _checkpoint_reshard
+    ),
     Command(("evaluate",), "Run tasks over held-out samples.", _evaluate_arguments, _evaluate),
     Command(("generate",), "Ask a run or an exported folder.", _generate_arguments, _generate),
     Command(("export",), "Write a Hugging Face folder from a run, with proof that it matches.", _export_arguments, _export),

@@ -43,9 +43,23 @@ def entries(folder: Path, *, verified: bool = False) -> list[Entry]:
     Args:
         folder: The run's `checkpoints` folder.
         verified: Read every byte; without it only the manifests.
+
+    Raises:
+        CheckpointError: There is no such run.
     """
+    if not folder.parent.is_dir():
+        raise CheckpointError(f"{folder.parent} does not exist; name a run folder")
     found = [_entry(path, step, verified=verified) for step, path in committed(folder)]
     return found + [_entry(folder / name, None, verified=False) for name in kept_aside(folder)]
+
+
+def listing(found: list[Entry], *, verified: bool = False) -> list[str]:
+    """A line an entry, for a terminal; `verified` as the entries were made."""
+    good = "verified" if verified else "committed"
+    return [
+        f"{entry.name:<32} {entry.world_size:>5} ranks {entry.num_bytes >> 20:>9,} MiB  {entry.committed_at}  {entry.problem or good}"
+        for entry in found
+    ] or ["no checkpoints"]
 
 
 def describe(folder: Path) -> dict[str, Any]:

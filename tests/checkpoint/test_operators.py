@@ -2,7 +2,7 @@ import pytest
 
 from megamm.checkpoint.lock import RunLock
 from megamm.checkpoint.manifest import MANIFEST, committed
-from megamm.checkpoint.operators import describe, entries, prune
+from megamm.checkpoint.operators import describe, entries, listing, prune
 from megamm.config.schema import Checkpointing
 from megamm.core.errors import CheckpointError
 from tests.support.checkpoints import some_tensors, write_checkpoint
@@ -35,6 +35,15 @@ def test_a_listing_says_what_can_be_seen(folder):
     assert (seen[1].world_size, seen[1].problem) == (2, "")
     assert seen[1].num_bytes == sum(path.stat().st_size for path in (folder / "step_00000030").iterdir() if path.name != MANIFEST)
     assert "rank_00001" in entries(folder, verified=True)[1].problem
+
+
+def test_a_listing_is_a_line_an_entry(run, folder):
+    (folder / "step_00000010" / "ledger.jsonl").write_text("")
+    lines = listing(entries(folder, verified=True), verified=True)
+    assert len(lines) == 3 and "ledger.jsonl" in lines[0] and lines[1].endswith("verified")
+    assert all(line.endswith("committed") for line in listing(entries(folder)))
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        entries(run.parent / "nowhere" / "checkpoints")
 
 
 def test_a_description_says_what_the_manifest_says(folder):
