@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -107,7 +107,10 @@ class BlockCache:
         entries = []
         for folder in os.scandir(self._folder):
             if folder.is_dir(follow_symlinks=False):
-                entries += [(entry, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder.path)]
+                for entry in os.scandir(folder.path):
+                    # Who finds a block damaged drops it without the lock.
+                    with suppress(FileNotFoundError):
+                        entries.append((entry, entry.stat(follow_symlinks=False)))
         used = sum(status.st_size for _, status in entries)
         # Some at once, or every block from here on would count the whole folder.
         wanted = min(self._max_bytes - size, int(self._max_bytes * _FULL_SHARE))

@@ -61,9 +61,14 @@ class LocalReader:
         """See `Reader.read`."""
         # The local reference keeps the file open while another thread evicts it.
         file = self._open(tar)
-        content = os.pread(file.fileno(), size, offset)
-        while len(content) < size and (more := os.pread(file.fileno(), size - len(content), offset + len(content))):
-            content += more
+        try:
+            content = os.pread(file.fileno(), size, offset)
+            while len(content) < size and (more := os.pread(file.fileno(), size - len(content), offset + len(content))):
+                content += more
+        except OSError:
+            # A descriptor that a network file system calls stale stays so: the next try opens the file anew.
+            self.distrust(tar, offset, size)
+            raise
         return content
 
     def distrust(self, tar: Shard, offset: int, size: int) -> None:

@@ -100,6 +100,25 @@ def _hammer(folder: Path, seed: int, limit: int, seconds: float) -> None:
             os._exit(3)
 
 
+def test_a_block_that_goes_while_room_is_made_is_no_broken_disk(tmp_path, monkeypatch, caplog):
+    cache = BlockCache(tmp_path, 5 * (BLOCK + 16))
+    for number in range(5):
+        cache.put(str(number), content_of(number))
+    listed = os.scandir
+
+    def then_dropped(path):
+        # Another process finds a block damaged and drops it, which takes no lock.
+        entries = list(listed(path))
+        for entry in entries:
+            if entry.name.endswith(".block"):
+                Path(entry.path).unlink()
+        return entries
+
+    monkeypatch.setattr("megamm.data.cache.os.scandir", then_dropped)
+    cache.put("new", content_of(9))
+    assert cache.get("new") == content_of(9) and not caplog.records
+
+
 def test_many_processes_and_deaths_leave_a_whole_cache(tmp_path):
     limit = 30 * (BLOCK + 16)
     context = multiprocessing.get_context("spawn")
