@@ -16,7 +16,7 @@ from megamm.core.files import canonical_json, digest_text
 from megamm.data.features import MediaRules
 from megamm.data.lengths import ONE_SPEED, joined_lengths, lengths_key, load_lengths, open_catalogue
 from megamm.data.mapping import OWN_FORM, SampleForm
-from megamm.data.shards import Shard, expand, has_magic, is_url, rooted
+from megamm.data.shards import Shard, expand, has_magic, is_sidecar, is_url, rooted
 from megamm.data.sidecars import find_remote_shards, sidecar_folder
 from megamm.tokenizers.text import TextTokenizer
 
@@ -123,7 +123,7 @@ def _matching(name: str, folder: Path, patterns: list[str], files: set[str]) -> 
     found: set[str] = set()
     for pattern in patterns:
         if has_magic(pattern):
-            found.update(one for one in fnmatch.filter(files, pattern) if not one.endswith(".index"))
+            found.update(one for one in fnmatch.filter(files, pattern) if not is_sidecar(one))
             # A glob alone would not notice a shard that went missing.
             indexed = {one[: -len(".index")] for one in files if one.endswith(".index") and one[: -len(".index")] not in files}
             indexed = set(fnmatch.filter(indexed, pattern))

@@ -21,6 +21,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 _MAGIC = re.compile(r"[*?\[]")
 _WEB = re.compile(r"https?:", re.IGNORECASE)
+_SIDECAR = re.compile(r"\..*|.*\.index|.*\.(lengths|catalogue)-[0-9a-f]{16}|lengths-[0-9a-f]{16}\.npy")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -84,6 +85,11 @@ def is_url(pattern: str) -> bool:
 def has_magic(pattern: str) -> bool:
     """Whether a pattern is a glob; what looks like one in a web address is its query or its host."""
     return _MAGIC.search(pattern) is not None and not _WEB.match(pattern)
+
+
+def is_sidecar(name: str) -> bool:
+    """Whether a file's name is one that we give to what lies beside shards, or to a file being written."""
+    return _SIDECAR.fullmatch(name) is not None
 
 
 def rooted(pattern: str, root: Path) -> str:

@@ -19,7 +19,7 @@ from megamm.data.fetching import Fetcher, changed
 from megamm.data.index import INDEX_VERSION, ShardIndex, build_index, build_index_from, index_path, load_index, write_index
 from megamm.data.reader import read_exactly
 from megamm.data.remote import RemoteReader
-from megamm.data.shards import RemoteShard, Shard, expand, has_magic, is_url
+from megamm.data.shards import RemoteShard, Shard, expand, has_magic, is_sidecar, is_url
 from megamm.data.tar import ReadAt
 
 SIDECAR_FOLDER = "sidecars"
@@ -144,7 +144,7 @@ def _reading_of(shard: RemoteShard, reader: RemoteReader) -> ReadAt:
 
 def _listed(pattern: str, fetcher: Fetcher) -> list[str]:
     """URLs of the shards that a glob names; one that is gone whose index is still there is missed."""
-    urls = [url for url in fetcher.glob(pattern) if not url.endswith(".index")]
+    urls = [url for url in fetcher.glob(pattern) if not is_sidecar(url.rpartition("/")[2])]
     indexed = [url.removesuffix(".index") for url in fetcher.glob(f"{pattern}.index")]
     if gone := sorted(set(indexed) - set(urls)):
         raise DataError(f"shard {gone[0]} does not exist, but its index does; bring it back or delete {gone[0]}.index")

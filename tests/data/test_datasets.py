@@ -127,6 +127,15 @@ def test_a_catalogue_is_not_believed_of_changed_shards(tars, tokenizer, small_ca
         open_catalogue(tars, key)
 
 
+@pytest.mark.parametrize("pattern", ["*", "x-*", "*.tar*"])
+def test_what_lies_beside_shards_is_no_shard(tmp_path, tars, tokenizer, small_catalogues, monkeypatch, pattern):
+    monkeypatch.setattr("megamm.data.lengths.IN_MEMORY_SAMPLES", 0)
+    ensure_lengths(tars, tokenizer, RULES)
+    touch(tmp_path, ".x-9.tar.123.tmp")
+    assert len(list(tmp_path.iterdir())) == 3 * len(tars) + 3, "indexes, lengths, catalogue, joined lengths, a file being written"
+    assert find_shards("d", Dataset(pattern), tmp_path) == tars
+
+
 def test_lengths_that_went_missing_are_planned_again(tars, tokenizer, small_catalogues):
     key = lengths_key(tokenizer, RULES)
     ensure_lengths(tars, tokenizer, RULES)
