@@ -13,6 +13,7 @@ nobody waits: the owner left in order, the scheduler says that its job ended, or
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -143,14 +144,24 @@ class RunLock:
             raise LostRun(f"{self._run} was taken over by {_read(self._run, newest)}; this job must not write to it and ends")
 
     def release(self) -> None:
-        """Leave in order, so that the next owner need not wait."""
+        """Leave in order, so that the next owner need not wait. A folder that was new and where nothing began is as it was."""
         self._ended.set()
         self._thread.join()
         try:
-            if newest_owner(self._run) == self.number:
+            if self.number == 1 and not self._owner.starts:
+                self._leave_no_trace()
+            elif newest_owner(self._run) == self.number:
                 write_text(owner_path(self._run, self.number), canonical_json(asdict(replace(self._owner, is_released=True))))
         except OSError as error:
             _log.warning("%s keeps its owner until the lease runs out: %s", self._run, error)
+
+    def _leave_no_trace(self) -> None:
+        for path in (owner_path(self._run, self.number), _lease_path(self._run, self.number)):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            # Only what is empty: another job may be at the door already, and a run's folder holds more.
+            (self._run / LOCK).rmdir()
+            self._run.rmdir()
 
     def _keep(self, interval_seconds: float) -> None:
         while not self._ended.wait(interval_seconds):

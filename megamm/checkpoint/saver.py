@@ -138,6 +138,9 @@ class Saver:
         self._job: Future[Any] | None = None
         self._then: Callable[[_Save, list[Any]], None] | None = None
         self._outcomes: list[Outcome] = []
+        if world.is_main:
+            # What dead owners left behind. Nothing waits for it; the first save is written after it.
+            self._thread.submit(sweep, Attempt(folder, 0, self._hold.fence, 0), io)
 
     def __enter__(self) -> Saver:
         return self
@@ -190,7 +193,10 @@ class Saver:
             self._drain()
 
     def poll(self) -> list[Outcome]:
-        """What became of saves since the last call; the same on every rank. One small all-reduce while a save is under way.
+        """What became of saves since the last call; one small all-reduce while a save is under way.
+
+        Returns:
+            The same outcomes on every rank, but for the seconds, which each rank takes for itself.
 
         Raises:
             CheckpointError: Too many saves failed in a row, or the run belongs to somebody else by now.
@@ -249,11 +255,12 @@ class Saver:
         error = job.exception()
         is_known = isinstance(error, OSError | CheckpointError)
         reports = gather_json([job.result()] if error is None else [None, type(error).__name__, str(error), is_known])
-        problem = next(((rank, *report[1:]) for rank, report in enumerate(reports) if len(report) > 1), None)
-        if problem is None:
+        problems = [(rank, *report[1:]) for rank, report in enumerate(reports) if len(report) > 1]
+        if not problems:
             then(save, [report[0] for report in reports])
             return
-        rank, name, message, is_known = problem
+        # A mistake in the program comes before a full disk.
+        rank, name, message, is_known = min(problems, key=lambda problem: problem[-1])
         if not is_known or name == LostRun.__name__:
             self._save = None
             if error is not None and not isinstance(error, MegaMMError):

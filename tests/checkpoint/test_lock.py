@@ -58,6 +58,13 @@ def acquire(run, lease_seconds=SHORT):
     return RunLock.acquire(run, lease_seconds=lease_seconds)
 
 
+def begin(run):
+    """An owner that went on from step 0 and left."""
+    lock = acquire(run)
+    lock.started_at(0)
+    lock.release()
+
+
 def change_owner(run, **facts):
     """As if another machine had written it."""
     path = run / ".lock" / f"{newest_owner(run):08d}.owner"
@@ -68,10 +75,19 @@ def test_owners_follow_each_other_and_leave_little_behind(run):
     for number in range(1, 5):
         lock = acquire(run)
         assert lock.number == newest_owner(run) == number
+        lock.started_at(0)
         lock.check()
         lock.release()
     names = sorted(path.name for path in (run / ".lock").iterdir())
     assert names == ["00000003.lease", "00000003.owner", "00000004.lease", "00000004.owner"]
+
+
+def test_a_new_folder_in_which_nothing_began_is_as_it_was(run):
+    acquire(run).release()
+    assert not run.exists()
+    (run / "logs").mkdir(parents=True)
+    acquire(run).release()
+    assert [path.name for path in run.iterdir()] == ["logs"]
 
 
 def test_a_second_job_is_refused_with_the_firsts_id(run, hold_elsewhere):
@@ -218,7 +234,7 @@ def race(run, barrier, results):
 
 
 def test_of_many_at_once_one_wins(run):
-    acquire(run).release()
+    begin(run)
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(6), context.Queue()
     children = [context.Process(target=race, args=(run, barrier, results)) for _ in range(6)]
@@ -230,7 +246,7 @@ def test_of_many_at_once_one_wins(run):
 
 
 def test_a_record_that_cannot_be_read_is_named(run):
-    acquire(run).release()
+    begin(run)
     path = run / ".lock" / "00000001.owner"
     path.write_text("{")
     with pytest.raises(CheckpointError, match=r"00000001\.owner cannot be read"):
@@ -240,6 +256,7 @@ def test_a_record_that_cannot_be_read_is_named(run):
 def test_ranks_hold_a_run_together(run, world):
     with hold_run(run, world, lease_seconds=SHORT) as hold:
         assert hold.fence.number == 1
+        hold.started_at(0)
         hold.check()
         with pytest.raises(CheckpointError, match="in use by") as raised, hold_run(run, world, lease_seconds=SHORT):
             pass

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from megamm.checkpoint.choose import newest_good
-from megamm.checkpoint.commit import Progress
+from megamm.checkpoint.commit import Attempt, Progress, write_files
 from megamm.checkpoint.fence import Fence, starts
 from megamm.checkpoint.hold import Hold, hold_run
+from megamm.checkpoint.io import LOCAL
 from megamm.checkpoint.lock import LostRun, Owner, RunLock
 from megamm.checkpoint.manifest import committed, read_data_state, read_ledger, read_manifest, verify
 from megamm.checkpoint.saver import Committed, Failed, Saver
@@ -220,6 +221,14 @@ def test_older_ones_go_only_once_the_new_one_was_read_back(make_saver, folder):
     assert [step for step, _ in committed(folder)] == [4, 6, 7]
 
 
+def test_what_dead_owners_left_is_swept_away_without_a_save(engine, world, folder):
+    dead = Attempt(folder, 5, Fence(1), 1)
+    write_files(dead, {"x": [b"torn"]}, LOCAL)
+    with Saver(folder, engine, world, Checkpointing(), hold=Hold(Fence(2))):
+        pass
+    assert names(folder) == []
+
+
 def test_an_error_of_all_ranks_still_commits_what_was_under_way(engine, world, folder):
     error = CheckpointError("the data ended")
     error.on_all_ranks = True
@@ -257,6 +266,7 @@ def test_what_an_old_owner_commits_late_is_passed_over(make_saver, folder, world
     """The old one passed its last check before the new one came, and renames long after."""
     run = folder.parent
     with hold_run(run, world, lease_seconds=60.0) as first:
+        first.started_at(0)
         saver = make_saver(hold=first)
         saver.save(Progress(10))
         saver.finish()
@@ -272,7 +282,7 @@ def test_what_an_old_owner_commits_late_is_passed_over(make_saver, folder, world
         saver.save(Progress(20))
         saver.finish()
         assert verify(folder / "step_00000020").fence == second.fence
-    assert starts(run) == [(2, 10)]
+    assert starts(run) == [(1, 0), (2, 10)]
 
 
 def on_two_ranks(folder):
@@ -300,6 +310,7 @@ def on_two_ranks(folder):
         saver.save(Progress(6))
         found["full_disk"] = [outcome.reason for outcome in poll_to_the_end(saver)]
         found["left"] = names(folder / "behind")
+        distributed.barrier()
         io.error_number = None
         saver.save(Progress(7))
         found["again"] = [outcome.step for outcome in saver.finish()]
