@@ -16,6 +16,8 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# A '/' ends it where samples are named (dataset/key), a '.' where settings are.
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -303,9 +305,9 @@ class Data:
     """
 
     root: str = "data"
-    train: dict[str, Dataset] = Field(default_factory=dict)
+    train: dict[DatasetName, Dataset] = Field(default_factory=dict)
     schedule: tuple[WeightChange, ...] = ()
-    held_out: dict[str, Dataset] = Field(default_factory=dict)
+    held_out: dict[DatasetName, Dataset] = Field(default_factory=dict)
     window: Positive = 2048
     shuffle_block: Positive = 1
     shuffle_window: Positive = 64

@@ -49,6 +49,16 @@ def test_mistakes_are_one_line_with_the_fix(overrides, words):
         assert word in message
 
 
+@pytest.mark.parametrize("name", ["a/b", "a.b", "", "a b"])
+def test_a_dataset_is_named_so_that_its_samples_and_settings_can_be(name):
+    """`--exclude` takes the part before the first '/' for the dataset."""
+    recipe = to_dict(load_recipe("tiny"))
+    recipe["data"]["train"][name] = recipe["data"]["train"]["digits"]
+    with pytest.raises(ConfigError, match=r"data\.train\..*pattern") as caught:
+        from_dict(recipe)
+    assert "\n" not in str(caught.value)
+
+
 def test_unknown_recipe_suggests_a_known_one():
     with pytest.raises(ConfigError, match="did you mean 'tiny'"):
         load_recipe("tinny")
