@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import xxhash
 
-from megamm.config import Batching, Data, Model
+from megamm.config import Augment, Batching, Data, Model
 from megamm.core.errors import ConfigError, DataError
 from megamm.core.files import canonical_json
 from megamm.core.logging import get_logger
@@ -30,6 +30,7 @@ from megamm.tokenizers.text import TextTokenizer
 PLAN_VERSION = 2
 """Raised whenever equal settings give other rows: a state from before is then refused, not continued with other samples."""
 _MAX_EMPTY_WINDOWS = 100
+_PLAIN = asdict(Augment())
 
 _log = get_logger("data")
 
@@ -285,4 +286,7 @@ def _identity(datasets: dict[str, ShardSet], data: Data, batch: Batching, *, key
     }
     for name, one in datasets.items():
         settings |= {f"shards of {name}": one.shards_digest, f"samples of {name}": one.num_samples, f"lengths of {name}": one.digest}
+        # Most of it moves no row, but what the rows hold is another batch.
+        augment = asdict(data.train[name].augment)
+        settings[f"augmentation of {name}"] = canonical_json({key: value for key, value in augment.items() if value != _PLAIN[key]})
     return {name: str(value) for name, value in settings.items()}

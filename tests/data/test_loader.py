@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset import WebDataset
 
-from megamm.config import Batching, Dataset
+from megamm.config import Augment, Batching, Dataset
 from megamm.core.errors import ConfigError, DataError
 from megamm.core.types import IGNORE_LABEL
 from megamm.data.loader import StepLoader
@@ -275,6 +275,10 @@ def test_other_data_or_settings_are_refused(tmp_path, corpus, open_plan, referen
         StepLoader(open_plan(corpus, seed=6), state=state)
     with pytest.raises(DataError, match=r"data\.window was 32, is 64"):
         StepLoader(open_plan(corpus, window=64), state=state)
+    train = open_plan(corpus).data.train
+    turned = {**train, "digits": replace(train["digits"], augment=Augment(image_flip=True))}
+    with pytest.raises(DataError, match=r'augmentation of digits was \{\}, is \{"image_flip":true\}'):
+        StepLoader(open_plan(corpus, train=turned), state=state)
     root = copy_of(corpus, tmp_path)
     (root / "text/train-00006.tar").unlink()
     with pytest.raises(DataError, match=r"train-00006\.tar does not exist, but its index does"):
