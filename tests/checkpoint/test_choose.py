@@ -1,11 +1,14 @@
+import errno
 import shutil
 
 import pytest
 
 from megamm.checkpoint.choose import newest_good, require_good
+from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.manifest import MANIFEST
 from megamm.core.errors import CheckpointError
 from tests.support.checkpoints import some_tensors, write_checkpoint
+from tests.support.faults import Broken
 
 
 @pytest.fixture
@@ -53,3 +56,44 @@ def test_insisting_on_a_damaged_one_fails(folder, world):
     with pytest.raises(CheckpointError, match=r"step_00000020: ledger\.jsonl"):
         require_good(folder / "step_00000020", world)
     assert require_good(folder / "step_00000010", world) == folder / "step_00000010"
+
+
+def damage(path):
+    shard = path / "rank_00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+
+
+def test_who_holds_the_run_sets_damaged_ones_aside(folder, world):
+    damage(folder / "step_00000030")
+    assert newest_good(folder, world).folder == folder / "step_00000020"
+    assert (folder / "step_00000030").is_dir(), "only looked"
+    for _ in range(2):
+        choice = newest_good(folder, world, hold=Hold())
+        assert choice.folder == folder / "step_00000020"
+    write_checkpoint(folder, 30, some_tensors())
+    damage(folder / "step_00000030")
+    newest_good(folder, world, hold=Hold())
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step_00000010", "step_00000020", "step_00000030.damaged-1", "step_00000030.damaged-2"]
+    assert (folder / "step_00000030.damaged-1" / MANIFEST).is_file()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_looks_new(folder, world):
+    damage(folder / "step_00000030")
+    newest_good(folder, world, hold=Hold())
+    for name in ("step_00000010", "step_00000020"):
+        damage(folder / name)
+    for _ in range(2):
+        choice = newest_good(folder, world, hold=Hold())
+        assert choice.folder is None
+        assert sorted(choice.damaged) == ["step_00000010", "step_00000020", "step_00000030.damaged-1"]
+    for name in ("step_00000010", "step_00000020"):
+        shutil.rmtree(folder / name)
+    assert newest_good(folder, world, hold=Hold()).damaged == {"step_00000030.damaged-1": "it was set aside earlier"}
+
+
+def test_what_cannot_be_renamed_is_passed_over_all_the_same(folder, world, caplog):
+    damage(folder / "step_00000030")
+    choice = newest_good(folder, world, hold=Hold(), io=Broken("rename", errno.EROFS))
+    assert choice.folder == folder / "step_00000020"
+    assert "step_00000030" in choice.damaged and (folder / "step_00000030").is_dir()
