@@ -20,6 +20,7 @@ from megamm.core.files import read_json
 from megamm.core.names import did_you_mean
 
 _ADAPTER = TypeAdapter(Recipe)
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def recipe_names() -> list[str]:
@@ -93,7 +94,7 @@ def from_dict(table: dict[str, Any]) -> Recipe:
         # Through JSON, because strict mode takes a TOML list for a tuple only there.
         return _ADAPTER.validate_json(json.dumps(table), strict=True)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_one_line(error, table)) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the recipe holds a value that is not plain TOML: {error}") from error
 
@@ -165,18 +166,26 @@ def _strip_none(kind: Any) -> Any:
     return kind
 
 
-def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+def _one_line(error: ValidationError, table: dict[str, Any]) -> str:
+    # A key that is misspelt is both unknown and missing: the unknown one says what to correct.
+    first = min(error.errors(include_url=False), key=lambda one: one["type"] not in _UNKNOWN)
     place = [str(part) for part in first["loc"]]
     key = ".".join(place)
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if first["type"] in _UNKNOWN:
         known = _fields_at(place[:-1])
         return f"{key} is not a key of a recipe{did_you_mean(place[-1], known)}; {_scope(place[:-1])} has: {', '.join(known)}"
     if first["type"] in ("missing", "missing_argument"):
-        return f"{key} is missing; every recipe must set it"
+        return f"{key} is missing; set it{_named_beside(place, table)}"
     more = f" (and {error.error_count() - 1} more mistakes)" if error.error_count() > 1 else ""
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}={json.dumps(first['input'], default=str)} is not valid: {message}{more}"
+
+
+def _named_beside(place: list[str], table: dict[str, Any]) -> str:
+    """`; did you mean 'NAME'?` where an entry that lacks a key (a dataset, say) is named nearly as another is."""
+    for name in place[:-2]:
+        table = table.get(name, {})
+    return "" if len(place) < 3 or _fields_at(place[:-2]) else did_you_mean(place[-2], table.keys() - {place[-2]})
 
 
 def _scope(place: list[str]) -> str:

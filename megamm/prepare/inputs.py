@@ -19,9 +19,10 @@ _RIFF = {"image": ((b"WEBP", "webp"),), "audio": ((b"WAVE", "wav"),)}
 _WANTED = {"image": "JPEG, PNG or WebP", "audio": "WAV, FLAC, OGG or MP3"}
 
 
-def failure(error: OSError) -> str:
-    """What went wrong with which file, in a few words."""
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+def failure(error: OSError, told: Path | None = None) -> str:
+    """What went wrong with which file, in a few words; without the file where it is `told`, which the message names already."""
+    named = error.filename and error.filename != str(told)
+    return f"{error.filename}: {error.strerror}" if named else error.strerror or str(error)
 
 
 def existing_input(path: Path, *, folder: bool | None = None) -> Path:

@@ -69,7 +69,7 @@ def prepare(source: Source, job: Job, **options: Any) -> list[SplitReport]:
     try:
         own, reports = _prepare(source, job, options)
     except OSError as error:
-        what = f"{job.output}: {failure(error)}"
+        what = f"{job.output}: {failure(error, job.output)}"
         raise DataError(f"{what}; put that right and run the same command again, finished shards are kept") from error
     _check_skipped(own, job.max_skipped, reports)
     return reports

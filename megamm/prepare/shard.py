@@ -107,7 +107,7 @@ def do_shard(task: Task, make: Make, advance: Callable[[int], None]) -> Finished
         return _write(task, make, advance)
     except OSError as error:
         raise DataError(
-            f"shard {task.path}: {failure(error)}; put that right and run the same command again, finished shards are kept"
+            f"shard {task.path}: {failure(error, task.path)}; put that right and run the same command again, finished shards are kept"
         ) from error
 
 

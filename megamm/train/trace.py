@@ -151,6 +151,8 @@ def trace_step(run: Path, step: int, *, world_size: int | None = None) -> StepTr
     recipe = load_resolved(folder.config)
     if not 1 <= step <= recipe.train.steps:
         raise ConfigError(f"--step {step} is not a step of {run}: they are 1 to {recipe.train.steps}")
+    if world_size is not None and world_size < 1:
+        raise ConfigError(f"--world-size {world_size}: give at least 1 rank")
     place = find_place(run, step)
     tokenizer = TextTokenizer.load(folder.tokenizer)
     plan = DataPlan.open(recipe.data, recipe.batch, model=recipe.model, tokenizer=tokenizer, seed=recipe.seed)

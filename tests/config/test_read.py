@@ -49,6 +49,17 @@ def test_mistakes_are_one_line_with_the_fix(overrides, words):
         assert word in message
 
 
+def test_a_misspelt_key_is_named_and_not_the_one_that_is_missing_for_it():
+    mapping = '{ task = "captioning", image = "jpg", anser = "txt" }'
+    with pytest.raises(ConfigError, match=r"mapping\.anser is not a key of a recipe; did you mean 'answer'\?"):
+        load_recipe("tiny", ["--data.train.text.mapping", mapping])
+
+
+def test_a_misspelt_dataset_is_a_new_one_without_shards():
+    with pytest.raises(ConfigError, match=r"data\.train\.digit\.shards is missing; set it; did you mean 'digits'\?"):
+        load_recipe("tiny", ["--data.train.digit.weight", "2"])
+
+
 @pytest.mark.parametrize("name", ["a/b", "a.b", "", "a b"])
 def test_a_dataset_is_named_so_that_its_samples_and_settings_can_be(name):
     """`--exclude` takes the part before the first '/' for the dataset."""

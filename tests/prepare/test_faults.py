@@ -79,6 +79,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     assert len(error) == 1
     assert error[0].startswith("megamm: ")
     assert "No space left on device; put that right and run the same command again" in error[0]
+    assert error[0].count(".tar") == 1
     assert "status 1" in child.stdout
     listed = child.stdout.partition("status 1\n")[2].split()
     assert not any(name.endswith(".tmp") for name in listed)

@@ -114,6 +114,9 @@ def test_trace_refuses_ranks_and_places_that_are_not_there(run, tmp_path):
         trace_step(run, 3).of_rank(2)
     with pytest.raises(ConfigError, match="less than one row a rank"):
         trace_step(run, 3, world_size=7)
+    for world_size in (0, -2):
+        with pytest.raises(ConfigError, match=f"--world-size {world_size}: give at least 1 rank"):
+            trace_step(run, 3, world_size=world_size)
     late = shutil.copytree(run, tmp_path / "late", ignore=shutil.ignore_patterns("data"))
     lines = (late / FILE).read_text().splitlines()
     (late / FILE).write_text(lines[1].replace("}", "}", 1)[:-1] + ', "scale": {"world_size": 2, "micro_rows": 1, "accumulation": 3}}\n')
