@@ -9,12 +9,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NoReturn
 
 from megamm import __version__
 from megamm.core import env
 from megamm.core.errors import ConfigError, MegaMMError
+from megamm.core.names import did_you_mean
 
 Arguments = argparse.Namespace
 
@@ -65,8 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the words in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"megamm: {message}; see `{self.prog} --help`\n")
+
+
 def _parse(words: Sequence[str]) -> tuple[Command, Arguments]:
-    parser = argparse.ArgumentParser(prog="megamm", description="Train vision-audio-language models at scale.", allow_abbrev=False)
+    parser = _Parser(prog="megamm", description="Train vision-audio-language models at scale.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"megamm {__version__}")
     groups = {(): parser.add_subparsers(metavar="COMMAND", required=True)}
     for command in COMMANDS:
@@ -84,8 +93,26 @@ def _parse(words: Sequence[str]) -> tuple[Command, Arguments]:
     arguments, rest = parser.parse_known_args(words)
     if rest and not arguments.command.takes_overrides:
         raise ConfigError(f"{rest[0]!r} is not an argument of `megamm {' '.join(arguments.command.words)}`; see its --help")
+    _check_undotted(arguments, rest)
     arguments.overrides = rest
     return arguments.command, arguments
+
+
+def _check_undotted(arguments: Arguments, overrides: Sequence[str]) -> None:
+    """A word such as `--exlude` is an option that is misspelt rather than a key of a recipe."""
+    undotted = [word[2:].partition("=")[0] for word in overrides if word.startswith("--") and "." not in word.partition("=")[0]]
+    if not undotted:
+        return
+    from megamm.config import Recipe
+
+    keys = {field.name for field in fields(Recipe)}
+    options = [name.replace("_", "-") for name in vars(arguments)]
+    for name in undotted:
+        if name not in keys:
+            called = f"megamm {' '.join(arguments.command.words)}"
+            raise ConfigError(
+                f"--{name} is no option of `{called}`{did_you_mean(name, options)}; keys of a recipe are written --optim.lr 3e-4"
+            )
 
 
 def _recipe_argument(parser: argparse.ArgumentParser) -> None:
@@ -134,10 +161,16 @@ def _tokenizer(arguments: Arguments) -> None:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+    return int(word)
+
+
 def _shards_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="tar files or URLs; {00000..00099} names a range")
     _sidecars_argument(parser)
-    parser.add_argument("--workers", type=int, default=env.num_cores(), metavar="N", help="processes (default: all cores)")
+    parser.add_argument("--workers", type=_count, default=env.num_cores(), metavar="N", help="processes (default: all cores)")
 
 
 def _sidecars_argument(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +192,7 @@ def _check_shards(arguments: Arguments, *, write: bool) -> None:
     from megamm.prepare import verify
 
     shards, results = verify.find_all(arguments.shards, arguments.sidecars), []
-    checked = verify.check_all(shards, arguments.sidecars, write=write, num_workers=max(1, arguments.workers))
+    checked = verify.check_all(shards, arguments.sidecars, write=write, num_workers=arguments.workers)
     with tqdm(total=len(shards), unit="shard", disable=None) as bar:
         for one in checked:
             results.append(one)
@@ -439,7 +472,10 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
     del parser
 
 
-_GROUP_HELP = {"data": "index and verify shards, plan lengths", "checkpoint": "list, verify, prune and re-shard checkpoints"}
+_GROUP_HELP = {
+    "data": "Check and measure shards; ask what a run made of them.",
+    "checkpoint": "List, verify, prune and re-shard checkpoints.",
+}
 
 COMMANDS = (
     Command(("recipes",), "List the shipped recipes with their parameter counts.", _nothing, _recipes),

@@ -62,6 +62,25 @@ def test_unknown_command_and_missing_argument_are_usage_errors():
         assert left.value.code == 2
 
 
+def test_words_that_do_not_parse_are_one_line_that_names_the_help(capsys):
+    cases = {
+        ("data", "indx"): "see `megamm data --help`",
+        ("data", "index", "x.tar", "--workers", "0"): "'0' is not a whole number of at least 1; see `megamm data index --help`",
+        ("prepare", "text", "x", "--output", "y", "--part", "z"): "see `megamm prepare text --help`",
+    }
+    for words, told in cases.items():
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert left.value.code == 2 and line.startswith("megamm: ") and line.endswith(told)
+
+
+def test_a_misspelt_option_is_not_taken_for_a_key_of_the_recipe(capsys):
+    for words in (["--exlude", "keys.txt"], ["--exlude"], ["--exlude=keys.txt"]):
+        assert "--exlude is no option of `megamm pretrain`; did you mean 'exclude'?" in fails(capsys, "pretrain", "tiny", *words)
+    assert "did you mean 'accept-data-change'?" in fails(capsys, "pretrain", "tiny", "--accept-data-changes", "--optim.lr", "1")
+
+
 def test_unknown_key_suggests_the_right_one(capsys):
     assert "did you mean 'lr'" in fails(capsys, "pretrain", "tiny", "--optim.lrr", "3e-4")
 
