@@ -34,9 +34,9 @@ class Effort:
     """How much is measured: the decoder's width and depth, turns, training steps beside which a save is written."""
 
     hidden_size: int = 768
-    num_layers: int = 10
+    num_layers: int = 8
     num_turns: int = 5
-    num_steps: int = 3
+    num_steps: int = 1
 
 
 FULL = Effort()

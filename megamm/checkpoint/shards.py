@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megamm.checkpoint.io import LOCAL, Buffer, Io
 from megamm.checkpoint.manifest import FileFacts
 
 _CHUNK_BYTES = 4 << 20
+_SYNC_BYTES = 64 << 20
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -83,15 +85,26 @@ class ShardLayout:
 
 
 def write_file(path: Path, blocks: Iterable[Buffer], io: Io = LOCAL) -> FileFacts:
-    """Write and sync a file, hashing each block just before it is written."""
+    """Write and sync a file, hashing each block just before it is written.
+
+    Large files are synced behind the writing as well, so that the disk does not wait until the last byte is in memory.
+    """
     state = xxhash.xxh3_128()
-    num_bytes = 0
-    with io.create(path) as file:
+    num_bytes = num_synced = 0
+    behind: Future[None] | None = None
+    with io.create(path) as file, ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
         for block in blocks:
             for chunk in _chunks(block):
                 state.update(chunk)
                 io.write(file, chunk)
                 num_bytes += len(chunk)
+                if num_bytes - num_synced >= _SYNC_BYTES and (behind is None or behind.done()):
+                    # Asked for its result each time: the kernel reports a lost page to one sync only, the last one might not hear of it.
+                    if behind is not None:
+                        behind.result()
+                    behind, num_synced = pool.submit(io.sync, file), num_bytes
+        if behind is not None:
+            behind.result()
         io.sync(file)
     return FileFacts(num_bytes, state.hexdigest())
 

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from safetensors.torch import load_file
 
 from megamm.checkpoint.shards import write_file, write_shard
 from megamm.core.files import digest_file
+from tests.support.faults import WatchedIo, recording
 
 
 def test_the_library_reads_what_was_written(tmp_path):
@@ -47,3 +49,25 @@ def test_small_files_are_hashed_too(tmp_path):
 def test_a_full_disk_is_an_error():
     with pytest.raises(OSError, match="No space left"):
         write_file(Path("/dev/full"), [b"x" * (1 << 20)])
+
+
+def test_a_large_file_is_synced_behind_its_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr("megamm.checkpoint.shards._SYNC_BYTES", 1000)
+    operations = []
+    facts = write_file(tmp_path / "x", [b"ab" * 500] * 20, recording(operations))
+    assert facts.digest == digest_file(tmp_path / "x")
+    names = [name for name, _ in operations]
+    assert names.count("write") == 20 and names.count("sync") >= 2 and names[-1] == "sync"
+
+
+def test_an_error_behind_the_writing_is_an_error(tmp_path, monkeypatch):
+    """The disk lost a page once; the last sync, to which nobody reports it any more, works."""
+    monkeypatch.setattr("megamm.checkpoint.shards._SYNC_BYTES", 1000)
+    count = iter(range(100))
+
+    def lose_one(number, name, path):
+        if name == "sync" and next(count) == 0:
+            raise OSError(errno.EIO, "lost a page")
+
+    with pytest.raises(OSError, match="lost a page"):
+        write_file(tmp_path / "x", [b"ab" * 500] * 20, WatchedIo(lose_one))
