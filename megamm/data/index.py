@@ -11,7 +11,8 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -21,6 +22,7 @@ import xxhash
 
 from megamm.core.errors import DataError
 from megamm.core.files import digest_file
+from megamm.core.names import kind_of_message
 from megamm.core.types import MediaFacts
 from megamm.data.arrays import load_arrays, read_facts, write_arrays
 from megamm.data.media import FileRange, MediaError, media_type
@@ -129,6 +131,9 @@ def build_index(tar: Path) -> ShardIndex:
             a member occurs twice; the message names shard and key.
     """
     try:
+        # Opening a pipe would wait for its writer.
+        if tar.exists() and not tar.is_file():
+            raise DataError(f"shard {tar} is no file; name a tar archive")
         with tar.open("rb") as file:
             descriptor = file.fileno()
             return build_index_from(tar, lambda offset, size: os.pread(descriptor, size, offset), os.fstat(descriptor).st_size)
@@ -167,6 +172,17 @@ def write_index(tar: Shard, index: ShardIndex | None = None) -> ShardIndex:
     }
     write_arrays(index_path(tar), {name: getattr(index, name) for name in _ARRAYS}, facts)
     return index
+
+
+def problem_kinds(shard: Shard, index: ShardIndex, problems: Mapping[int, str]) -> Counter[str]:
+    """Counts samples that cannot be used, by reasons without the names and numbers in them.
+
+    Args:
+        shard: Where the samples lie.
+        index: Of the shard.
+        problems: Sample number -> reason, as an index or planned lengths hold it.
+    """
+    return Counter(kind_of_message(reason, index.key(number), shard.name) for number, reason in problems.items())
 
 
 def load_index(tar: Shard, verify_digest: bool = False) -> ShardIndex:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from megamm.config import Recipe
-from megamm.core.names import kind_of_message
 from megamm.core.tables import markdown
 from megamm.data.deal import deal, resolve_accumulation
 from megamm.data.held_out import HeldOut
-from megamm.data.index import ShardIndex, load_index
+from megamm.data.index import ShardIndex, load_index, problem_kinds
 from megamm.data.lengths import load_lengths
 from megamm.data.plan import DataPlan
 from megamm.data.shards import Shard, sidecar_path
@@ -134,7 +133,7 @@ class DatasetStats:
                 own = usable & (lengths.tasks == number)
                 self.task_samples[task] += int(own.sum())
                 self.task_tokens[task] += int(lengths.tokens[own].sum())
-        self.problems.update(map(kind_of_message, problems.values()))
+        self.problems.update(problem_kinds(shard, index, problems))
 
     def _add_media(self, index: ShardIndex) -> None:
         pictures = index.media_sizes[index.media_types == _IMAGE]

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from megamm.config import Reading
 from megamm.core.errors import DataError
-from megamm.core.names import kind_of_message
 from megamm.core.tables import aligned
-from megamm.data.index import ShardIndex, read_shard_facts
+from megamm.data.index import ShardIndex, load_index, problem_kinds, read_shard_facts
 from megamm.data.lengths import load_lengths, read_lengths_facts
 from megamm.data.shards import RemoteShard, Shard, sidecar_path
 from megamm.data.sidecars import index_shards, named_shards, verify_shards
@@ -131,16 +130,20 @@ def _verify(shard: Shard, *, sidecars: Path) -> Checked:
         except DataError as error:
             return Checked(checked.shard, checked.num_samples, checked.digest, str(error), dict(problems), len(keys))
         # Planning repeats what the index noted, so the larger number counts each sample once.
-        problems |= Counter(map(kind_of_message, planned.values()))
+        problems |= problem_kinds(shard, load_index(shard), planned)
     return Checked(checked.shard, checked.num_samples, checked.digest, "", dict(problems), len(keys))
 
 
 def _checked(shard: Shard, read: Callable[[], ShardIndex]) -> Checked:
     try:
         index = read()
-    except (DataError, OSError) as error:
+    except DataError as error:
         return Checked(str(shard), 0, "", str(error), {})
-    return Checked(str(shard), index.num_samples, index.digest, "", dict(Counter(map(kind_of_message, index.problems.values()))))
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename and error.filename != str(shard) else ""
+        reason = f"shard {shard}: {error.strerror or error}{where}; put that right and run the same command again"
+        return Checked(str(shard), 0, "", reason, {})
+    return Checked(str(shard), index.num_samples, index.digest, "", dict(problem_kinds(shard, index, index.problems)))
 
 
 def _pattern(shard: Shard) -> str:

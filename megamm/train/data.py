@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from megamm.core.types import Batch
 from megamm.data.datasets import find_shards
 from megamm.data.features import MediaRules
 from megamm.data.held_out import HeldOut, held_out_batches
+from megamm.data.index import load_index, problem_kinds
 from megamm.data.ledger import Skipped
-from megamm.data.lengths import ONE_SPEED, ensure_lengths, lengths_key, open_catalogue
+from megamm.data.lengths import ONE_SPEED, ensure_lengths, lengths_key, load_lengths, open_catalogue
 from megamm.data.loader import StepLoader
 from megamm.data.mapping import SampleForm
 from megamm.data.plan import DataPlan
@@ -127,7 +129,7 @@ class TrainingData:
 
 
 def plan_all_lengths(recipe: Recipe, tokenizer: TextTokenizer) -> Iterator[str]:
-    """Plan the lengths of every shard of a recipe that lacks them; one line a dataset.
+    """Plan the lengths of every shard of a recipe that lacks them; a line a dataset and below it why samples cannot be used.
 
     Raises:
         DataError: A shard or its index is missing, damaged or changed.
@@ -147,3 +149,7 @@ def plan_all_lengths(recipe: Recipe, tokenizer: TextTokenizer) -> Iterator[str]:
                 f"{part}: {name}: {known.num_samples.sum():,} samples, {known.num_tokens:,} tokens, "
                 f"{known.num_problems} that cannot be used, shards: {len(tars)}, planned now: {len(written)}"
             )
+            if known.num_problems:
+                key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
+                kinds = sum((problem_kinds(tar, load_index(tar), load_lengths(tar, key).problems) for tar in tars), Counter[str]())
+                yield from (f"    {num:,}: {kind}" for kind, num in kinds.most_common(5))

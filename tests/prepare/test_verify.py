@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megamm.cli import main
+from megamm.config import Dataset
+from megamm.config.schema import SampleMapping
 from megamm.data.index import index_path, load_index, write_index
 from megamm.prepare.verify import check_all, find_all, stray_files
 from megamm.tokenizers.text import TextTokenizer
@@ -63,6 +67,36 @@ def test_the_commands_name_everything_and_end_non_zero(shards, tmp_path, capsys)
     assert printed.out.count("digest") == 5 and ".text-00009.tar.77.tmp" in printed.out
     assert "text-00000.tar" in printed.out and "text-00003.tar" in printed.out
     assert printed.err.strip() == "megamm: 2 of 7 shards are refused; each is named above"
+
+
+def test_what_is_no_file_is_refused_with_its_name_and_not_waited_for(shards, tmp_path, capsys):
+    folder, pipe = tmp_path / "folder.tar", tmp_path / "pipe.tar"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    for path in (folder, pipe):
+        assert main(["data", "index", str(path)]) == 1
+        assert capsys.readouterr().err.strip() == f"megamm: shard {path} is no file; name a tar archive"
+    index_path(shards[0]).mkdir()
+    assert main(["data", "index", str(shards[0])]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"megamm: shard {shards[0]}: ") and error.endswith("; put that right and run the same command again")
+
+
+def test_reasons_are_counted_whatever_the_samples_are_called(tmp_path, capsys):
+    samples = {name: {"jpg": jpeg(8, 8), "txt": b""} for name in ("daisy-a", "tulip-b", "rose-c")}
+    tar = write_tar(tmp_path / "captions.tar", samples)
+    make_data(tmp_path, num_each=6)
+    assert main(["data", "index", str(tar)]) == 0
+    captions = Dataset("captions.tar", mapping=SampleMapping(task="captioning", image="jpg", answer="txt"))
+    recipe = recipe_over(tmp_path)
+    recipe = replace(recipe, data=replace(recipe.data, train={"captions": captions}, held_out={}))
+    first, reason = plan_all_lengths(recipe, TextTokenizer.load(Path(recipe.tokenizer.folder)))
+    assert "3 samples, 0 tokens, 3 that cannot be used" in first
+    assert reason.strip() == "3: … …: ….txt is empty, which mapping.answer names"
+    capsys.readouterr()
+    assert main(["data", "verify", str(tar)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "is empty" in line]
+    assert len(rows) == 1 and rows[0][-1] == "3"
 
 
 def test_planned_lengths_are_verified_too(tmp_path, capsys):
