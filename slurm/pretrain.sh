@@ -47,7 +47,8 @@ restart=${SLURM_RESTART_COUNT:-0}
 newest_checkpoint() {
     local folder newest=none
     for folder in "$run"/checkpoints/step_[0-9]*; do
-        [ -d "$folder" ] && newest=${folder##*/}
+        # step_00000100.damaged-1 is one that was set aside: no progress.
+        [ -d "$folder" ] && [[ ${folder##*/} != *.* ]] && newest=${folder##*/}
     done
     echo "$newest"
 }
