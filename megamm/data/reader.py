@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import xxhash
 
@@ -20,6 +20,7 @@ from megamm.data.shards import Shard
 from megamm.data.tar import BLOCK_BYTES
 
 _RETRY_DELAYS_SECONDS = (0.1, 1.0, 5.0)
+_MAX_IDENTITIES = 16_384
 
 _log = get_logger("data")
 
@@ -49,12 +50,23 @@ class Reader(Protocol):
         ...
 
 
+class _Identity(NamedTuple):
+    """What tells a file from another one under its name, and from itself after it was written to."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    modified_ns: int
+
+
 class LocalReader:
     """Positioned reads from local and parallel file systems, over a bounded set of open files."""
 
     def __init__(self, max_open_files: int = 128) -> None:
         self._max_open_files = max_open_files
         self._files: OrderedDict[Shard, BinaryIO] = OrderedDict()
+        # Of files when they were first opened; they are closed and opened anew, also under other content.
+        self._identities: OrderedDict[Shard, _Identity] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, tar: Shard, offset: int, size: int) -> bytes:
@@ -67,19 +79,36 @@ class LocalReader:
                 content += more
         except OSError:
             # A descriptor that a network file system calls stale stays so: the next try opens the file anew.
-            self.distrust(tar, offset, size)
+            self._drop(tar)
             raise
         return content
 
     def distrust(self, tar: Shard, offset: int, size: int) -> None:
-        """See `Reader.distrust`. A network file system looks at its server again when a file is opened."""
+        """See `Reader.distrust`: the file is opened anew, on which a network file system looks at its server again.
+
+        A file that is still the one that was first opened has bad bytes, which is said of the sample. Any other file was put in
+        its place or written to, and none of its samples is the indexed one.
+        """
+        self._drop(tar)
+        try:
+            found = _identity(self._open(tar))
+        except OSError:
+            # The next read says so, after some tries.
+            return
         with self._lock:
-            self._files.pop(tar, None)
+            first = self._identities.get(tar, found)
+        if found != first:
+            raise DataError(f"shard {tar} was replaced or modified while it was read; bring it back, or run `megamm data index {tar}`")
 
     def close(self) -> None:
         """See `Reader.close`."""
         with self._lock:
             self._files.clear()
+            self._identities.clear()
+
+    def _drop(self, tar: Shard) -> None:
+        with self._lock:
+            self._files.pop(tar, None)
 
     def _open(self, tar: Shard) -> BinaryIO:
         assert isinstance(tar, Path), "remote shards are read by RemoteReader"
@@ -89,9 +118,18 @@ class LocalReader:
                 file = self._files[tar] = tar.open("rb", buffering=0)  # type: ignore[assignment]
                 if len(self._files) > self._max_open_files:
                     self._files.popitem(last=False)
+                self._identities.setdefault(tar, _identity(file))
+                self._identities.move_to_end(tar)
+                if len(self._identities) > _MAX_IDENTITIES:
+                    self._identities.popitem(last=False)
             else:
                 self._files.move_to_end(tar)
             return file
+
+
+def _identity(file: BinaryIO) -> _Identity:
+    status = os.fstat(file.fileno())
+    return _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class ShardReader:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from megamm.core.errors import DataError
-from megamm.data.reader import LocalReader, read_exactly
+from megamm.data.index import write_index
+from megamm.data.ledger import BadSample
+from megamm.data.reader import LocalReader, ShardPool, read_exactly
+from tests.support.shards import as_files, text_document, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +51,54 @@ def test_a_shard_that_became_shorter_or_went_missing_is_no_bad_sample(tmp_path):
     with pytest.raises(DataError, match="does not exist any more") as error:
         read_exactly(LocalReader(), tmp_path / "gone.tar", 0, 10)
     assert type(error.value) is DataError
+
+
+def _indexed(folder: Path) -> tuple[Path, bytes]:
+    """A shard of two samples, and bytes of as many for another one."""
+    tar = write_tar(folder / "x.tar", {name: as_files(text_document(f"plain words of {name}")) for name in ("a", "b")})
+    write_index(tar)
+    return tar, tar.read_bytes().replace(b"plain words", b"other words")
+
+
+def _replace(tar: Path, content: bytes) -> None:
+    new = tar.with_suffix(".new")
+    new.write_bytes(content)
+    new.replace(tar)
+
+
+def _modify(tar: Path, content: bytes) -> None:
+    before = tar.stat().st_mtime_ns
+    tar.write_bytes(content)
+    # File systems keep times in steps of a few milliseconds.
+    os.utime(tar, ns=(before + 10**9, before + 10**9))
+
+
+@pytest.mark.parametrize(("change", "max_open_files"), [(_replace, 1), (_modify, 1), (_modify, 8)])
+def test_a_shard_that_becomes_another_of_the_same_size_is_no_bad_sample(tmp_path, change, max_open_files):
+    """Also where its file was closed in between to open others: every sample after it would be said to be bad."""
+    tar, other = _indexed(tmp_path)
+    reader = LocalReader(max_open_files)
+    shard = ShardPool(reader).shard(tar)
+    shard.sample(0)
+    change(tar, other)
+    for path in shards_of(tmp_path, 2):
+        reader.read(path, 0, 1)
+    with pytest.raises(DataError, match=r"x\.tar was replaced or modified while it was read; .*run `megamm data index") as error:
+        shard.sample(1)
+    assert type(error.value) is DataError
+
+
+def test_bytes_that_differ_in_an_unchanged_file_are_a_bad_sample(tmp_path):
+    """Bit rot changes no time and no inode; nor is there anything to compare with before the first read."""
+    tar, other = _indexed(tmp_path)
+    before = tar.stat()
+    shard = ShardPool(LocalReader()).shard(tar)
+    shard.sample(0)
+    tar.write_bytes(other)
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(BadSample, match="the bytes of b"):
+            shard.sample(1)
+    _replace(tar, other)
+    with pytest.raises(BadSample, match="the bytes of b"):
+        ShardPool(LocalReader()).shard(tar).sample(1)
