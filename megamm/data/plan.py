@@ -161,10 +161,8 @@ class DataPlan:
         weights = dict(zip(old.names, old.segments[-1].weights, strict=True))
         segment = Segment(first, *(tuple(one.get(name, 0) for name in self._names) for one in (weights, drawn)))
         plan = PlanState(first, 0, self._names, (segment,), (), tuple(passes.get(name, Pass()) for name in self._names))
-        change = DataChange(state.step, first, state.fingerprint, self.fingerprint, changed)
-        _log.warning(
-            "accepted other data or settings after step %d: %s; they hold from position %d on", state.step, ", ".join(changed), first
-        )
+        change = DataChange(state.step, first, old.position, old.row, state.fingerprint, self.fingerprint, changed)
+        _log.warning("accepted: %s", change)
         return replace(state, plan=plan, identity=self.identity, changes=(*state.changes, change))
 
     def _reweighted(self, plan: PlanState, weights: tuple[int, ...]) -> PlanState:

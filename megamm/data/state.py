@@ -14,7 +14,7 @@ from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text
 from megamm.data.mixture import Segment, StepWeights
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,14 @@ class Exclusion:
 class DataChange:
     """Other data or settings that somebody accepted.
 
+    Every position of the old plan before `position` was delivered or is in the ledger, but for the rows from `left_row` on of its
+    window at `left_position`, which were given up. Which samples these held is known to the old shards alone; none where `left_row` is 0.
+
     Attributes:
         after_step: The last step of the old plan.
         position: First position of the new one.
+        left_position: First position of the window that was open.
+        left_row: The next row of that window.
         old: Fingerprint of the old plan.
         new: Fingerprint of the new one.
         changed: What differs, by the names of `DataPlan.identity`.
@@ -101,9 +106,18 @@ class DataChange:
 
     after_step: int
     position: int
+    left_position: int
+    left_row: int
     old: str
     new: str
     changed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        given_up = (
+            f"the window at {self.left_position} was given up from row {self.left_row} on" if self.left_row else "no row was given up"
+        )
+        names = ", ".join(self.changed)
+        return f"after step {self.after_step} other data or settings hold from position {self.position} on, {given_up}: {names}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megamm.checkpoint.manifest import LEDGER, check_file, committed, read_ledger, read_manifest
+from megamm.checkpoint.manifest import DATA_STATE, LEDGER, check_file, committed, read_data_state, read_ledger, read_manifest
 from megamm.core.errors import CheckpointError, ConfigError
 from megamm.core.names import kind_of_message
 from megamm.core.tables import aligned
 from megamm.data.ledger import Skipped, merge
+from megamm.data.state import DataChange, LoaderState
 from megamm.train.run_folder import RunFolder
 from megamm.train.skipped import read_skipped
 
@@ -25,12 +26,14 @@ class SkipReport:
         step: Of the checkpoint whose ledger was read; None where there is none yet.
         entries: By position, each position once.
         steps: Position -> step that lacks the sample, for what was skipped since the run last started.
+        changes: Other data or settings that were accepted, oldest first, by that checkpoint; each gave up what its window still had.
     """
 
     run: Path
     step: int | None
     entries: list[Skipped]
     steps: dict[int, int]
+    changes: tuple[DataChange, ...]
 
     def counts(self) -> list[tuple[str, str, int]]:
         """(dataset, reason, samples), the most frequent first; reasons that differ in names and numbers only count as one."""
@@ -43,24 +46,25 @@ class SkipReport:
             "run": str(self.run),
             "checkpoint_step": self.step,
             "counts": [{"dataset": dataset, "reason": reason, "samples": num} for dataset, reason, num in self.counts()],
+            "changes": [asdict(change) for change in self.changes],
             "entries": [{**entry.to_json(), "step": self.steps.get(entry.position)} for entry in self.entries],
         }
 
     def lines(self, *, max_entries: int | None = None) -> list[str]:
-        """For people: counts, then entries.
+        """For people: counts, then entries; before them a line for each accepted change of the data.
 
         Args:
             max_entries: Show the last so many entries; None for all.
         """
         source = f"checkpoint {self.step} and what came since" if self.step is not None else "no checkpoint yet, only what came so far"
-        summary = f"{self.run}: {len(self.entries):,} samples skipped ({source})"
+        summary = [f"{self.run}: {len(self.entries):,} samples skipped ({source})", *map(str, self.changes)]
         if not self.entries:
-            return [summary]
+            return summary
         shown = self.entries if max_entries is None else self.entries[-max_entries:] if max_entries else []
         table = [(str(entry.position), entry.dataset, entry.shard, entry.key, entry.reason) for entry in shown]
         hidden = [f"the last {len(shown)} of them (--all shows the others):"] if len(shown) < len(self.entries) else []
         return [
-            summary,
+            *summary,
             "",
             *aligned(("dataset", "reason", "samples"), self.counts()),
             "",
@@ -74,13 +78,14 @@ def read_report(run: Path) -> SkipReport:
 
     Raises:
         ConfigError: The folder holds no run.
+        DataError: The state of the data is of another version.
     """
     folder = RunFolder(run)
     if not folder.is_run():
         raise ConfigError(f"{run} holds no run; name a run folder that `megamm pretrain` wrote")
-    step, saved = _newest_ledger(folder.checkpoints)
+    step, saved, changes = _newest_record(folder.checkpoints)
     noted = read_skipped(folder.logs)
-    return SkipReport(run, step, merge([*saved, *(one.entry for one in noted)]), {one.entry.position: one.step for one in noted})
+    return SkipReport(run, step, merge([*saved, *(one.entry for one in noted)]), {one.entry.position: one.step for one in noted}, changes)
 
 
 def reason_class(entry: Skipped) -> str:
@@ -88,13 +93,16 @@ def reason_class(entry: Skipped) -> str:
     return kind_of_message(entry.reason, entry.key, entry.shard)
 
 
-def _newest_ledger(checkpoints: Path) -> tuple[int | None, list[Skipped]]:
-    """Of the newest checkpoint whose manifest and ledger are whole; its weights are not read."""
+def _newest_record(checkpoints: Path) -> tuple[int | None, list[Skipped], tuple[DataChange, ...]]:
+    """Step, ledger and accepted changes of the newest checkpoint whose record of the data is whole; its weights are not read."""
     for step, folder in reversed(committed(checkpoints)):
         try:
-            check_file(folder, LEDGER, read_manifest(folder).files[LEDGER])
-            return step, [Skipped.from_json(entry) for entry in read_ledger(folder)]
+            files = read_manifest(folder).files
+            for name in (LEDGER, DATA_STATE):
+                check_file(folder, name, files[name])
+            ledger = [Skipped.from_json(entry) for entry in read_ledger(folder)]
+            return step, ledger, LoaderState.from_json(read_data_state(folder)).changes
         except (CheckpointError, OSError):
             # Damaged, or removed by a newer one while we read: an older one is next.
             continue
-    return None, []
+    return None, [], ()

@@ -98,7 +98,9 @@ def test_other_data_are_refused_unless_accepted(tokenizer):
     with pytest.raises(DataError, match=r"samples of a was 50, is 70; shards of a was shards, is more; .*--accept-data-change"):
         new.resume(state)
     accepted = new.resume(state, accept_change=True)
-    assert accepted.changes == (DataChange(1, accepted.plan.position, old.fingerprint, new.fingerprint, ("samples of a", "shards of a")),)
+    names = ("samples of a", "shards of a")
+    left = (state.plan.position, state.plan.row)
+    assert accepted.changes == (DataChange(1, accepted.plan.position, *left, old.fingerprint, new.fingerprint, names),)
     assert accepted.identity == new.identity and accepted.step == 1
     assert LoaderState.from_json(json.loads(json.dumps(accepted.to_json()))) == accepted
     assert new.resume(accepted) == accepted == new.resume(accepted, accept_change=True)
@@ -130,6 +132,25 @@ def test_after_an_accepted_change_a_changed_dataset_begins_anew_and_the_others_g
     assert (
         dict(zip(names, resumed.plan.passes, strict=True))["kept"] == dict(zip(names, resumed.plan.passes, strict=True))["added"] == Pass()
     )
+
+
+@pytest.mark.parametrize("num_steps", range(1, 13))
+def test_every_position_before_an_accepted_change_was_delivered_skipped_or_is_known_to_be_given_up(tokenizer, num_steps):
+    old, other = (plan_of([shard_set("a", [90], shards=shards)], tokenizer, window=32, num_rows=5) for shards in ("old", "new"))
+    state, accounted = old.start(), []
+    for _ in range(num_steps):
+        step = old.next_step(state)
+        accounted += [*step.unfit, *(sample for row in step.rows for sample in row.samples)]
+        state = step.state
+    (change,) = other.resume(state, accept_change=True).changes
+    # With the shards of then at hand, what was given up can be planned: it is the end of one window.
+    by_row = plan_of([shard_set("a", [90], shards="old")], tokenizer, window=32, num_rows=1)
+    place = replace(state, plan=replace(state.plan, position=change.left_position, row=change.left_row))
+    while place.plan.position < change.position:
+        step = by_row.next_step(place)
+        accounted += step.rows[0].samples
+        place = step.state
+    assert sorted(sample.position for sample in accounted) == list(range(change.position))
 
 
 def test_a_place_in_a_pass_is_kept_where_only_packing_changed(tokenizer):

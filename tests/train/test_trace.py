@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, Manifest, step_folder
+from megamm.checkpoint.shards import write_file
 from megamm.cli import main
 from megamm.config import to_dict
 from megamm.core.errors import ConfigError, DataError
-from megamm.core.files import write_json
+from megamm.core.files import canonical_json, write_json
 from megamm.core.json_lines import JsonLines
 from megamm.data.loader import StepLoader
 from megamm.data.plan import DataPlan
@@ -144,6 +146,31 @@ def test_report_counts_by_dataset_and_reason(run):
     assert [entry.position for entry in report.entries] == sorted(report.steps)
     lines = report.lines(max_entries=2)
     assert "no checkpoint yet" in lines[0] and any("the last 2 of them" in line for line in lines)
+
+
+def test_report_says_a_line_of_each_accepted_change_and_what_it_gave_up(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("data"))
+    recipe = recipe_over(run / "data", "--batch.micro_rows=1", "--train.steps=40")
+    tokenizer = TextTokenizer.load(run / "tokenizer")
+    plans = [open_plan(dataclasses.replace(recipe, seed=seed), tokenizer) for seed in range(3)]
+    state = plans[0].next_step(plans[0].start()).state
+    between = plans[1].resume(state, accept_change=True)
+    state = plans[2].resume(between, accept_change=True)
+    folder = copy / "checkpoints" / step_folder(1)
+    folder.mkdir(parents=True)
+    files = {
+        name: write_file(folder / name, [text]) for name, text in ((DATA_STATE, canonical_json(state.to_json()).encode()), (LEDGER, b""))
+    }
+    manifest = Manifest(step=1, world_size=2, files=files, parameters=(), engine={})
+    write_file(folder / MANIFEST, [manifest.to_text().encode()])
+    report = read_report(copy)
+    assert report.step == 1 and report.changes == state.changes and len(report.changes) == 2
+    first, second = state.changes
+    assert first.left_row, "the first change falls into the middle of a window"
+    lines = report.lines()[1:3]
+    assert f"the window at {first.left_position} was given up from row {first.left_row} on: seed" in lines[0]
+    assert f"from position {second.position} on, no row was given up: seed" in lines[1]
+    assert [one["left_row"] for one in report.to_json()["changes"]] == [first.left_row, 0]
 
 
 def test_the_commands_print_tables_and_json(run, capsys):
