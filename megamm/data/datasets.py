@@ -13,12 +13,16 @@ import numpy as np
 from megamm.config import Data, Dataset, Reading
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text
+from megamm.core.logging import get_logger
+from megamm.data.catalogue import Catalogue
 from megamm.data.features import MediaRules
 from megamm.data.lengths import ONE_SPEED, joined_lengths, lengths_key, load_lengths, open_catalogue
 from megamm.data.mapping import OWN_FORM, SampleForm
 from megamm.data.shards import Shard, expand, has_magic, is_sidecar, is_url, rooted
 from megamm.data.sidecars import find_remote_shards, sidecar_folder
 from megamm.tokenizers.text import TextTokenizer
+
+_log = get_logger("data")
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ def open_dataset(
     starts = np.concatenate([[0], np.cumsum(catalogue.num_samples)])
     if not starts[-1]:
         raise DataError(f"dataset {name}: its {len(tars)} shards hold no sample; leave the dataset out")
+    _tell_of_copies(name, tars, catalogue)
     return ShardSet(
         name=name,
         tars=tars,
@@ -171,3 +176,21 @@ def open_dataset(
         shards_digest=digest_text(canonical_json(catalogue.digests)),
         form=form,
     )
+
+
+def _tell_of_copies(name: str, tars: Sequence[Shard], catalogue: Catalogue) -> None:
+    """Warn of shards with the same content: a copy or a link that was left in the folder is drawn as often as the shard itself."""
+    by_digest: dict[str, Shard] = {}
+    copies = [
+        (first, tar)
+        for tar, digest, num_samples in zip(tars, catalogue.digests, catalogue.num_samples.tolist(), strict=True)
+        if num_samples and (first := by_digest.setdefault(digest, tar)) is not tar
+    ]
+    if copies:
+        more = f" (and {len(copies) - 1} more such shards)" if len(copies) > 1 else ""
+        _log.warning(
+            "dataset %s: shards %s and %s have the same content%s: every pass draws their samples twice; remove one unless that is wanted",
+            name,
+            *copies[0],
+            more,
+        )

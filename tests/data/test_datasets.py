@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megamm.config import Dataset
+from megamm.config import Data, Dataset
 from megamm.core.errors import ConfigError, DataError
 from megamm.data import catalogue as catalogues
-from megamm.data.datasets import find_shards
+from megamm.data.datasets import find_shards, open_dataset
 from megamm.data.features import MediaRules
 from megamm.data.index import index_path, write_index
 from megamm.data.lengths import ensure_lengths, lengths_key, lengths_path, open_catalogue
@@ -187,3 +188,23 @@ def test_a_hundred_thousand_shards_open_in_about_a_second(tmp_path, tokenizer):
         took.append(time.process_time() - start)
     assert opened.num_samples.sum() == num_shards
     assert min(took) < 2.0, took
+
+
+@pytest.mark.parametrize("copied", [shutil.copy, lambda tar, other: other.symlink_to(tar), lambda tar, other: other.hardlink_to(tar)])
+def test_shards_with_the_same_content_are_told_once(tmp_path, tars, tokenizer, caplog, copied):
+    """Their samples are trained on twice a pass, which may be wanted; shards without a sample are all the same."""
+    for number, empty in enumerate(("e-0.tar", "e-1.tar")):
+        write_index(write_tar(tmp_path / f"x-{empty}", {}))
+        copied(tars[number], tmp_path / f"x-again-{number}.tar")
+        write_index(tmp_path / f"x-again-{number}.tar")
+    data = Data(root=str(tmp_path))
+
+    def warnings(pattern: str) -> list[str]:
+        ensure_lengths(find_shards("d", Dataset(pattern), tmp_path), tokenizer, RULES)
+        caplog.clear()
+        open_dataset("d", Dataset(pattern), data, tokenizer=tokenizer, rules=RULES)
+        return [record.getMessage() for record in caplog.records]
+
+    assert warnings("x-[0-4e]*.tar") == []
+    (told,) = warnings("x-*.tar")
+    assert "dataset d: shards" in told and str(tars[0]) in told and "x-again-0.tar" in told and "and 1 more" in told
