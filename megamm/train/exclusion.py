@@ -27,7 +27,8 @@ def read_keys(path: Path) -> list[str]:
         ConfigError: The file is not there, is not UTF-8, names no sample, or a line is not `dataset/key`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # From bytes: reading text would make ends of lines out of what may be part of a key, as `str.splitlines` does.
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"--exclude {path} does not exist; name a file with one dataset/key a line") from None
     except IsADirectoryError:
@@ -35,8 +36,8 @@ def read_keys(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"--exclude {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     keys = set()
-    for number, line in enumerate(text.splitlines(), start=1):
-        name = line.strip()
+    for number, line in enumerate(text.split("\n"), start=1):
+        name = line.strip(" \t\r")
         if not name or name.startswith("#"):
             continue
         dataset, slash, key = name.partition("/")

@@ -33,6 +33,18 @@ def test_keys_are_read_once_each_without_comments_and_ends_of_lines(tmp_path):
     assert read_keys(path) == ["pictures/p001", "texts/t003", "words/a/b.c"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    assert read_keys(listed(tmp_path, b"\xef\xbb\xbftexts/t003\r\n")) == ["texts/t003"]
+
+
+@pytest.mark.parametrize("character", ["\x0b", "\x1c", "\x85", "\u2028", "\r"])
+def test_only_line_feeds_end_a_line(tmp_path, character):
+    """A key may hold what Unicode calls the end of a line, also as its last character."""
+    assert read_keys(listed(tmp_path, f"texts/a{character}b\n")) == [f"texts/a{character}b"]
+    if character != "\r":
+        assert read_keys(listed(tmp_path, f"texts/a{character}\n")) == [f"texts/a{character}"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
