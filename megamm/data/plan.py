@@ -30,6 +30,8 @@ from megamm.tokenizers.text import TextTokenizer
 PLAN_VERSION = 2
 """Raised whenever equal settings give other rows: a state from before is then refused, not continued with other samples."""
 _MAX_EMPTY_WINDOWS = 100
+_MAX_EMPTY_POSITIONS = 100_000
+"""Both must be reached: a hundred windows may be a hundred samples, and a hundred thousand samples one window."""
 _PLAIN = asdict(Augment())
 
 _log = get_logger("data")
@@ -202,7 +204,7 @@ class DataPlan:
             if row == window.num_rows:
                 first, row = first + self.data.window, 0
             num_empty = 0 if window.num_rows else num_empty + 1
-            if num_empty == _MAX_EMPTY_WINDOWS:
+            if num_empty >= _MAX_EMPTY_WINDOWS and num_empty * self.data.window >= _MAX_EMPTY_POSITIONS:
                 raise DataError(
                     f"no sample among {num_empty * self.data.window} positions fits a row: {self.unfit_reason(unfit[-1])}; "
                     "look at the data, or raise batch.row_tokens, data.row_patches or data.row_frames"
