@@ -64,14 +64,16 @@ class PlanState:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PlanState:
         """Read what `to_json` gave; raises KeyError, TypeError or ValueError where it is something else."""
-        names = tuple(map(str, value["datasets"]))
-        segments = tuple(Segment(int(one["start"]), _whole(one["weights"]), _whole(one["drawn"])) for one in value["weights"])
-        schedule = tuple(StepWeights(int(one["step"]), _whole(one["weights"])) for one in value["schedule"])
-        passes = tuple(Pass(*_whole(one)) for one in value["passes"])
-        lists = [*(one.weights for one in segments), *(one.drawn for one in segments), *(one.weights for one in schedule), passes]
-        if not segments or any(len(one) != len(names) for one in lists):
-            raise ValueError("weights or passes are not one for each dataset")
-        return cls(int(value["position"]), int(value["row"]), names, segments, schedule, passes)
+        names, position = _texts(value["datasets"]), _count(value["position"])
+        segments = tuple(_segment(one, names) for one in _list(value["weights"]))
+        schedule = tuple(StepWeights(_count(one["step"]), _weights(one["weights"], names)) for one in _list(value["schedule"]))
+        passes = tuple(Pass(*_counts(one, 2)) for one in _list(value["passes"]))
+        if list(names) != sorted(set(names)) or len(passes) != len(names):
+            raise ValueError("datasets are not sorted, or passes not one for each")
+        starts = [one.start for one in segments]
+        if not starts or starts != sorted(set(starts)) or starts[0] > position:
+            raise ValueError(f"weights that begin at {starts} are none for position {position} or do not ascend")
+        return cls(position, _count(value["row"]), names, segments, schedule, passes)
 
     def without_past(self) -> PlanState:
         """The same place without the weights that held before it: as large as the list of datasets."""
@@ -165,12 +167,12 @@ class LoaderState:
         Raises:
             DataError: Another version, or not a state at all.
         """
-        _check_version(value)
         try:
-            exclusions = tuple(Exclusion(int(one["after_step"]), tuple(one["keys"])) for one in value["exclusions"])
-            changes = tuple(DataChange(**{**one, "changed": tuple(one["changed"])}) for one in value["changes"])
-            identity = {str(name): str(part) for name, part in value["identity"].items()}
-            return cls(int(value["step"]), PlanState.from_json(value), identity, exclusions, changes)
+            _check_version(value)
+            exclusions = tuple(Exclusion(_count(one["after_step"]), _texts(one["keys"])) for one in _list(value["exclusions"]))
+            changes = tuple(_change(one) for one in _list(value["changes"]))
+            identity = {name: _text(part) for name, part in value["identity"].items()}
+            return cls(_count(value["step"]), PlanState.from_json(value), identity, exclusions, changes)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"data state cannot be read ({type(error).__name__}: {error}); resume from another checkpoint") from None
 
@@ -192,9 +194,9 @@ class LoaderState:
         Raises:
             DataError: Another version, a place in another plan, or not a place at all.
         """
-        _check_version(value)
         try:
-            step, plan, expected = int(value["step"]), PlanState.from_json(value), str(value["plan"])
+            _check_version(value)
+            step, plan, expected = _count(value["step"]), PlanState.from_json(value), _text(value["plan"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"a place in the data cannot be read ({type(error).__name__}: {error}); take that of another step") from None
         if expected != fingerprint_of(identity):
@@ -230,12 +232,59 @@ def differences(saved: Mapping[str, str], current: Mapping[str, str]) -> tuple[s
     return tuple(name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name))
 
 
-def _check_version(value: Mapping[str, Any]) -> None:
+def _check_version(value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{value!r:.40} is no object")
     if value.get("version") != STATE_VERSION:
         raise DataError(
             f"data state has version {value.get('version')!r}, not {STATE_VERSION}; resume with the megamm that wrote it, or start anew"
         )
 
 
-def _whole(values: Iterable[Any]) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
+def _segment(value: Any, names: tuple[str, ...]) -> Segment:
+    return Segment(_count(value["start"]), _weights(value["weights"], names), _counts(value["drawn"], len(names)))
+
+
+def _change(value: Any) -> DataChange:
+    counts = {name: _count(value[name]) for name in ("after_step", "position", "left_position", "left_row")}
+    texts = {name: _text(value[name]) for name in ("old", "new")}
+    return DataChange(**{**value, **counts, **texts, "changed": _texts(value["changed"])})
+
+
+# What JSON holds is taken as it is: `int` and `tuple` would make a number of "3" and three keys of "abc".
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.40} is no list")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is no text")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(_text(one) for one in _list(value))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no whole number from 0 on")
+    return value
+
+
+def _counts(value: Any, num_due: int) -> tuple[int, ...]:
+    counts = tuple(_count(one) for one in _list(value))
+    if len(counts) != num_due:
+        raise ValueError(f"{len(counts)} numbers where {num_due} are due")
+    return counts
+
+
+def _weights(value: Any, names: tuple[str, ...]) -> tuple[int, ...]:
+    weights = _counts(value, len(names))
+    if not any(weights):
+        raise ValueError("weights that draw nothing")
+    return weights
