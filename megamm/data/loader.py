@@ -21,6 +21,7 @@ from megamm.data.collate import batch_bytes, collate
 from megamm.data.deal import deal, resolve_accumulation
 from megamm.data.decoders import JOIN_SECONDS, RowJob, closed
 from megamm.data.encode import SampleEncoder
+from megamm.data.exclusions import excluded_samples
 from megamm.data.ledger import EXCLUDED, Skipped
 from megamm.data.open_decoders import open_decoders
 from megamm.data.plan import DataPlan
@@ -110,8 +111,7 @@ class StepLoader:
         self._plan, self._rank, self._world_size = plan, rank, world_size
         self._accumulation = resolve_accumulation(plan.batch, world_size)
         self._state = plan.start() if state is None else plan.resume(state)
-        self._excluded = frozenset(key for exclusion in self._state.exclusions for key in exclusion.keys)
-        self._excluded_datasets = {key.partition("/")[0] for key in self._excluded}
+        self._excluded: frozenset[tuple[str, int]] = frozenset()
         self._pad_id = plan.tokenizer.vocabulary.control_id("pad")
         self._sizes = SampleBytes.of(plan.rules)
         self._budget = Budget(
@@ -174,6 +174,8 @@ class StepLoader:
         pending: deque[_Pending] = deque()
         planned = None
         try:
+            # Here, not where the loader is made: it looks at indexes, on storage that may not answer.
+            self._excluded = excluded_samples(self._state.exclusions, self._plan.datasets)
             while not self._closed:
                 planned = planned or self._plan_step()
                 if self._admit(planned, wait=not pending):
@@ -204,7 +206,7 @@ class StepLoader:
         return _Planned(step.rows, mine, skipped, len(unfit), self._state, self._planned_bytes(mine))
 
     def _is_excluded(self, sample: PlannedSample) -> bool:
-        return sample.dataset in self._excluded_datasets and self._source.key(sample) in self._excluded
+        return (sample.dataset, sample.index) in self._excluded
 
     def _planned_bytes(self, slots: list[list[tuple[PlannedSample, ...]]]) -> int:
         """Of a step's batches, and of its decoded rows, which exist beside them while it is collated (in the decoders' arena if any)."""

@@ -19,6 +19,7 @@ from megamm.core.errors import ConfigError, DataError
 from megamm.core.types import IGNORE_LABEL
 from megamm.data.loader import StepLoader
 from megamm.data.reader import LocalReader
+from megamm.data.source import SampleSource
 from megamm.data.state import LoaderState
 from tests.data.conftest import BATCH
 from tests.support.decoding import Failing
@@ -232,6 +233,20 @@ def test_excluded_samples_are_not_even_read(corpus, open_plan, reference):
     assert {entry.reason for entry in skipped} == {"excluded"} and {f"{entry.dataset}/{entry.key}" for entry in skipped} == words
     delivered = sorted(document for step in steps for batch in step.micro_batches for document in documents_of(batch))
     assert delivered == sorted(one for _, documents, _ in reference for one in documents if one[0] not in words)
+
+
+def test_planning_looks_up_no_key_but_of_what_is_skipped(corpus, open_plan, reference, monkeypatch):
+    looked_up, key_of = set(), SampleSource.key
+
+    def noted(source, sample):
+        looked_up.add(key := key_of(source, sample))
+        return key
+
+    monkeypatch.setattr(SampleSource, "key", noted)
+    victims = set(reference[0][0][:2])
+    with StepLoader(open_plan(corpus), state=open_plan(corpus).start().excluding(victims)) as loader:
+        skipped = [entry for step in itertools.islice(loader, NUM_STEPS) for entry in step.skipped]
+    assert {f"{entry.dataset}/{entry.key}" for entry in skipped} == victims == looked_up
 
 
 def test_a_resumed_run_goes_on_with_its_budget(tmp_path, corpus, open_plan, monkeypatch):
