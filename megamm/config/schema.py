@@ -15,6 +15,8 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+# More of them is a slip of the finger, whose lists would take hours to make before anything else could go wrong.
+Many = Annotated[int, Field(gt=0, le=1 << 20)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A '/' ends it where samples are named (dataset/key), a '.' where settings are.
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -308,7 +310,7 @@ class Data:
     train: dict[DatasetName, Dataset] = Field(default_factory=dict)
     schedule: tuple[WeightChange, ...] = ()
     held_out: dict[DatasetName, Dataset] = Field(default_factory=dict)
-    window: Positive = 2048
+    window: Many = 2048
     shuffle_block: Positive = 1
     shuffle_window: Positive = 64
     row_patches: Positive = 4096
@@ -336,10 +338,10 @@ class Batching:
         accumulation: Micro-steps a step; 0 derives the least that fits, leaving empty rows in slots that are over.
     """
 
-    row_tokens: Positive = 2048
-    global_rows: Positive = 8
-    micro_rows: Positive = 1
-    accumulation: Count = 0
+    row_tokens: Annotated[int, Field(gt=0, le=1 << 24)] = 2048
+    global_rows: Many = 8
+    micro_rows: Many = 1
+    accumulation: Annotated[int, Field(ge=0, le=1 << 20)] = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
