@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import numpy as np
 
 Number: TypeAlias = "np.ndarray | np.uint64"
+Key: TypeAlias = "np.ndarray | int"
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -24,9 +25,13 @@ _HALF = np.uint64(32)
 _ROUND_KEYS = tuple(np.uint64((round_ + 1) * _GOLDEN & _MASK) for round_ in range(6))
 
 
-def derive_key(key: int, number: int) -> int:
-    """A 64-bit key that depends on `key` and `number` (the finaliser of splitmix64)."""
-    mixed = (key ^ (number + 1) * _GOLDEN) & _MASK
+@overload
+def derive_key(key: int, number: int) -> int: ...
+@overload
+def derive_key(key: Key, number: Key) -> Key: ...
+def derive_key(key: Key, number: Key) -> Key:
+    """A 64-bit key that depends on `key` and `number` (the finaliser of splitmix64); uint64[n] where one of them is."""
+    mixed = key & _MASK ^ (number + 1) * _GOLDEN & _MASK
     mixed = (mixed ^ mixed >> 30) * int(_MIX_1) & _MASK
     mixed = (mixed ^ mixed >> 27) * int(_MIX_2) & _MASK
     return mixed ^ mixed >> 31
@@ -62,7 +67,7 @@ def _grid(size: np.ndarray | int) -> tuple[Number, Number, Number]:
     return rows, (limit + rows - np.uint64(1)) // rows, limit
 
 
-def sample_at(position: np.ndarray, *, num_samples: int, block: int, window: int, seed: int, epoch: int) -> np.ndarray:
+def sample_at(position: np.ndarray, *, num_samples: int, block: int, window: int, seed: int, epoch: Key) -> np.ndarray:
     """Which samples stand at some positions of an epoch.
 
     Blocks of `block` neighbouring samples are permuted; then the samples of every `window` consecutive blocks are permuted
@@ -75,7 +80,7 @@ def sample_at(position: np.ndarray, *, num_samples: int, block: int, window: int
         block: Neighbouring samples that stay together; 1 permutes single samples, which no window could mix further.
         window: Blocks that are mixed with each other.
         seed: 64-bit key of the dataset's order.
-        epoch: Pass over the dataset.
+        epoch: Pass over the dataset; one for all or uint64[n].
 
     Returns:
         int64[n], the samples.
@@ -83,7 +88,8 @@ def sample_at(position: np.ndarray, *, num_samples: int, block: int, window: int
     key = derive_key(seed, epoch)
     if block == 1:
         return permute(position, num_samples, derive_key(key, 0))
-    blocks = _Blocks(num_samples, block, short_slot=derive_key(key, 1) % (num_samples // block + 1))
+    short_slot = derive_key(key, 1) % (num_samples // block + 1)
+    blocks = _Blocks(num_samples, block, short_slot if isinstance(short_slot, int) else short_slot.astype(np.int64))
     number = blocks.slot_of(position)[0] // window
     start, end = blocks.start_of(number * window), blocks.start_of((number + 1) * window)
     window_key = (number.astype(np.uint64) + np.uint64(1)) * _MIX_2 ^ np.uint64(derive_key(key, 2))
@@ -96,12 +102,12 @@ class _Blocks:
     """Slots of an epoch, each filled by one block of samples.
 
     The slot of the last block, which may be short, is drawn apart from the permutation of the others, so that no inverse
-    permutation is needed to know where the slots after it begin.
+    permutation is needed to know where the slots after it begin. It is int64[n] where positions are of many epochs.
     """
 
     num_samples: int
     block: int
-    short_slot: int
+    short_slot: Key
 
     def slot_of(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slot and offset inside its block of a position."""
@@ -115,7 +121,7 @@ class _Blocks:
         missing = -self.num_samples % self.block
         return np.minimum(slot * self.block - missing * (slot > self.short_slot), self.num_samples)
 
-    def block_at(self, slot: np.ndarray, key: int) -> np.ndarray:
+    def block_at(self, slot: np.ndarray, key: Key) -> np.ndarray:
         """The block that fills a slot."""
         num_full, num_short = divmod(self.num_samples, self.block)
         if not num_short:

@@ -256,19 +256,15 @@ class DataPlan:
 
     def _ordered(self, dataset: ShardSet, within: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Samples at positions of a dataset, which ascend; a window rarely holds more than one epoch of it."""
-        indices = np.empty_like(within)
         first, last = int(epochs[0]), int(epochs[-1])
-        borders = np.searchsorted(epochs, range(first, last + 2)).tolist()
-        for epoch, start, end in zip(range(first, last + 1), borders, borders[1:], strict=False):
-            indices[start:end] = sample_at(
-                within[start:end],
-                num_samples=dataset.num_samples,
-                block=self.data.shuffle_block,
-                window=self.data.shuffle_window,
-                seed=self._seeds[dataset.name],
-                epoch=epoch,
-            )
-        return indices
+        return sample_at(
+            within,
+            num_samples=dataset.num_samples,
+            block=self.data.shuffle_block,
+            window=self.data.shuffle_window,
+            seed=self._seeds[dataset.name],
+            epoch=first if first == last else epochs.astype(np.uint64),
+        )
 
 
 def _identity(datasets: dict[str, ShardSet], data: Data, batch: Batching, *, key: str, seed: int, costs: RowCosts) -> dict[str, str]:

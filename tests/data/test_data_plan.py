@@ -182,6 +182,16 @@ def test_a_billion_samples_are_planned_anywhere_at_once(tokenizer):
         tracemalloc.stop()
 
 
+def test_a_window_of_many_passes_is_planned_like_any_other(tokenizer):
+    """One sample, drawn 8192 times a window: not a call a pass."""
+    plan = plan_of([shard_set("a", [1], tokens=10)], tokenizer, window=8192, num_rows=800)
+    plan.next_step(plan.start())
+    started = time.process_time()
+    later = replace(plan.start(), plan=replace(plan.start().plan, position=8192))
+    assert plan.next_step(later).rows[0].samples[0].epoch >= 8192
+    assert time.process_time() - started < 0.25
+
+
 def test_state_is_canonical_and_versioned(tokenizer):
     plan = plan_of([shard_set("a", [50])], tokenizer)
     state = plan.start().excluding(["a/x", "a/b"])

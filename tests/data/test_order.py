@@ -48,6 +48,15 @@ def test_seeking_equals_walking(num_samples, block, window, seed, data):
     assert sample_at(np.array([position]), **order)[0] == sample_at(np.arange(num_samples), **order)[position]
 
 
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), KEYS, st.integers(0, 2**40))
+def test_many_epochs_at_once_are_the_same_as_one_by_one(num_samples, block, window, seed, first):
+    order = {"num_samples": num_samples, "block": block, "window": window, "seed": seed}
+    positions = np.arange(num_samples)
+    expected = [sample_at(positions, **order, epoch=epoch) for epoch in range(first, first + 5)]
+    epochs = np.repeat(np.arange(first, first + 5, dtype=np.uint64), num_samples)
+    assert np.array_equal(sample_at(np.tile(positions, 5), **order, epoch=epochs), np.concatenate(expected))
+
+
 def test_blocks_stay_inside_their_window():
     """Reads are local: 128 positions touch two windows of 8 blocks at most (random samples would touch about 114 blocks)."""
     order = {"num_samples": 10_007, "block": 16, "window": 8, "seed": 1, "epoch": 0}
