@@ -71,7 +71,7 @@ def test_the_export_proves_itself(trained):
     for row in report["probes"]:
         assert row["max_logit_difference"] == 0
         assert row["equal_prompt_tokens"] and row["equal_answer"]
-        assert row["max_logit_difference_from_raw_media"] <= row["tolerance"]
+        assert row["max_logit_difference_from_raw_media"] <= row["raw_media_tolerance"]
     if precision == "bf16":
         assert all(entry["max_logit_difference"] > 0 for entry in report["rounding"].values())
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megamm.checkpoint import commit
+from megamm.checkpoint.commit import Progress
 from megamm.config import Engine, Recipe, Tokenizer, load_resolved, to_dict
 from megamm.config.schema import Training
 from megamm.core.files import write_json
@@ -21,7 +21,7 @@ from megamm.models.build import parameter_groups
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.tokenizers import text
 from megamm.tokenizers.text import TextTokenizer
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import save, write_checkpoint
 from tests.support.models import NOTHING_STAYS_GATHERED
 from tests.support.multimodal import tiny_recipe
 
@@ -94,7 +94,7 @@ def train_on_ranks(run_name: str) -> None:
         loss = engine(**inputs[-1], labels=labels).loss
         engine.backward(loss, 1 / (labels.numel() * world.size))
         engine.step()
-    commit.save(run / "checkpoints", engine, world, commit.Progress(step=one.train.steps))
+    save(run / "checkpoints", engine, world, Progress(step=one.train.steps))
     with engine.evaluating():
         logits = {probe.name: engine(**own).logits[0].float() for probe, own in zip(make_probes(config), inputs, strict=True)}
     if world.is_main:
