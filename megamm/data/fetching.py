@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from megamm.core.errors import DataError
 from megamm.core.logging import get_logger
 from megamm.data.shards import public_url
-from megamm.data.transport import ChangedError, FsspecTransport, RemoteFile, TransientError, Transport, open_transport
+from megamm.data.transport import ChangedError, FsspecTransport, NoRangesError, RemoteFile, TransientError, Transport, open_transport
 
 _FIRST_DELAY_SECONDS = 0.5
 _LONGEST_DELAY_SECONDS = 30.0
@@ -60,7 +60,7 @@ class Fetcher:
 
         Raises:
             ConfigError: As `find`.
-            DataError: The file is gone or changed, or the server refuses or failed again and again.
+            DataError: The file is gone or changed, or the server refuses, sends no ranges, or failed again and again.
         """
         try:
             return self._patiently(url, f"reading bytes {start} to {end}", lambda transport: transport.fetch(url, start, end, expected))
@@ -68,6 +68,11 @@ class Fetcher:
             raise DataError(f"shard {public_url(url)} does not exist any more; bring it back") from None
         except ChangedError as error:
             raise changed(url, str(error)) from None
+        except NoRangesError:
+            raise DataError(
+                f"shard {public_url(url)}: its server sends whole files only; use one that supports range requests, as nginx and object "
+                "stores do, or copy the shards to disk"
+            ) from None
 
     def glob(self, url: str) -> list[str]:
         """URLs that a glob names, sorted.

@@ -38,6 +38,10 @@ class ChangedError(OSError):
     """The file is another one than it was."""
 
 
+class NoRangesError(OSError):
+    """The server sends whole files only."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """What a server says of a file: its size, and its ETag or time of change (empty where it says neither)."""
@@ -67,6 +71,7 @@ class Transport(Protocol):
 
         Raises:
             ChangedError: The file is not the expected one any more.
+            NoRangesError: The server has never sent a part of a file.
             FileNotFoundError: As `stat`.
             PermissionError: As `stat`.
             TransientError: As `stat`.
@@ -90,7 +95,10 @@ def open_transport(url: str, timeout_seconds: float) -> Transport:
 
 
 class HttpTransport:
-    """Ranged GET requests over a pool of connections; proxies as the environment says."""
+    """Ranged GET requests over a pool of connections; proxies as the environment says.
+
+    State: the connections, and which servers have sent a range.
+    """
 
     def __init__(self, timeout_seconds: float) -> None:
         try:
@@ -99,6 +107,7 @@ class HttpTransport:
             raise ConfigError(f"reading http:// and https:// shards needs urllib3; {_FIX}") from None
         self._urllib3, self._timeout_seconds = urllib3, timeout_seconds
         self._pools: dict[str | None, Any] = {}
+        self._with_ranges: set[str] = set()
 
     def stat(self, url: str) -> RemoteFile:
         """See `Transport.stat`. A ranged GET, because signed URLs and some servers take no HEAD."""
@@ -122,7 +131,8 @@ class HttpTransport:
             if found != expected:
                 raise ChangedError(_difference(expected, found))
             if response.status == 200 and (start, end) != (0, found.size):
-                raise TransientError("the server ignores ranges")
+                # One that has sent a range may have others beside it that do not; one that never has, `stat` included, will not.
+                raise TransientError("the server ignores ranges") if urlsplit(url).netloc in self._with_ranges else NoRangesError
             content = self._body(response, end - start, deadline)
         except BaseException:
             # What is left of the body must not be taken for the next answer.
@@ -143,10 +153,13 @@ class HttpTransport:
         except self._urllib3.exceptions.HTTPError as error:
             raise TransientError(_innermost(error)) from None
         try:
-            return response, _checked_answer(response, start, end)
+            found = _checked_answer(response, start, end)
         except OSError:
             response.close()
             raise
+        if response.status == 206:
+            self._with_ranges.add(urlsplit(url).netloc)
+        return response, found
 
     def _body(self, response: Any, size: int, deadline: float) -> bytes:
         pieces, num_bytes = [], 0

@@ -108,10 +108,22 @@ def test_threads_that_want_the_same_block_share_one_request(server, content):
 def test_what_passes_is_tried_again(server, content, kind):
     with closing(RemoteReader(FAST)) as reader:
         shard = shard_of(server)
-        server.inject(kind, 1)
+        # A server that never sent a range does not come to it; this one's first answer is one.
+        server.inject(kind, int(kind != "ignore_range"))
         assert reader.size(shard) == SIZE
         server.inject(kind, 2)
         assert reader.read(shard, 10_000, 50_000) == content[10_000:60_000]
+
+
+def test_a_server_without_ranges_is_told_at_once(server, content):
+    """Such as `python -m http.server`."""
+    (server.root / "small.tar").write_bytes(content[:3000])
+    server.inject("ignore_range", 10**6)
+    with closing(RemoteReader(READING)) as reader:
+        assert reader.read(shard_of(server, "small.tar"), 1000, 500) == content[1000:1500]
+        with pytest.raises(DataError, match=r"shard http://127\.0\.0\.1:\d+/x\.tar: its server sends whole files only; .* range requests"):
+            reader.read(shard_of(server), 10_000, 50_000)
+    assert server.num_gets("x.tar") == 2
 
 
 @pytest.mark.parametrize("kind", FAULTS)
