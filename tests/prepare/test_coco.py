@@ -119,14 +119,31 @@ def test_masks_of_polygons_and_run_lengths_keep_every_pixel(tmp_path):
 def test_segmentations_that_cannot_be_drawn_are_named(tmp_path):
     pytest.importorskip("pycocotools.mask")
     shapes = [None, [], [[1, 2, 3, 4]], [[1, 2, "x", 4, 5, 6]], rectangle(30, 30, 40, 40), {"size": [5, 5], "counts": [25]}, {"size": 3}]
-    annotations = [annotation(number, segmentation=shape) for number, shape in enumerate(shapes)]
+    annotations = [annotation(number, segmentation=shape) for number, shape in enumerate([*shapes, rectangle(0, 0, 8, 5)])]
     document, media = prepare(tmp_path, *annotations, answer="masks")["pictures/a"]
-    assert document["messages"][1]["content"] == [{"type": "mask", "image": 0, "member": "1.mask.png", "labels": []}]
-    assert not np.asarray(Image.open(io.BytesIO(media["1.mask.png"]))).any()
+    assert document["messages"][1]["content"] == [{"type": "mask", "image": 0, "member": "1.mask.png", "labels": ["red cell"]}]
+    assert np.asarray(Image.open(io.BytesIO(media["1.mask.png"]))).sum() == 8 * 5
     reasons = [reason for _, what, reason in omitted(tmp_path / "out") if what == "part"]
     assert [reason.partition(" (")[0] for reason in reasons] == [f"annotation {number}" for number in range(7)]
     assert "fewer than three corners" in reasons[2]
     assert "covers no pixel" in reasons[4]
+
+
+def test_a_picture_that_lost_all_its_masks_is_skipped(tmp_path):
+    """It would be taken for one without instances, which has an empty mask."""
+    pytest.importorskip("pycocotools.mask")
+    shown = {"id": 2, "file_name": "pictures/b.jpg", "width": 20, "height": 10}
+    path = write(tmp_path, annotation(1, segmentation=None), annotation(2, segmentation=[]))
+    images = [*json.loads(path.read_text())["images"], shown]
+    (tmp_path / "pictures" / "b.jpg").write_bytes(jpeg(20, 10))
+    found = prepare(tmp_path, annotation(1, segmentation=None), annotation(2, segmentation=[]), images=images, answer="masks")
+    assert list(found) == ["pictures/b"]
+    document, media = found["pictures/b"]
+    assert document["messages"][1]["content"] == [{"type": "mask", "image": 0, "member": "1.mask.png", "labels": []}]
+    assert not np.asarray(Image.open(io.BytesIO(media["1.mask.png"]))).any()
+    ((key, what, reason),) = omitted(tmp_path / "out")
+    assert (key, what) == ("pictures/a", "sample")
+    assert reason.startswith("none of its instances can be drawn: annotation 1 (red cell): its segmentation is no polygons")
 
 
 def test_pictures_that_do_not_fit_their_entry_are_skipped(tmp_path):

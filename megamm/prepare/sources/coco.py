@@ -139,17 +139,25 @@ def _boxes(
 def _masks(
     annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], labels: Mapping[int, str], notes: list[str]
 ) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """Mask parts and their members; instances that overlap come into several parts, so that none loses a pixel."""
-    masks, names = [], []
+    """Mask parts and their members; instances that overlap come into several parts, so that none loses a pixel.
+
+    Raises:
+        DataError: There are instances, and none of them can be drawn: an empty mask would say that there are none.
+    """
+    masks, names, faults = [], [], []
     for annotation in annotations:
         label = labels[annotation["category_id"]]
         try:
             mask = _draw(annotation.get("segmentation"), size)
         except DataError as error:
-            notes.append(f"annotation {annotation.get('id')} ({label}): {error}")
+            faults.append(f"annotation {annotation.get('id')} ({label}): {error}")
             continue
         masks.append(mask)
         names.append(label)
+    if faults and not masks:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise DataError(f"none of its instances can be drawn: {faults[0]}{more}")
+    notes += faults
     parts, members = [], {}
     for number, layer in enumerate(layers(masks) or [[]], 1):
         instances = np.zeros((size[1], size[0]), dtype=np.int32)
