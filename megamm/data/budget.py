@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megamm.core.errors import DataError
 from megamm.core.logging import get_logger
-from megamm.data.ledger import EXCLUDED, Skipped, check_budget
+from megamm.data.ledger import EXCLUDED, BudgetSpent, Skipped, check_budget
 
 _log = get_logger("data")
 
@@ -41,8 +40,15 @@ class Budget:
             num_unfit: This rank's share of all that no row holds, however many of them it answers for.
 
         Raises:
-            DataError: More was skipped than is borne.
+            BudgetSpent: More was skipped than is borne; holds what the whole step skipped.
         """
+        try:
+            self._charge(results, unfit, num_unfit)
+        except BudgetSpent as error:
+            error.skipped = [*unfit, *(entry for entry in results if entry is not None)]
+            raise
+
+    def _charge(self, results: Sequence[Skipped | None], unfit: Sequence[Skipped], num_unfit: float) -> None:
         self._num_planned += len(results) + num_unfit
         self._num_skipped += num_unfit
         for entry in unfit:
@@ -59,7 +65,7 @@ class Budget:
 
     def _check_row(self, entry: Skipped) -> None:
         if self._num_in_a_row > self._max_in_a_row:
-            raise DataError(
+            raise BudgetSpent(
                 f"{self._num_in_a_row} samples in a row were skipped, data.max_skipped_in_a_row is {self._max_in_a_row}; "
                 f"the last is {entry.dataset}/{entry.key} in {entry.shard}: {entry.reason}"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,18 @@ EXCLUDED = "excluded"
 
 class BadSample(DataError):
     """One sample that cannot be used; it is skipped, keeps its position and enters the ledger. Every other error ends the run."""
+
+
+class BudgetSpent(DataError):
+    """More was skipped than a run bears.
+
+    Attributes:
+        skipped: What the step that spent it skipped: no batch will ever hold these entries.
+    """
+
+    def __init__(self, message: str, skipped: Sequence[Skipped] = ()) -> None:
+        super().__init__(message)
+        self.skipped = list(skipped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +76,10 @@ def check_budget(num_skipped: float, num_samples: float, max_share: float, *, la
         last: The one to name.
 
     Raises:
-        DataError: More were skipped.
+        BudgetSpent: More were skipped.
     """
     if num_skipped > max_share * max(num_samples, MIN_BUDGET_SAMPLES):
         example = "" if last is None else f"; the last is {last.dataset}/{last.key} in {last.shard}: {last.reason}"
-        raise DataError(
+        raise BudgetSpent(
             f"{math.ceil(num_skipped)} of {math.ceil(num_samples)} samples were skipped, data.max_skipped_share is {max_share}{example}"
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 
 from megamm.config import Recipe, to_dict
-from megamm.data.loader import StepData
+from megamm.data.ledger import Skipped
 from megamm.data.state import LoaderState
 from megamm.engine import distributed
 from megamm.engine.distributed import World
@@ -56,9 +57,9 @@ class Journal:
         """Whether this rank writes numbers; the others need not work them out."""
         return self._main is not None
 
-    def delivered(self, batch: StepData) -> None:
-        """A step's samples are here: note what is missing among them, before anything can go wrong with the rest."""
-        self._skipped.write(batch.step, batch.skipped)
+    def skipped(self, step: int, entries: Iterable[Skipped]) -> None:
+        """Note what a step skipped: at once, because a run that fails is asked most of all."""
+        self._skipped.write(step, entries)
 
     def trained(self, state: LoaderState) -> None:
         """A step was trained and left the data at `state`."""

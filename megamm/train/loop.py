@@ -9,7 +9,7 @@ from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.saver import Committed, Outcome, Saver
 from megamm.core.errors import DataError, MegaMMError
 from megamm.core.logging import get_logger
-from megamm.data.ledger import Skipped, merge
+from megamm.data.ledger import BudgetSpent, Skipped, merge
 from megamm.data.loader import StepData, StepLoader
 from megamm.engine import distributed
 from megamm.engine.distributed import World
@@ -75,7 +75,6 @@ def train(run: Run) -> None:
         while run.step < recipe.train.steps and not stopping:
             report.begin()
             batch, counts = _next_batch(run, report)
-            journal.delivered(batch)
             result = _train_step(run, batch, counts)
             _advance(run, batch, counts, result)
             report.end(counts)
@@ -100,7 +99,7 @@ def due(step: int, every: int) -> bool:
 
 def _next_batch(run: Run, report: StepReport) -> tuple[StepData, GlobalCounts]:
     """This rank's part of the next step and the facts of the whole step, or the first rank's failure on every rank."""
-    batch, failure = _load(run.loader)
+    batch, failure = _load(run)
     report.data_arrived()
     micro_batches = batch.micro_batches if batch else []
     counts = count(
@@ -119,10 +118,10 @@ def _next_batch(run: Run, report: StepReport) -> tuple[StepData, GlobalCounts]:
     return batch, counts
 
 
-def _load(loader: StepLoader) -> tuple[StepData | None, str | None]:
+def _load(run: Run) -> tuple[StepData | None, str | None]:
     """The next step, or why there is none: whatever it is, the other ranks must hear of it before this one leaves."""
     try:
-        return next(loader), None
+        return _next_noted(run), None
     except MegaMMError as error:
         return None, str(error)
     except OSError as error:
@@ -130,6 +129,17 @@ def _load(loader: StepLoader) -> tuple[StepData | None, str | None]:
     except Exception as error:
         _log.exception("the loader failed")
         return None, f"the loader failed with {type(error).__name__}: {error}; the log of this rank has the traceback"
+
+
+def _next_noted(run: Run) -> StepData:
+    """The next step, once what it skipped is noted, before anything can go wrong with the rest; or the skips that end the run, noted."""
+    try:
+        batch = next(run.loader)
+    except BudgetSpent as error:
+        run.journal.skipped(run.step + 1, error.skipped)
+        raise
+    run.journal.skipped(batch.step, batch.skipped)
+    return batch
 
 
 def _first_failure(own: str | None, run: Run) -> MegaMMError:

@@ -6,7 +6,7 @@ import pytest
 
 from megamm.core.errors import DataError
 from megamm.data.budget import Budget
-from megamm.data.ledger import EXCLUDED, Skipped
+from megamm.data.ledger import EXCLUDED, BudgetSpent, Skipped
 
 
 def entry(position: int, reason: str = "damaged") -> Skipped:
@@ -35,3 +35,11 @@ def test_the_share_goes_on_where_the_run_stood():
     with pytest.raises(DataError, match="51 of 5001 samples were skipped"):
         Budget(0.01, 100, num_planned=5000, num_skipped=50).charge([entry(0)])
     Budget(0.01, 100, num_planned=5200, num_skipped=50).charge([entry(0)])
+
+
+@pytest.mark.parametrize(("max_share", "max_in_a_row"), [(1.0, 1), (0.0, 100)])
+def test_the_error_holds_all_that_the_step_skipped(max_share, max_in_a_row):
+    results = [entry(1), None, entry(2), entry(3), entry(4, EXCLUDED), entry(5)]
+    with pytest.raises(BudgetSpent) as caught:
+        Budget(max_share, max_in_a_row).charge(results, unfit=[entry(0)], num_unfit=1.0)
+    assert [one.position for one in caught.value.skipped] == [0, 1, 2, 3, 4, 5]
