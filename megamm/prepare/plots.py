@@ -60,7 +60,7 @@ def write_plots(stats: DataStats, folder: Path) -> list[Path]:
 
 def _figures(stats: DataStats):
     datasets = stats.datasets
-    if any(one.tokens.num for one in datasets):
+    if any(one.tokens and one.tokens.num for one in datasets):
         limit = (stats.packing.row_tokens, "a row") if stats.packing else None
         yield "tokens", _lengths(datasets, "tokens", "Length of samples", "tokens", limit)
     if any(one.num_pictures for one in datasets):

@@ -92,7 +92,7 @@ class DatasetStats:
         num_shards: Shards.
         num_samples: Samples.
         num_bytes: Of the shards.
-        tokens: Of the samples that can be used; empty without planned lengths.
+        tokens: Of the samples that can be used; None without planned lengths.
         task_samples: Task -> samples.
         task_tokens: Task -> tokens.
         sides: int64[64, 64], pictures by width and height in bins of `SIDE_EDGES`.
@@ -105,7 +105,7 @@ class DatasetStats:
     num_shards: int = 0
     num_samples: int = 0
     num_bytes: int = 0
-    tokens: Counts = field(default_factory=Counts)
+    tokens: Counts | None = None
     task_samples: Counter[str] = field(default_factory=Counter)
     task_tokens: Counter[str] = field(default_factory=Counter)
     sides: np.ndarray = field(default_factory=lambda: np.zeros((len(SIDE_EDGES) - 1,) * 2, dtype=np.int64))
@@ -128,6 +128,7 @@ class DatasetStats:
             lengths = load_lengths(shard, lengths_key)
             problems = lengths.problems
             usable = lengths.tokens > 0
+            self.tokens = self.tokens or Counts()
             self.tokens.add(lengths.tokens[usable])
             for number, task in enumerate(lengths.task_names):
                 own = usable & (lengths.tasks == number)
@@ -159,7 +160,7 @@ class DatasetStats:
             "shards": self.num_shards,
             "samples": self.num_samples,
             "bytes": self.num_bytes,
-            "tokens": self.tokens.to_json(),
+            "tokens": self.tokens.to_json() if self.tokens else None,
             "tasks": {task: {"samples": num, "tokens": self.task_tokens[task]} for task, num in sorted(self.task_samples.items())},
             "pictures": {"num": self.num_pictures, "width_from_height_from_num": pictures},
             "seconds": self.seconds.to_json(),
@@ -217,6 +218,8 @@ class DataStats:
             lines += ["", *markdown(("part", "task", "samples", "tokens", "share of tokens"), tasks)]
         if self.packing is not None:
             lines += ["", *markdown(("packing", "value"), _packing_rows(self.packing))]
+        if any(one.tokens is None for one in self.datasets):
+            lines += ["", _NOT_PLANNED]
         problems = [(one.name, reason, num) for one in self.datasets for reason, num in one.problems.most_common()]
         if problems:
             lines += ["", *markdown(("dataset", "cannot be used because", "samples"), problems)]
@@ -295,13 +298,22 @@ _DATASET_COLUMNS = (
     *("pictures", "sounds", "hours", "cannot be used"),
 )
 
+_NOT_PLANNED = (
+    "tokens: not planned, or under the settings of several recipes; run `megamm data plan-lengths RECIPE`, then `megamm data stats RECIPE`"
+)
+
 
 def _dataset_row(one: DatasetStats) -> tuple[Any, ...]:
-    tokens = one.tokens
-    longest = len(tokens.counts) - 1 if tokens.num else 0
-    lengths = (int(tokens.total), int(tokens.quantile(0.5)), int(tokens.quantile(0.99)), longest)
     media = (one.num_pictures, one.seconds.num, one.seconds.total / 3600)
+    lengths = _lengths(one.tokens)
     return one.name, one.part or "-", one.num_shards, one.num_samples, _size(one.num_bytes), *lengths, *media, one.problems.total()
+
+
+def _lengths(tokens: Counts | None) -> tuple[Any, ...]:
+    if tokens is None:
+        return ("-",) * 4
+    longest = len(tokens.counts) - 1 if tokens.num else 0
+    return int(tokens.total), int(tokens.quantile(0.5)), int(tokens.quantile(0.99)), longest
 
 
 def _size(num_bytes: int) -> str:

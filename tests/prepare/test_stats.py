@@ -85,6 +85,21 @@ def test_pictures_lie_in_the_bins_of_their_sizes(opened):
     assert stats.packing is None and one.tokens.num == 24
 
 
+def test_tokens_that_are_not_planned_are_not_none(tmp_path, capsys):
+    make_data(tmp_path)
+    shards = sorted(map(str, tmp_path.glob("pictures/train-*.tar")))
+    assert main(["data", "index", *shards]) == 0
+    capsys.readouterr()
+    assert main(["data", "stats", *shards]) == 0
+    header, _, *rows, note = [line for line in capsys.readouterr().out.splitlines() if line]
+    columns = [name.strip() for name in header.split("|")]
+    for row in rows:
+        cells = dict(zip(columns, [cell.strip() for cell in row.split("|")], strict=True))
+        assert [cells[name] for name in ("tokens", "tokens p50", "tokens p99", "tokens max")] == ["-"] * 4
+        assert int(cells["samples"]) > 0
+    assert note.startswith("tokens: not planned") and "megamm data plan-lengths RECIPE" in note
+
+
 def test_packing_is_measured_on_the_rows_of_the_plan(opened):
     recipe, tokenizer, plan = opened
     packing = recipe_stats(recipe, tokenizer).packing
