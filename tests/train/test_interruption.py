@@ -1,6 +1,8 @@
 import os
 import signal
 
+import pytest
+
 from megamm.train.interruption import StopRequest
 
 
@@ -18,3 +20,35 @@ def test_stop_file_asks_too(tmp_path):
     with StopRequest(tmp_path / "STOP") as stop:
         (tmp_path / "STOP").touch()
         assert stop.requested and stop.reason == "STOP file"
+
+
+@pytest.fixture
+def heard():
+    """SIGINT as a terminal's programs have it; tests that run in the background inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
+def test_the_first_interrupt_asks_and_the_second_ends(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt), StopRequest(tmp_path / "STOP") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested and stop.reason == "SIGINT"
+        assert "press Ctrl-C again" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path):
+    """A shell has its background jobs, and a launcher its ranks, ignore what the terminal sends to all processes."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest(tmp_path / "STOP") as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGINT, before)

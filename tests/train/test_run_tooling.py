@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,7 @@ from megamm.checkpoint.manifest import read_data_state, read_ledger
 from megamm.config import to_dict
 from megamm.core.json_lines import read_json_lines
 from megamm.data.index import load_index, write_index
+from megamm.train.data_report import read_report
 from megamm.train.trace import trace_step
 from tests.support.recipes import write_recipe
 from tests.support.runs import corrupt_pictures, make_data, recipe_over
@@ -85,6 +89,11 @@ def test_data_that_fail_on_one_rank_end_all_ranks_with_one_line(folder):
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("megamm")]
     assert "data.max_skipped_share is 0" in line and "pictures/" in line and "of 2, step " in line
     assert read_json_lines(folder / "rotten" / "data_positions.jsonl")[0]["step"] == 0
+    # What ended the run is in its report, at the step that did not come.
+    (named,) = re.findall(r"the last is pictures/(\S+) in", line)
+    (step,) = map(int, re.findall(r"of 2, step (\d+)\)", line))
+    report = read_report(folder / "rotten")
+    assert step in [report.steps[entry.position] for entry in report.entries if entry.key == named]
 
 
 def test_sigterm_to_one_rank_commits_and_the_resumed_run_has_the_same_samples(folder):
@@ -108,6 +117,32 @@ def test_sigterm_to_one_rank_commits_and_the_resumed_run_has_the_same_samples(fo
     assert digests(run) == digests(folder / "unbroken") and set(digests(run)) == set(range(1, NUM_STEPS + 1))
     assert read_ledger(last_checkpoint(run)) == read_ledger(last_checkpoint(folder / "unbroken"))
     assert trace_step(run, marker["step"] + 1).sample_keys == digests(run)[marker["step"] + 1]
+
+
+def test_the_first_interrupt_commits_and_the_second_ends_at_once(folder):
+    """As a terminal sends them to a run of one process."""
+    errors = (folder / "errors").read_text
+    for run, presses in ((folder / "ended", 2), (folder / "interrupted", 1)):
+        words = [sys.executable, "-m", "megamm.cli", "pretrain", "recipe.toml", "--run", run.name]
+        # Whoever runs the tests in the background has them ignore SIGINT, and their children with them.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with open(folder / "errors", "w") as file:
+            process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=file, preexec_fn=heard)
+        try:
+            wait_for(partial(read_json_lines, run / "metrics.jsonl"), process)
+            process.send_signal(signal.SIGINT)
+            if presses == 2:
+                wait_for(lambda: "press Ctrl-C again" in errors(), process)
+                process.send_signal(signal.SIGINT)
+            process.wait(timeout=120)
+        finally:
+            process.kill()
+        assert "Traceback" not in errors() and errors().count("press Ctrl-C again") == 1, errors()[-4000:]
+        assert process.returncode == (130 if presses == 2 else 0), errors()[-4000:]
+        assert (run / "INTERRUPTED").exists() == (presses == 1)
+    marker = json.loads((run / "INTERRUPTED").read_text())
+    assert marker["reason"] == "SIGINT" and 1 <= marker["step"] < NUM_STEPS
+    assert last_checkpoint(run).name == f"step_{marker['step']:08d}"
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
