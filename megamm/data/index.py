@@ -28,7 +28,7 @@ from megamm.data.arrays import load_arrays, read_facts, write_arrays
 from megamm.data.media import FileRange, MediaError, media_type
 from megamm.data.media import read_facts as read_media_facts
 from megamm.data.shards import RemoteShard, Shard, sidecar_path
-from megamm.data.tar import ReadAt, TarError, TarMember, scan
+from megamm.data.tar import CompressedError, ReadAt, TarError, TarMember, scan
 
 INDEX_VERSION = 3
 _MEDIA_CODES = {"image": 1, "audio": 2}
@@ -149,6 +149,8 @@ def build_index_from(shard: Shard, read: ReadAt, size: int) -> ShardIndex:
     """
     try:
         return _build(read, size)
+    except CompressedError as error:
+        raise DataError(f"shard {shard}: {error}") from None
     except TarError as error:
         raise DataError(f"shard {shard}: {error}; write it again") from None
 

@@ -148,7 +148,10 @@ def open_image(file: BinaryIO, *, header_only: bool = False):
     file.seek(0)
     try:
         return Image.open(_plain_png(file, header_only) if is_png else file, formats=IMAGE_FORMATS)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, struct.error) as error:
+    except UnidentifiedImageError:
+        # Its words name the object that was read, not the file.
+        raise MediaError("the picture's header cannot be read (no JPEG, PNG or WebP file, or a damaged one)") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, struct.error) as error:
         raise MediaError(f"the picture's header cannot be read ({_brief(error)})") from None
 
 

@@ -19,6 +19,7 @@ BLOCK_BYTES = 512
 _RECORD_BYTES = 20 * BLOCK_BYTES
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHUNK_BYTES = 1 << 20
+_GZIP_SIGNATURE = b"\x1f\x8b"
 _MAX_EXTENSION_BYTES = 1 << 20
 _PAX_TAKEN = frozenset({"path", "size"})
 _PAX_HARMLESS = re.compile(r"([amc]time|[ug]id|[ug]name|comment|SCHILY\.(dev|ino|nlink|fflags|acl\..+|xattr\..+)|LIBARCHIVE\..+)\Z")
@@ -27,6 +28,10 @@ _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": 
 
 class TarError(ValueError):
     """The archive is damaged or holds something that a shard must not hold."""
+
+
+class CompressedError(TarError):
+    """The archive is compressed as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,8 @@ class _Walker:
     """Position in the archive; `stream` may be called at most once a member."""
 
     def __init__(self, read: ReadAt, size: int, feed: Callable[[bytes], None]) -> None:
+        if read(0, min(size, len(_GZIP_SIGNATURE))) == _GZIP_SIGNATURE:
+            raise CompressedError("it is compressed with gzip; decompress it, shards are read from any place")
         if size % BLOCK_BYTES:
             raise TarError(f"{size} bytes are not a multiple of {BLOCK_BYTES}: the archive is cut")
         self._read_at, self._size, self._feed = read, size, feed

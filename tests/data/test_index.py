@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import subprocess
 import tarfile
@@ -311,3 +312,9 @@ def test_equal_arrays_are_equal_bytes_that_safetensors_reads(tmp_path):
     mapped = map_arrays(tmp_path / "one")
     assert mapped.facts == {"x": 1} and mapped.digest == first
     assert all(np.array_equal(mapped.arrays[name], array) and mapped.arrays[name].dtype == array.dtype for name, array in arrays.items())
+
+
+def test_a_compressed_shard_is_told_as_one(shard):
+    shard.write_bytes(gzip.compress(shard.read_bytes(), mtime=0))
+    with pytest.raises(DataError, match=r"train-00000\.tar: it is compressed with gzip; decompress it, shards are read from any place$"):
+        build_index(shard)
