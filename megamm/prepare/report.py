@@ -76,7 +76,8 @@ class SplitReport:
         """The report for people."""
         tars = [one.shard for one in self.finished if one.shard]
         size = sum(shard.num_bytes for shard in tars) / 1e6
-        line = f"{self.output / self.split}-*.tar: {self.num_samples:,} samples in {len(tars)} shards, {size:,.1f} MB"
+        shards = "1 shard" if len(tars) == 1 else f"{len(tars)} shards"
+        line = f"{self.output / self.split}-*.tar: {self.num_samples:,} samples in {shards}, {size:,.1f} MB"
         if self.num_skipped or self._num_parts or self.notes:
             counts = [(self.num_skipped, "samples skipped"), (self._num_parts, "parts left out"), (len(self.notes), "inputs not used")]
             line += f"; {', '.join(f'{count:,} {what}' for count, what in counts if count)}, see {self.skipped_path.name}"

@@ -86,7 +86,9 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, hold: Hold, *, resum
             hold.started_at(start.step)
             folder.begin()
     setup(RankInfo(world.rank, world.local_rank, world.size), folder=folder.logs)
-    _log.info("%s from step %d of %d on %d ranks", recipe.name, start.step, recipe.train.steps, world.size)
+    _log.info(
+        "%s from step %d of %d on %d %s", recipe.name, start.step, recipe.train.steps, world.size, "rank" if world.size == 1 else "ranks"
+    )
     train(
         Run(
             folder=folder,

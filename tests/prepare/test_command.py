@@ -44,7 +44,7 @@ def test_a_command_says_what_it_wrote(capsys, tmp_path, pictures):
     code, out, _ = run(capsys, *words, "--max-samples-per-shard", 4)
     assert code == 0
     assert out.splitlines() == [
-        f"{tmp_path}/out/test-*.tar: 2 samples in 1 shards, 0.0 MB",
+        f"{tmp_path}/out/test-*.tar: 2 samples in 1 shard, 0.0 MB",
         f"{tmp_path}/out/train-*.tar: 6 samples in 2 shards, 0.0 MB",
     ]
     assert {text_of(document, 0) for document, _ in samples(tmp_path / "out").values()} == {"Who?"}

@@ -66,7 +66,7 @@ def test_shards_are_cut_and_reported(tmp_path, table):
     assert everything(tmp_path / "out") == {f"k{n}" for n in range(NUM_ROWS) if n % 7}
     assert sorted(key for key, _, _ in omitted(tmp_path / "out")) == ["k14", "k21", "k7"]
     assert [report.lines() for report in reports] == [
-        [f"{tmp_path}/out/test-*.tar: 2 samples in 1 shards, 0.0 MB; 1 samples skipped, see test-skipped.jsonl"],
+        [f"{tmp_path}/out/test-*.tar: 2 samples in 1 shard, 0.0 MB; 1 samples skipped, see test-skipped.jsonl"],
         [f"{tmp_path}/out/train-*.tar: 17 samples in 5 shards, 0.1 MB; 3 samples skipped, see train-skipped.jsonl"],
     ]
     report = json.loads(found["train-report.json"])
