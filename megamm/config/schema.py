@@ -295,8 +295,8 @@ class Data:
         row_patches: Capacity of a row for vision-tower input, in patches (pictures of `fixed` kind count their tokens).
         row_frames: Capacity of a row for audio-tower input, in mel frames.
         prefetch_steps: Steps decoded ahead.
-        prefetch_bytes: Bound on the bytes of decoded batches waiting, shared memory of decoder processes included.
-        decoders: Where samples are read and decoded: in `threads` of this process, which cost least and start at once, or in
+        prefetch_bytes: Bound on the bytes of decoded batches, the step under way and shared memory of decoder processes included.
+        decoders: Where samples are read and decoded: in `threads` of this process, which start at once, or in
             `processes` of their own, which survive a codec that crashes and leave the step the interpreter's lock.
         decode_workers: Threads or processes a rank.
         decode_timeout_seconds: A sample that takes longer to decode is given up (reading has its own limits).
@@ -317,7 +317,8 @@ class Data:
     row_frames: Positive = 12000
     prefetch_steps: Positive = 4
     prefetch_bytes: Positive = 1 << 30
-    # Threads by measurement (benchmarks/decoders): processes take 5 to 9 % more processor time a sample, and seconds to start.
+    # Threads start at once, which short runs want; recipes of long ones take processes: 20 to 30 % less processor time a sample, and
+    # half of what threads cost a step (benchmarks/decoders).
     decoders: Literal["threads", "processes"] = "threads"
     decode_workers: Positive = 1
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0

@@ -130,7 +130,7 @@ class StepLoader:
         )
         self._changed = threading.Condition()
         self._ready: deque[StepData] = deque()
-        self._num_held = self._bytes_held = 0
+        self._num_held = self._bytes_held = self._bytes_given = 0
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
@@ -141,6 +141,10 @@ class StepLoader:
 
     def __next__(self) -> StepData:
         with self._changed:
+            # Whoever asks for the next step lets go of the last one.
+            self._bytes_held -= self._bytes_given
+            self._bytes_given = 0
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._ready or self._error or self._closed)
             if self._closed:
                 raise closed()
@@ -149,7 +153,7 @@ class StepLoader:
                 raise self._error
             step = self._ready.popleft()
             self._num_held -= 1
-            self._bytes_held -= step.num_bytes
+            self._bytes_given = step.num_bytes
             self._changed.notify_all()
             return step
 
