@@ -31,6 +31,8 @@ def test_nodes_reach_each_other_by_name_and_nothing_else(cluster: Cluster):
 
 
 def test_a_cancelled_job_leaves_no_process(cluster: Cluster, tmp_path: Path):
+    if not cluster.has_freezer:
+        pytest.skip("without a writable freezer Slurm loses sight of processes that leave their group")
     marker = tmp_path / "alive"
     job = cluster.submit(
         "--output=/dev/null", "--wrap", f"setsid nohup bash -c 'trap \"\" TERM; while sleep 0.1; do touch {marker}; done' & wait"

@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "pgrep")
 _PACKAGES = ("slurm-wlm", "munge", "iproute2", "procps")
 _FREEZER = Path("/sys/fs/cgroup/freezer")
+_PROBE = """mount --make-rprivate /; mount -t tmpfs probe /mnt; hostname probe
+ip link add switch type bridge; ip link add cable type veth peer name plug"""
 
 _SLURM_CONF = """\
 ClusterName={tag}
@@ -76,8 +78,9 @@ def missing() -> str | None:
         return "a test cluster needs root (namespaces, a bridge)"
     if absent := [program for program in _PROGRAMS if shutil.which(program) is None]:
         return f"{', '.join(absent)} not installed: apt-get install {' '.join(_PACKAGES)}"
-    probe = subprocess.run(["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "true"], capture_output=True, text=True)
-    return f"this kernel gives no namespaces: {probe.stderr.strip()}" if probe.returncode else None
+    words = ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc", "sh", "-ec", _PROBE]
+    probe = subprocess.run(words, capture_output=True, text=True, check=False)
+    return f"this kernel gives no namespaces, mounts or bridges: {probe.stderr.strip()}" if probe.returncode else None
 
 
 def install() -> None:
@@ -92,9 +95,10 @@ def install() -> None:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
-        subprocess.run(["apt-get", "update", "-qq"], env=quiet, stdout=subprocess.DEVNULL, check=False)
-        command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *_PACKAGES]
-        subprocess.run(command, env=quiet, stdout=subprocess.DEVNULL, check=True)
+        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *_PACKAGES]):
+            subprocess.run(["apt-get", *words], env=quiet, stdout=subprocess.DEVNULL, check=False, timeout=120)
+    except subprocess.TimeoutExpired:
+        pass
     finally:
         if made:
             policy.unlink()
@@ -105,6 +109,7 @@ class Cluster:
 
     Attributes:
         nodes: Names of the nodes, in order.
+        has_freezer: Whether job steps are tracked by the freezer, which no process escapes.
         folder: Configuration, logs and state; removed at the end.
     """
 
@@ -224,7 +229,7 @@ class Cluster:
             f"NodeName={node} NodeAddr={addresses[node]} CPUs={self._cpus} RealMemory=8000 Gres=gpu:{self._gpus} State=UNKNOWN"
             for node in self.nodes
         ]
-        has_freezer = os.access(_FREEZER, os.W_OK) and (_FREEZER / "cgroup.procs").exists()
+        self.has_freezer = has_freezer = os.access(_FREEZER, os.W_OK) and (_FREEZER / "cgroup.procs").exists()
         proctrack = "proctrack/cgroup" if has_freezer else "proctrack/linuxproc"
         if has_freezer:
             cgroup = _FREEZER / f"megamm-{self._tag}"
