@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -304,6 +305,20 @@ def _pretrain(arguments: Arguments) -> None:
 
         changes = DataChanges(exclude=arguments.exclude, accept=arguments.accept_data_change)
         pretrain(recipe, folder, resume=arguments.resume, changes=changes, stop=stop)
+    if "RANK" in os.environ:
+        _leave_at_once()
+
+
+def _leave_at_once() -> None:
+    """End a rank whose work is done and committed, without taking the interpreter apart.
+
+    Threads of gloo and torch that live on while it is taken apart now and then end it by `std::terminate`: a run that is DONE would be
+    told as failed, and its launcher would end the other ranks.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _recipes(arguments: Arguments) -> None:
