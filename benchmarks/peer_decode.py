@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 import torch
 from PIL import Image
+from torch import library
 from torch.utils.data import default_collate
 
 from benchmarks.corpus import MODEL
@@ -97,4 +98,4 @@ def define_torchvision_operators() -> None:
     """Let `import torchvision` pass beside a torch without its compiled operators: MosaicML streaming imports it, nothing here uses it."""
     if find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
