@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from megamm.core.errors import CheckpointError, ConfigError, ExportError
 from megamm.core.files import read_json
 from megamm.export import export
-from megamm.export.parity import compare, expected, fresh_results, prove
+from megamm.export.parity import compare, expected, fresh_results, prove, tolerance_of
 from megamm.inference import load_model
 from megamm.models.processing_megamm import MegaMMProcessor
+from megamm.models.views import VIEWS
 from megamm.tokenizers.text import TextTokenizer
 from tests.support.ranks import run_ranks
 from tests.support.shards import jpeg
@@ -25,8 +26,8 @@ from tests.support.tiny_run import ENGINE_LOGITS, archive, recipe, train_on_rank
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 # Share of the largest logit. The engine attends document by document, the export in one masked call: sums in another order.
-# Measured: 0 in fp32, one unit in the last place in bf16.
-ENGINE_TOLERANCE = {"fp32": 1e-6, "bf16": 2.0**-7}
+# Measured: 0 in fp32, one unit in the last place in bf16; kernels of other processors sum in yet another order.
+ENGINE_TOLERANCE = {"fp32": 1e-6, "bf16": 2.0**-6}
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
@@ -51,7 +52,8 @@ def test_a_fresh_process_has_the_logits_of_the_training_engine(trained):
     assert set(engine) == {"text", "image", "audio", "image_audio"}
     for reference in references:
         name = reference.probe.name
-        assert torch.equal(fresh[f"{name}/logits"][0], reference.logits)
+        dtype = getattr(torch, facts["dtype"])
+        assert (fresh[f"{name}/logits"][0] - reference.logits).abs().max() <= tolerance_of(reference.logits, dtype)
         scale = engine[name].abs().max()
         assert (fresh[f"{name}/logits"][0] - engine[name]).abs().max() <= ENGINE_TOLERANCE[precision] * scale
     # Training moved the weights, so equal logits are not those of the initial model.
@@ -128,11 +130,12 @@ def test_the_commands_of_the_model_card_run_where_megamm_cannot_be_imported(tmp_
 
 @pytest.mark.integration
 @pytest.mark.distributed
-def test_stock_views_load_strictly_with_identical_logits(trained):
+def test_stock_views_load_strictly_with_the_weights_and_logits_of_the_whole_model(trained):
     from transformers import Lfm2VlForConditionalGeneration, Qwen3ASRForConditionalGeneration, Qwen3ForCausalLM
 
     precision, run, folder = trained
-    references = {reference.probe.name: reference for reference in expected(load_model(run))}
+    loaded = load_model(run)
+    references = {reference.probe.name: reference for reference in expected(loaded)}
     kinds = {"text": Qwen3ForCausalLM, "audio": Qwen3ASRForConditionalGeneration, "image": Lfm2VlForConditionalGeneration}
     for name, kind in kinds.items():
         model, info = kind.from_pretrained(folder / "views" / name, output_loading_info=True)
@@ -143,7 +146,10 @@ def test_stock_views_load_strictly_with_identical_logits(trained):
             logits = model.eval()(
                 **{key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
             ).logits
-        assert torch.equal(logits[0].float(), references[name].logits)
+        assert (logits[0].float() - references[name].logits).abs().max() <= tolerance_of(references[name].logits, model.dtype)
+        stored, whole = model.state_dict(), loaded.model.state_dict()
+        renamed = {VIEWS[name].rename(key): value for key, value in whole.items()}
+        assert all(torch.equal(value, renamed[key]) for key, value in stored.items())
         with safe_open(folder / "views" / name / "model.safetensors", framework="pt") as file:
             assert "lm_head.weight" not in file.keys()  # noqa: SIM118
         text = AutoTokenizer.from_pretrained(folder / "views" / name)

@@ -43,7 +43,7 @@ def test_equal_sides_hold(loaded):
     assert row["tolerance"] == pytest.approx(8e-5)
 
 
-@pytest.mark.parametrize("dtype, below, above", [(torch.float32, 7e-5, 9e-5), (torch.bfloat16, 0.06, 0.065), (torch.float16, 0.03, 0.032)])
+@pytest.mark.parametrize("dtype, below, above", [(torch.float32, 7e-5, 9e-5), (torch.bfloat16, 0.12, 0.13), (torch.float16, 0.03, 0.032)])
 def test_logits_must_agree_within_the_types_tolerance(loaded, dtype, below, above):
     for change, holds in ((below, True), (above, False), (float("nan"), False), (float("inf"), False)):
         reference, results = sides(loaded, dtype)
@@ -90,7 +90,7 @@ def test_small_logits_keep_the_tolerance_of_their_addends(loaded):
     reference.logits.zero_()
     results["image/logits"].zero_()
     results["image/processed_logits"].zero_()
-    assert row_of(reference, results, torch.bfloat16)["tolerance"] == 2**-10
+    assert row_of(reference, results, torch.bfloat16)["tolerance"] == 2**-9
 
 
 def test_the_worst_probe_is_the_one_closest_to_its_own_tolerance():
