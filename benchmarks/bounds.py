@@ -21,11 +21,11 @@ from benchmarks.memory import PeakMemory
 from benchmarks.race import CHECKOUT
 from benchmarks.results import Row
 from megamm.config import Dataset
-from megamm.data.features import MediaRules
-from megamm.data.index import write_index
-from megamm.data.lengths import ensure_lengths
-from megamm.data.loader import StepLoader
-from megamm.data.plan import DataPlan
+from megamm.data.loading.loader import StepLoader
+from megamm.data.media.features import MediaRules
+from megamm.data.planning.plan import DataPlan
+from megamm.data.samples.lengths import ensure_lengths
+from megamm.data.shards.index import write_index
 
 PREFETCH_BYTES = 512 << 20
 _BOMB_SIDE = 12_000

@@ -15,9 +15,9 @@ import numpy as np
 from benchmarks.corpus import Corpus
 from benchmarks.results import Row, measured
 from megamm.config import Data
-from megamm.data.index import Member
-from megamm.data.order import sample_at
-from megamm.data.reader import LocalReader, ShardPool
+from megamm.data.planning.order import sample_at
+from megamm.data.shards.index import Member
+from megamm.data.shards.reader import LocalReader, ShardPool
 
 
 def bytes_only_rows(corpus: Corpus, *, num_rounds: int) -> list[Row]:

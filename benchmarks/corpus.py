@@ -18,9 +18,9 @@ import soundfile
 from PIL import Image
 
 from megamm.config import AudioFeatures, Batching, Data, Dataset, ImageFeatures, Model, Tokenizer, Tower
-from megamm.data.features import MediaRules
-from megamm.data.lengths import ensure_lengths
-from megamm.data.plan import DataPlan
+from megamm.data.media.features import MediaRules
+from megamm.data.planning.plan import DataPlan
+from megamm.data.samples.lengths import ensure_lengths
 from megamm.prepare.source import Draft
 from megamm.prepare.writer import ShardFile, sample_files
 from megamm.tokenizers import text

@@ -20,8 +20,8 @@ import psutil
 from benchmarks.corpus import make_corpus
 from benchmarks.results import Row, measured, write
 from benchmarks.step_time import make_tiny, step_time_rows
-from megamm.data.loader import StepLoader
-from megamm.data.plan import DataPlan
+from megamm.data.loading.loader import StepLoader
+from megamm.data.planning.plan import DataPlan
 
 COMMAND = "python -m benchmarks.decoders"
 KINDS = (("threads", 1), ("threads", 2), ("processes", 1), ("processes", 2))

@@ -19,10 +19,10 @@ from benchmarks.peers import NUM_WORKERS, samples
 from benchmarks.race import CHECKOUT, Contestant, Turn, race
 from benchmarks.results import Row, measured
 from megamm.core.types import TokenSequence
-from megamm.data.encode import SampleEncoder
-from megamm.data.reader import LocalReader
-from megamm.data.rows import PlannedSample
-from megamm.data.source import SampleSource
+from megamm.data.loading.source import SampleSource
+from megamm.data.planning.rows import PlannedSample
+from megamm.data.samples.encode import SampleEncoder
+from megamm.data.shards.reader import LocalReader
 
 GOAL = ">= 2"
 NOT_INSTALLED = "not installed"

@@ -39,7 +39,7 @@ class Delivered:
 def megamm_batches(folder: Path, *, decoders: str = "threads") -> Generator[Delivered]:
     """Our loader in its default order."""
     from benchmarks.corpus import Corpus
-    from megamm.data.loader import StepLoader
+    from megamm.data.loading.loader import StepLoader
 
     plan = Corpus(folder, "", 0).plan(decoders=decoders, decode_workers=NUM_WORKERS)
     with StepLoader(plan) as loader:

@@ -12,10 +12,10 @@ import numpy as np
 
 from benchmarks.results import Row, measured
 from megamm.config import Batching, Data, Dataset, load_recipe
-from megamm.data.datasets import ShardSet
-from megamm.data.deal import deal, resolve_accumulation
-from megamm.data.features import MediaRules
-from megamm.data.plan import DataPlan, PlannedStep
+from megamm.data.media.features import MediaRules
+from megamm.data.planning.deal import deal, resolve_accumulation
+from megamm.data.planning.plan import DataPlan, PlannedStep
+from megamm.data.samples.datasets import ShardSet
 from megamm.tokenizers import text
 from megamm.tokenizers.text import TextTokenizer
 

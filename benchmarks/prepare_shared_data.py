@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megamm.data.index import load_index
+from megamm.data.shards.index import load_index
 
 Command = Sequence[object]
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -23,11 +23,11 @@ from benchmarks.planning import small_tokenizer
 from benchmarks.race import CHECKOUT
 from benchmarks.results import Row
 from megamm.config import Batching, Data, Dataset, Model, Tower, load_recipe
-from megamm.data.datasets import ShardSet
-from megamm.data.features import MediaRules
-from megamm.data.lengths import IN_MEMORY_SAMPLES, ensure_lengths
-from megamm.data.plan import DataPlan
-from megamm.data.state import LoaderState
+from megamm.data.media.features import MediaRules
+from megamm.data.planning.plan import DataPlan
+from megamm.data.planning.state import LoaderState
+from megamm.data.samples.datasets import ShardSet
+from megamm.data.samples.lengths import IN_MEMORY_SAMPLES, ensure_lengths
 from megamm.prepare.source import Draft
 from megamm.prepare.writer import ShardFile, sample_files
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.race import CHECKOUT
 from benchmarks.results import Row, measured
 from megamm.config import Recipe, load_recipe
-from megamm.data.loader import StepData, StepLoader
+from megamm.data.loading.loader import StepData, StepLoader
 from megamm.prepare.tokenizer import make_tokenizer
 
 GOAL = "<= 1.05"

@@ -32,7 +32,7 @@ def chat(type_: str, member: str) -> bytes:
 
 def media_sample(suffix: str, content: bytes) -> dict[str, bytes]:
     """A sample that asks about one picture or sound."""
-    from megamm.data.media import media_type
+    from megamm.data.media.files import media_type
 
     return {"json": chat(media_type(suffix) or "image", suffix), suffix: content}
 

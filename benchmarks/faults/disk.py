@@ -15,8 +15,8 @@ from benchmarks.faults.corpus import healthy, pack
 from benchmarks.faults.serving import Manners
 from benchmarks.faults.truth import RULES, load_tokenizer
 from megamm.config import Reading
-from megamm.data.index import index_path, write_index
-from megamm.data.lengths import ensure_lengths
+from megamm.data.samples.lengths import ensure_lengths
+from megamm.data.shards.index import index_path, write_index
 from megamm.prepare.writer import ShardFile
 
 

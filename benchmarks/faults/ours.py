@@ -16,12 +16,12 @@ from benchmarks.faults.serving import serving
 from benchmarks.faults.truth import BATCH, DATASET, MODEL, RULES, delivered, expected_all, load_tokenizer, settings
 from megamm.config import Data
 from megamm.core.errors import MegaMMError
-from megamm.data.datasets import find_shards
-from megamm.data.index import read_shard_facts, write_index
-from megamm.data.lengths import ensure_lengths
-from megamm.data.loader import StepLoader
-from megamm.data.plan import DataPlan
-from megamm.data.remote import open_reader
+from megamm.data.loading.loader import StepLoader
+from megamm.data.planning.plan import DataPlan
+from megamm.data.samples.datasets import find_shards
+from megamm.data.samples.lengths import ensure_lengths
+from megamm.data.shards.index import read_shard_facts, write_index
+from megamm.data.shards.remote import open_reader
 
 _MAX_SAVED = 4
 

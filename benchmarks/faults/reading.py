@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from benchmarks.faults.case import Case
 from benchmarks.faults.corpus import healthy, pack
-from megamm.data.reader import LocalReader
+from megamm.data.shards.reader import LocalReader
 
 SCHEME = "faulty"
 

@@ -13,9 +13,9 @@ from benchmarks.faults.case import Case
 from benchmarks.faults.corpus import document, flipped, healthy, pack
 from benchmarks.faults.truth import RULES, load_tokenizer, train_tokenizer
 from megamm.core.errors import MegaMMError
-from megamm.data import catalogue, lengths
-from megamm.data.index import index_path, write_index
-from megamm.data.lengths import ensure_lengths, lengths_key, lengths_path
+from megamm.data.samples import catalogue, lengths
+from megamm.data.samples.lengths import ensure_lengths, lengths_key, lengths_path
+from megamm.data.shards.index import index_path, write_index
 
 
 def index_cuts(canary: Path) -> Iterator[Case]:

@@ -15,10 +15,10 @@ import xxhash
 from benchmarks.faults.case import Files
 from megamm.config import AudioFeatures, Batching, Data, Dataset, ImageFeatures, Model, Reading, Tokenizer, Tower
 from megamm.core.types import Batch, TokenSequence
-from megamm.data.encode import SampleEncoder
-from megamm.data.features import MediaRules
 from megamm.data.ledger import BadSample
-from megamm.data.mapping import OWN_FORM
+from megamm.data.media.features import MediaRules
+from megamm.data.samples.encode import SampleEncoder
+from megamm.data.samples.mapping import OWN_FORM
 from megamm.tokenizers import text
 from megamm.tokenizers.text import TextTokenizer
 

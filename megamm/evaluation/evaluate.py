@@ -9,7 +9,7 @@ from pathlib import Path
 from megamm import __version__
 from megamm.core.errors import ConfigError
 from megamm.core.logging import get_logger
-from megamm.data.sidecars import resolved_reading
+from megamm.data.shards.sidecars import resolved_reading
 from megamm.evaluation.held_out import SkippedSample, held_out_patterns, list_places, read_samples, sample_forms
 from megamm.evaluation.judge import Record, judge
 from megamm.evaluation.report import Report, check_output, make_report

@@ -9,13 +9,13 @@ from pathlib import Path
 from megamm.config import Data, Dataset, Reading, Recipe
 from megamm.core.errors import ConfigError
 from megamm.core.types import Sample
-from megamm.data.datasets import find_shards
-from megamm.data.index import read_shard_facts
 from megamm.data.ledger import BadSample
-from megamm.data.mapping import OWN_FORM, SampleForm, read_sample
-from megamm.data.reader import ShardPool
-from megamm.data.remote import open_reader
-from megamm.data.shards import Shard, rooted
+from megamm.data.samples.datasets import find_shards
+from megamm.data.samples.mapping import OWN_FORM, SampleForm, read_sample
+from megamm.data.shards.index import read_shard_facts
+from megamm.data.shards.places import Shard, rooted
+from megamm.data.shards.reader import ShardPool
+from megamm.data.shards.remote import open_reader
 
 
 @dataclass(frozen=True, slots=True)

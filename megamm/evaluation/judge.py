@@ -11,7 +11,7 @@ import numpy as np
 
 from megamm.core.errors import DataError
 from megamm.core.types import IGNORE_LABEL, Sample, TokenSequence
-from megamm.data.encode import SampleEncoder
+from megamm.data.samples.encode import SampleEncoder
 from megamm.evaluation.held_out import Place, SkippedSample, skipped
 from megamm.inference.generate import Sampling, generate
 from megamm.inference.load import Loaded

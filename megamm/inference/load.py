@@ -18,7 +18,7 @@ from megamm.config import AudioFeatures, ImageFeatures, Recipe, load_resolved
 from megamm.core.errors import CheckpointError, ConfigError
 from megamm.core.files import read_json
 from megamm.core.logging import get_logger
-from megamm.data.features import MediaRules
+from megamm.data.media.features import MediaRules
 from megamm.models.build import config_from_recipe
 from megamm.models.configuration_megamm import MegaMMConfig
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration

@@ -12,7 +12,7 @@ import torch
 from megamm.core.errors import DataError
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
 from megamm.core.types import AudioInput, ImageInput, Message
-from megamm.data.decode import audio_input, image_input
+from megamm.data.media.decode import audio_input, image_input
 from megamm.inference.load import Loaded
 from megamm.tasks import template
 

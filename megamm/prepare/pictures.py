@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megamm.core.errors import DataError
-from megamm.data.media import exif_orientation, open_image
+from megamm.data.media.files import exif_orientation, open_image
 
 MAX_INSTANCES = 65_535
 _MAX_PIXELS = 64_000_000

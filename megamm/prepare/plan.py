@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from megamm.core.errors import ConfigError, DataError
-from megamm.data.order import derive_key, permute
+from megamm.data.keyed import derive_key, permute
 from megamm.prepare.source import Record
 
 _SPLIT = re.compile(r"[a-z0-9][a-z0-9_]*")

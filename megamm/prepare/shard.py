@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.core.errors import DataError
-from megamm.data.index import load_index
+from megamm.data.shards.index import load_index
 from megamm.prepare.inputs import failure
 from megamm.prepare.source import Draft, Record
 from megamm.prepare.writer import Shard, ShardFile, sample_files

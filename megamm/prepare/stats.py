@@ -15,12 +15,12 @@ import numpy as np
 
 from megamm.config import Recipe
 from megamm.core.tables import markdown
-from megamm.data.deal import deal, resolve_accumulation
-from megamm.data.held_out import HeldOut
-from megamm.data.index import ShardIndex, load_index, problem_kinds
-from megamm.data.lengths import load_lengths
-from megamm.data.plan import DataPlan
-from megamm.data.shards import Shard, sidecar_path
+from megamm.data.loading.held_out import HeldOut
+from megamm.data.planning.deal import deal, resolve_accumulation
+from megamm.data.planning.plan import DataPlan
+from megamm.data.samples.lengths import load_lengths
+from megamm.data.shards.index import ShardIndex, load_index, problem_kinds
+from megamm.data.shards.places import Shard, sidecar_path
 from megamm.tokenizers.text import TextTokenizer
 
 NUM_WINDOWS = 64

@@ -9,13 +9,13 @@ from pathlib import Path
 from megamm.config import Data, Recipe
 from megamm.core.logging import get_logger
 from megamm.core.types import Part
-from megamm.data.datasets import find_shards
-from megamm.data.index import load_index
 from megamm.data.ledger import BadSample
-from megamm.data.mapping import SampleForm, read_sample
-from megamm.data.reader import Reader, ShardReader
-from megamm.data.remote import open_reader
-from megamm.data.shards import Shard
+from megamm.data.samples.datasets import find_shards
+from megamm.data.samples.mapping import SampleForm, read_sample
+from megamm.data.shards.index import load_index
+from megamm.data.shards.places import Shard
+from megamm.data.shards.reader import Reader, ShardReader
+from megamm.data.shards.remote import open_reader
 from megamm.tokenizers import text
 
 _log = get_logger("prepare")

@@ -17,10 +17,10 @@ from pathlib import Path
 from megamm.config import Reading
 from megamm.core.errors import DataError
 from megamm.core.tables import aligned
-from megamm.data.index import ShardIndex, load_index, problem_kinds, read_shard_facts
-from megamm.data.lengths import load_lengths, read_lengths_facts
-from megamm.data.shards import RemoteShard, Shard, sidecar_path
-from megamm.data.sidecars import index_shards, named_shards, verify_shards
+from megamm.data.samples.lengths import load_lengths, read_lengths_facts
+from megamm.data.shards.index import ShardIndex, load_index, problem_kinds, read_shard_facts
+from megamm.data.shards.places import RemoteShard, Shard, sidecar_path
+from megamm.data.shards.sidecars import index_shards, named_shards, verify_shards
 
 _LENGTHS_ENDING = ".lengths-"
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, sync_folder
-from megamm.data.index import build_index, index_path, write_index
-from megamm.data.media import DEFAULT_LIMITS, media_type, read_facts
+from megamm.data.media.files import DEFAULT_LIMITS, media_type, read_facts
+from megamm.data.shards.index import build_index, index_path, write_index
 from megamm.prepare.names import MAX_NAME, is_key
 from megamm.prepare.source import Draft
 from megamm.tasks.template import parse_sample

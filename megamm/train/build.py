@@ -12,7 +12,7 @@ import torch
 
 from megamm.config import Recipe
 from megamm.core.errors import ConfigError
-from megamm.data.deal import resolve_accumulation
+from megamm.data.planning.deal import resolve_accumulation
 from megamm.engine import distributed, runtime, settings, weights
 from megamm.engine.distributed import World
 from megamm.inference.load import TRAINED_DTYPES, run_config

@@ -12,17 +12,17 @@ from megamm.config import Recipe
 from megamm.core.errors import ConfigError
 from megamm.core.logging import get_logger
 from megamm.core.types import Batch
-from megamm.data.datasets import find_shards
-from megamm.data.features import MediaRules
-from megamm.data.held_out import HeldOut, held_out_batches
-from megamm.data.index import load_index, problem_kinds
 from megamm.data.ledger import Skipped
-from megamm.data.lengths import ONE_SPEED, ensure_lengths, lengths_key, load_lengths, open_catalogue
-from megamm.data.loader import StepLoader
-from megamm.data.mapping import SampleForm
-from megamm.data.plan import DataPlan
-from megamm.data.remote import open_reader
-from megamm.data.state import LoaderState
+from megamm.data.loading.held_out import HeldOut, held_out_batches
+from megamm.data.loading.loader import StepLoader
+from megamm.data.media.features import MediaRules
+from megamm.data.planning.plan import DataPlan
+from megamm.data.planning.state import LoaderState
+from megamm.data.samples.datasets import find_shards
+from megamm.data.samples.lengths import ONE_SPEED, ensure_lengths, lengths_key, load_lengths, open_catalogue
+from megamm.data.samples.mapping import SampleForm
+from megamm.data.shards.index import load_index, problem_kinds
+from megamm.data.shards.remote import open_reader
 from megamm.engine import distributed
 from megamm.engine.distributed import World
 from megamm.tokenizers.text import TextTokenizer

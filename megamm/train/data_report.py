@@ -12,7 +12,7 @@ from megamm.core.errors import CheckpointError, ConfigError
 from megamm.core.names import kind_of_message
 from megamm.core.tables import aligned
 from megamm.data.ledger import Skipped, merge
-from megamm.data.state import DataChange, LoaderState
+from megamm.data.planning.state import DataChange, LoaderState
 from megamm.train.run_folder import RunFolder
 from megamm.train.skipped import read_skipped
 

@@ -11,8 +11,8 @@ import xxhash
 
 from megamm.core.errors import ConfigError
 from megamm.core.names import did_you_mean
-from megamm.data.datasets import ShardSet
-from megamm.data.index import load_index
+from megamm.data.samples.datasets import ShardSet
+from megamm.data.shards.index import load_index
 
 _MAX_COMPARED_KEYS = 20_000
 

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from megamm.config import Recipe, to_dict
 from megamm.data.ledger import Skipped
-from megamm.data.state import LoaderState
+from megamm.data.planning.state import LoaderState
 from megamm.engine import distributed
 from megamm.engine.distributed import World
 from megamm.telemetry.bar import Bar

@@ -10,7 +10,7 @@ from megamm.checkpoint.saver import Committed, Outcome, Saver
 from megamm.core.errors import DataError, MegaMMError
 from megamm.core.logging import get_logger
 from megamm.data.ledger import BudgetSpent, Skipped, merge
-from megamm.data.loader import StepData, StepLoader
+from megamm.data.loading.loader import StepData, StepLoader
 from megamm.engine import distributed
 from megamm.engine.distributed import World
 from megamm.train.build import Trainer

@@ -14,7 +14,7 @@ from typing import Any
 from megamm.core.errors import DataError
 from megamm.core.files import digest_text
 from megamm.core.json_lines import JsonLines, cut_back, read_json_lines
-from megamm.data.state import LoaderState
+from megamm.data.planning.state import LoaderState
 
 FILE = "data_positions.jsonl"
 EVERY = 10

@@ -12,7 +12,7 @@ from megamm.checkpoint.manifest import committed
 from megamm.core.errors import CheckpointError
 from megamm.core.logging import get_logger
 from megamm.data.ledger import Skipped
-from megamm.data.state import LoaderState
+from megamm.data.planning.state import LoaderState
 from megamm.engine.distributed import World
 from megamm.engine.runtime import Engine
 from megamm.train.run_folder import RunFolder

@@ -11,12 +11,12 @@ from megamm.config import load_resolved
 from megamm.core.errors import ConfigError
 from megamm.core.json_lines import read_json_lines
 from megamm.core.tables import aligned
-from megamm.data.deal import deal, resolve_accumulation
-from megamm.data.index import ShardIndex, load_index
-from megamm.data.plan import DataPlan, PlannedStep
-from megamm.data.rows import PlannedSample
-from megamm.data.shards import Shard
-from megamm.data.state import LoaderState
+from megamm.data.planning.deal import deal, resolve_accumulation
+from megamm.data.planning.plan import DataPlan, PlannedStep
+from megamm.data.planning.rows import PlannedSample
+from megamm.data.planning.state import LoaderState
+from megamm.data.shards.index import ShardIndex, load_index
+from megamm.data.shards.places import Shard
 from megamm.tokenizers.text import TextTokenizer
 from megamm.train.data_report import read_report
 from megamm.train.positions import Scale, find_place, sample_keys_digest

@@ -16,7 +16,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.planning import planning_rows
 from benchmarks.race import Contestant, race
 from benchmarks.scale import scale_rows
-from megamm.data.index import load_index
+from megamm.data.shards.index import load_index
 
 
 @pytest.fixture(scope="module")

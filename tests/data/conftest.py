@@ -12,10 +12,10 @@ import pytest
 from hypothesis import settings
 
 from megamm.config import AudioFeatures, Batching, Data, Dataset, ImageFeatures, Model, Tokenizer, Tower
-from megamm.data.features import MediaRules
-from megamm.data.index import write_index
-from megamm.data.lengths import ensure_lengths
-from megamm.data.plan import DataPlan
+from megamm.data.media.features import MediaRules
+from megamm.data.planning.plan import DataPlan
+from megamm.data.samples.lengths import ensure_lengths
+from megamm.data.shards.index import write_index
 from megamm.tokenizers import text
 from megamm.tokenizers.text import TextTokenizer
 from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar

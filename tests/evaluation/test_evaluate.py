@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamm.core.errors import ConfigError, DataError
-from megamm.data.index import write_index
+from megamm.data.shards.index import write_index
 from megamm.evaluation import evaluate
 from megamm.evaluation.held_out import SkippedSample, list_places, read_samples
 from megamm.evaluation.judge import Answered, Scored, judge

@@ -7,7 +7,7 @@ from transformers import AutoProcessor, AutoTokenizer, Qwen3ASRFeatureExtractor,
 
 from megamm.config.schema import Tokenizer
 from megamm.core.lengths import audio_num_mel_frames, audio_num_tokens, image_num_tokens, patch_grid
-from megamm.data.decode import audio_input, image_input
+from megamm.data.media.decode import audio_input, image_input
 from megamm.models.build import config_from_recipe
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.processing_megamm import MegaMMProcessor

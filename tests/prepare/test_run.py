@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamm.core.errors import ConfigError, DataError
-from megamm.data.index import index_path
+from megamm.data.shards.index import index_path
 from megamm.prepare.plan import Limits
 from megamm.prepare.run import Job
 from megamm.prepare.run import prepare as prepare_source

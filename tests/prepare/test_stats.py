@@ -15,8 +15,8 @@ from PIL import Image
 
 from megamm.cli import main
 from megamm.config import to_dict
-from megamm.data.index import load_index
-from megamm.data.plan import DataPlan
+from megamm.data.planning.plan import DataPlan
+from megamm.data.shards.index import load_index
 from megamm.prepare.stats import SIDE_EDGES, Counts, recipe_stats, shard_stats
 from megamm.tokenizers.text import TextTokenizer
 from megamm.train.data import plan_all_lengths

@@ -45,7 +45,7 @@ def test_adopting_reads_no_shards(recipe, tmp_path):
 
 
 def test_labels_of_boxes_masks_and_items_are_texts(tmp_path):
-    from megamm.data.index import write_index
+    from megamm.data.shards.index import write_index
 
     question = [{"type": "image", "member": "0.jpg"}, {"type": "item", "id": "7", "text": "A lamp"}, {"type": "item", "id": "8"}]
     boxes = {"type": "boxes", "image": 0, "boxes": [{"label": "cell", "xyxy": [0, 0, 1, 1]}]}
@@ -59,7 +59,7 @@ def test_labels_of_boxes_masks_and_items_are_texts(tmp_path):
 
 
 def test_a_shard_that_is_gone_is_noticed(tmp_path):
-    from megamm.data.index import write_index
+    from megamm.data.shards.index import write_index
 
     for number in range(2):
         write_index(write_tar(tmp_path / f"text-{number}.tar", {"a": as_files(text_document("say"))}))

@@ -12,7 +12,7 @@ import pytest
 from megamm.cli import main
 from megamm.config import Dataset
 from megamm.config.schema import SampleMapping
-from megamm.data.index import index_path, load_index, write_index
+from megamm.data.shards.index import index_path, load_index, write_index
 from megamm.prepare.verify import check_all, find_all, stray_files
 from megamm.tokenizers.text import TextTokenizer
 from megamm.train.data import plan_all_lengths

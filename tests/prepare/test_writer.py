@@ -6,7 +6,7 @@ import pytest
 import webdataset
 
 from megamm.core.errors import DataError
-from megamm.data.index import index_path, load_index
+from megamm.data.shards.index import index_path, load_index
 from megamm.prepare.source import Draft
 from megamm.prepare.writer import ShardFile, remove_temporaries, sample_files
 from tests.support.shards import flac, jpeg

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megamm.config import Data, Dataset
-from megamm.data.loader import StepLoader
-from megamm.data.plan import DataPlan
+from megamm.data.loading.loader import StepLoader
+from megamm.data.planning.plan import DataPlan
 from megamm.tokenizers.text import TextTokenizer
 from tests.data.conftest import BATCH, MODEL
 from tests.support.decoding import Stalling, workers

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 from PIL import Image
 
-from megamm.data.decoders import DECODING, Watch
-from megamm.data.index import write_index
-from megamm.data.loader import StepLoader
-from megamm.data.reader import LocalReader
+from megamm.data.loading.decoders import DECODING, Watch
+from megamm.data.loading.loader import StepLoader
+from megamm.data.shards.index import write_index
+from megamm.data.shards.reader import LocalReader
 from tests.support.shards import as_files, chat, jpeg, write_tar
 
 SLOW_KEY = "slow"

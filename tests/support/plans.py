@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from megamm.config import Batching, Data, Dataset
-from megamm.data.datasets import ShardSet
-from megamm.data.features import MediaRules
-from megamm.data.plan import DataPlan
-from megamm.data.rows import DEFAULT_COSTS
+from megamm.data.media.features import MediaRules
+from megamm.data.planning.plan import DataPlan
+from megamm.data.planning.rows import DEFAULT_COSTS
+from megamm.data.samples.datasets import ShardSet
 
 CAPACITY = (100, 40, 40)
 

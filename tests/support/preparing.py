@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megamm.data.arrays import map_arrays
-from megamm.data.index import load_index
+from megamm.data.shards.arrays import map_arrays
+from megamm.data.shards.index import load_index
 from megamm.prepare import SOURCES
 from megamm.prepare.plan import Limits, Splitting
 from megamm.prepare.report import SplitReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamm.config import Recipe, load_recipe
-from megamm.data.index import load_index, write_index
+from megamm.data.shards.index import load_index, write_index
 from megamm.tokenizers import text
 from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 
 from megamm.config import AudioFeatures, Batching, Data, Dataset, ImageFeatures, Model, Tower
-from megamm.data.collate import batch_bytes
-from megamm.data.decode import image_input
-from megamm.data.features import MediaRules
-from megamm.data.lengths import ensure_lengths
-from megamm.data.loader import StepLoader
-from megamm.data.plan import DataPlan
+from megamm.data.loading.collate import batch_bytes
+from megamm.data.loading.loader import StepLoader
+from megamm.data.media.decode import image_input
+from megamm.data.media.features import MediaRules
+from megamm.data.planning.plan import DataPlan
+from megamm.data.samples.lengths import ensure_lengths
 from megamm.tokenizers.text import TextTokenizer
 from tests.support.decoding import workers
 from tests.support.shards import jpeg

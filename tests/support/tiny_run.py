@@ -12,7 +12,7 @@ from megamm.checkpoint.commit import Progress
 from megamm.config import Engine, Recipe, Tokenizer, load_resolved, to_dict
 from megamm.config.schema import Training
 from megamm.core.files import write_json
-from megamm.data.features import MediaRules
+from megamm.data.media.features import MediaRules
 from megamm.engine import distributed, runtime, settings, weights
 from megamm.export.probes import make_probes
 from megamm.inference.load import Loaded, run_config

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megamm.core.errors import ConfigError
-from megamm.data.plan import DataPlan
+from megamm.data.planning.plan import DataPlan
 from megamm.tokenizers.text import TextTokenizer
 from megamm.train.data import plan_all_lengths
 from megamm.train.exclusion import check_known, read_keys

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megamm.config import Data, Dataset
-from megamm.data.index import write_index
+from megamm.data.shards.index import write_index
 from megamm.train.data import plan_all_lengths
 from tests.support import tiny_run
 from tests.support.shards import as_files, text_document, write_tar

@@ -18,7 +18,7 @@ import pytest
 from megamm.checkpoint.manifest import read_data_state, read_ledger
 from megamm.config import to_dict
 from megamm.core.json_lines import read_json_lines
-from megamm.data.index import load_index, write_index
+from megamm.data.shards.index import load_index, write_index
 from megamm.train.data_report import read_report
 from megamm.train.trace import trace_step
 from tests.support.recipes import write_recipe

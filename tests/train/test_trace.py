@@ -16,8 +16,8 @@ from megamm.config import to_dict
 from megamm.core.errors import ConfigError, DataError
 from megamm.core.files import canonical_json, write_json
 from megamm.core.json_lines import JsonLines
-from megamm.data.loader import StepLoader
-from megamm.data.plan import DataPlan
+from megamm.data.loading.loader import StepLoader
+from megamm.data.planning.plan import DataPlan
 from megamm.tokenizers.text import TextTokenizer
 from megamm.train.data import plan_all_lengths
 from megamm.train.data_report import read_report

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.core.errors import ConfigError
-from megamm.data.media import AUDIO_ENDINGS, IMAGE_ENDINGS
+from megamm.data.media.files import AUDIO_ENDINGS, IMAGE_ENDINGS
 from megamm.prepare.inputs import existing_input, member, read_input, size_of, walk
 from megamm.prepare.names import plain_key, stems
 from megamm.prepare.rows import is_text

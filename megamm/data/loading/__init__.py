@@ -1,0 +1,1 @@
+"""How a step comes into memory: decoders, collating, the loader, its budget."""

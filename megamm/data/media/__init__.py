@@ -1,0 +1,1 @@
+"""Pictures and sounds: what headers say, decoding, augmentation, features."""

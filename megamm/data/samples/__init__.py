@@ -1,0 +1,1 @@
+"""What a shard means: mappings, chats, encoding, planned lengths, datasets."""

@@ -1,0 +1,134 @@
+"""From a sample to a token sequence: decode, lay out, shift the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megamm.core.errors import DataError
+from megamm.core.types import IGNORE_LABEL, MediaFacts, Part, Sample, TokenSequence
+from megamm.data.ledger import BadSample
+from megamm.data.media.augment import Changes
+from megamm.data.media.decode import audio_input, image_input
+from megamm.data.media.features import Footprint, MediaRules
+from megamm.data.media.files import MediaError
+from megamm.tasks import template
+from megamm.tokenizers.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """How samples become sequences. Stateless: equal samples give equal sequences, in any thread.
+
+    Attributes:
+        tokenizer: Of the run.
+        rules: How media become tower inputs.
+        task_weights: Task name -> loss weight of its tokens; 1 where not named.
+    """
+
+    tokenizer: TextTokenizer
+    rules: MediaRules
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def measure(self, sample: Sample, facts: Mapping[str, MediaFacts], speeds: Sequence[float] = (1.0,)) -> list[Footprint]:
+        """What the sample will take of a row, without decoding its media.
+
+        Args:
+            sample: Parsed, without media.
+            facts: Member suffix -> what its header says.
+            speeds: At which its sounds may be played.
+
+        Returns:
+            For each speed what the sample takes.
+
+        Raises:
+            BadSample: The sample can never be encoded; says why.
+        """
+        try:
+            images = [self.rules.footprint(_facts_of(part, facts)) for part in _parts(sample, "image")]
+            sounds = [_facts_of(part, facts) for part in _parts(sample, "audio")]
+            variants = [[self.rules.footprint(one, speed) for one in sounds] for speed in speeds]
+            encoded = template.encode(
+                sample.messages,
+                self.tokenizer,
+                image_tokens=[one.tokens for one in images],
+                audio_tokens=[one.tokens for one in variants[0]],
+            )
+        except DataError as error:
+            raise BadSample(str(error)) from error
+        # Speeds change the placeholders of sounds alone.
+        num_others = len(encoded.input_ids) - sum(one.tokens for one in variants[0])
+        patches = sum(one.patches for one in images)
+        return [Footprint(num_others + sum(one.tokens for one in each), patches, sum(one.frames for one in each)) for each in variants]
+
+    def encode(
+        self, dataset: str, sample: Sample, changes: Changes | None = None, *, speed: float = 1.0
+    ) -> tuple[TokenSequence, Footprint]:
+        """Decode the media and lay the sample out.
+
+        Args:
+            dataset: Its dataset's name.
+            sample: Parsed, with media.
+            changes: Augmentation of the media.
+            speed: At which its sounds are played.
+
+        Returns:
+            The sequence, and what it takes of a row.
+
+        Raises:
+            BadSample: Something in it cannot be decoded or laid out.
+        """
+        try:
+            images = [
+                image_input(_content_of(part, sample.media), _tower(self.rules.image, "vision"), limits=self.rules.limits, changes=changes)
+                for part in _parts(sample, "image")
+            ]
+            audios = [
+                audio_input(
+                    _content_of(part, sample.media),
+                    _tower(self.rules.audio, "audio"),
+                    limits=self.rules.limits,
+                    changes=changes,
+                    speed=speed,
+                )
+                for part in _parts(sample, "audio")
+            ]
+            encoded = template.encode(
+                sample.messages,
+                self.tokenizer,
+                image_tokens=[one.num_tokens for one in images],
+                audio_tokens=[one.num_tokens for one in audios],
+            )
+        except DataError as error:
+            raise BadSample(str(error)) from error
+        labels = np.full(len(encoded.input_ids), IGNORE_LABEL, dtype=np.int32)
+        labels[:-1] = np.where(encoded.supervised[1:], encoded.input_ids[1:], IGNORE_LABEL)
+        weights = (labels != IGNORE_LABEL) * np.float32(self.task_weights.get(sample.task, 1.0))
+        sequence = TokenSequence(dataset, sample.key, sample.task, encoded.input_ids, labels, weights, images, audios)
+        patches = sum(len(one.pixels) if one.pixels.ndim == 2 else one.num_tokens for one in images)
+        return sequence, Footprint(len(encoded.input_ids), patches, sum(one.mel.shape[1] for one in audios))
+
+
+def _parts(sample: Sample, type_: str) -> list[Part]:
+    return [part for message in sample.messages for part in message.content if part.type == type_]
+
+
+def _facts_of(part: Part, facts: Mapping[str, MediaFacts]) -> MediaFacts:
+    found = facts.get(part.member)
+    if found is None or found.type != part.type:
+        raise MediaError(f"member {part.member} is missing or is no readable {part.type}")
+    return found
+
+
+def _content_of(part: Part, media: Mapping[str, bytes]) -> bytes:
+    if part.member not in media:
+        raise MediaError(f"member {part.member} is missing")
+    return media[part.member]
+
+
+def _tower(features, name: str):
+    if features is None:
+        raise MediaError(f"the model has no {name} tower; set model.{name} or leave the dataset out")
+    return features

@@ -1,0 +1,1 @@
+"""Tar shards where they lie: their indexes, checked reading, remote files and the cache."""
