@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.data.loading.test_loader import documents_of
 from webdataset import WebDataset
 
 from megamm.cli import main
@@ -23,6 +22,7 @@ from megamm.data.samples.lengths import ensure_lengths
 from megamm.data.shards.index import index_path, load_index
 from megamm.data.shards.remote import open_reader
 from tests.data.conftest import BATCH, MODEL
+from tests.data.loading.test_loader import documents_of
 from tests.support.http_server import BODY_FAULTS, FileServer
 from tests.support.s3_server import s3_server, upload
 

@@ -186,9 +186,8 @@ def test_a_sound_at_any_speed_takes_what_was_planned(num_frames, rate_hz, speed)
 
 
 def test_speed_raises_pitch_and_shortens():
-    from tests.data.media.test_decode import wav
-
     from megamm.data.media.decode import log_mel
+    from tests.data.media.test_decode import wav
 
     def tone(hertz: float, seconds: float) -> np.ndarray:
         return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(16000 * seconds)) / 16000)).astype(np.float32)

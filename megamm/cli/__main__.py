@@ -1,0 +1,7 @@
+"""`python -m megamm.cli`."""
+
+import sys
+
+from megamm.cli import main
+
+sys.exit(main())

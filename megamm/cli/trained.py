@@ -1,0 +1,80 @@
+"""What is done with a trained model: `megamm evaluate`, `generate`, `export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megamm.cli.command import Arguments, run_argument, source_argument
+from megamm.core.errors import ConfigError
+
+
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    source_argument(parser)
+    parser.add_argument("--output", type=Path, default=None, help="folder for report.json and report.md (default: SOURCE/evaluation)")
+    parser.add_argument("--shards", action="append", default=[], metavar="NAME=GLOB", help="held-out shards instead of the recipe's")
+    parser.add_argument("--tasks", default="", help="comma-separated tasks to keep (default: all)")
+    parser.add_argument("--max-samples", type=int, default=0, help="samples of each dataset, spread evenly over it (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64)
+
+
+def evaluate(arguments: Arguments) -> None:
+    from megamm.evaluation import evaluate
+
+    pairs = [pair.partition("=") for pair in arguments.shards]
+    for name, equals, glob in pairs:
+        if not (name and equals and glob):
+            raise ConfigError(f"--shards {name}{equals}{glob} is not NAME=GLOB, such as --shards digits='data/digits/test-*.tar'")
+    report = evaluate(
+        arguments.source,
+        datasets={name: glob for name, _, glob in pairs} or None,
+        tasks=tuple(filter(None, arguments.tasks.split(","))),
+        output=arguments.output or arguments.source / "evaluation",
+        max_samples=arguments.max_samples or None,
+        batch_size=arguments.batch_size,
+    )
+    print(report.to_markdown())
+
+
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    source_argument(parser)
+    parser.add_argument("--text", default="", help="what to ask")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="picture to show before the text")
+    parser.add_argument("--audio", type=Path, action="append", default=[], help="sound to play before the text")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def generate(arguments: Arguments) -> None:
+    from megamm.inference import answer
+
+    print(
+        answer(
+            arguments.source,
+            text=arguments.text,
+            images=arguments.image,
+            audios=arguments.audio,
+            max_new_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+    )
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    run_argument(parser)
+    parser.add_argument("--output", type=Path, required=True, help="new Hugging Face folder")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--max-shard-size", default="4GB")
+    parser.add_argument("--views", default="", help="comma-separated stock views to write as well: text, audio, image")
+
+
+def export(arguments: Arguments) -> None:
+    from megamm.export import export
+
+    views = tuple(filter(None, arguments.views.split(",")))
+    folder = export(arguments.run, arguments.output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size, views=views)
+    print(f"exported to {folder}")

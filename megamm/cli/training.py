@@ -1,0 +1,56 @@
+"""`megamm recipes`, `megamm pretrain`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from megamm.cli.command import Arguments, load, recipe_argument, same_on_all_ranks
+
+
+def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_argument(parser)
+    parser.add_argument("--run", type=Path, default=None, help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--resume", default="auto", help="`auto` (default), `never`, or a checkpoint folder that must be used")
+    parser.add_argument("--exclude", type=Path, metavar="FILE", help="keep these samples out from here on: one dataset/key a line")
+    parser.add_argument("--accept-data-change", action="store_true", help="go on although the data changed since the checkpoint")
+
+
+def pretrain(arguments: Arguments) -> None:
+    from megamm.config import resumed_recipe
+    from megamm.train.interruption import StopRequest
+
+    recipe = load(arguments)
+    folder = arguments.run or Path("runs") / recipe.name
+    with same_on_all_ranks():
+        recipe = resumed_recipe(folder / "config.json", recipe, arguments.overrides)
+    # Before the slow imports: a signal that comes meanwhile must not kill the rank.
+    with StopRequest(folder / "STOP") as stop:
+        from megamm.train.data import DataChanges
+        from megamm.train.pretrain import pretrain
+
+        changes = DataChanges(exclude=arguments.exclude, accept=arguments.accept_data_change)
+        pretrain(recipe, folder, resume=arguments.resume, changes=changes, stop=stop)
+    if "RANK" in os.environ:
+        _leave_at_once()
+
+
+def _leave_at_once() -> None:
+    """End a rank whose work is done and committed, without taking the interpreter apart.
+
+    Threads of gloo and torch that live on while it is taken apart now and then end it by `std::terminate`: a run that is DONE would be
+    told as failed, and its launcher would end the other ranks.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def recipes(arguments: Arguments) -> None:
+    from megamm.train.recipes import recipe_table
+
+    print(recipe_table())
