@@ -36,12 +36,14 @@ class Progress:
         data_state: What the data plan needs to go on after this step.
         ledger: Skipped samples so far, one table each.
         fingerprints: Name -> digest of what must not change under a resumed run.
+        num_tokens: Real tokens that were trained on so far.
     """
 
     step: int
     data_state: dict[str, Any] = field(default_factory=dict)
     ledger: Sequence[dict[str, Any]] = ()
     fingerprints: dict[str, str] = field(default_factory=dict)
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

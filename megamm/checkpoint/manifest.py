@@ -56,6 +56,7 @@ class Manifest:
         fingerprints: Name (`model`, `config`, `data`, ...) -> digest.
         software: Package -> version.
         fence: Who wrote it.
+        num_tokens: Real tokens that were trained on so far.
     """
 
     step: int
@@ -66,6 +67,7 @@ class Manifest:
     fingerprints: dict[str, str] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     fence: Fence = field(default_factory=Fence)
+    num_tokens: int = 0
 
     def to_text(self) -> str:
         """JSON with a digest of itself, so that a flipped bit in the manifest is found as well."""

@@ -72,6 +72,7 @@ def describe(folder: Path) -> dict[str, Any]:
     sizes = {kind: sum(math.prod(entry.shape) for entry in manifest.parameters if entry.kind == kind) for kind in _KINDS}
     return {
         "step": manifest.step,
+        "num_tokens": manifest.num_tokens,
         "world_size": manifest.world_size,
         "num_bytes": sum(facts.num_bytes for facts in manifest.files.values()),
         "num_parameters": sizes,

@@ -187,6 +187,7 @@ class Saver:
             fingerprints={**progress.fingerprints, "model": self._model_digest},
             software=self._software,
             fence=self._hold.fence,
+            num_tokens=progress.num_tokens,
         )
         self._begin(_Save(self._next_attempt(progress.step), manifest, small_files if self._world.is_main else {}, asked))
         if not self._settings.asynchronous:

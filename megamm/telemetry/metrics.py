@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ class MetricsLog:
         self._wandb = _wandb(folder, config, recipe) if config.wandb else None
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """Log `values` of one step; numbers also go to TensorBoard and Weights & Biases."""
-        self._lines.write({"step": step, **{name: _plain(value) for name, value in values.items()}})
+        """Log `values` of one step, in the file with `unix_seconds`; numbers also go to TensorBoard and Weights & Biases."""
+        self._lines.write({"step": step, "unix_seconds": round(time.time(), 3), **{name: _plain(value) for name, value in values.items()}})
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
             for name, value in numbers.items():

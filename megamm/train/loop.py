@@ -29,7 +29,7 @@ _log = get_logger("train")
 class Run:
     """What the loop works with, and where it stands.
 
-    State: `step`, `ledger`, `num_skipped` and `num_unapplied`; the rest keeps its own.
+    State: `step`, `num_tokens`, `ledger`, `num_skipped` and `num_unapplied`; the rest keeps its own.
 
     Attributes:
         folder: The run folder.
@@ -42,6 +42,7 @@ class Run:
         stop: Whether somebody asked for a stop.
         fingerprints: Name -> digest of what a resumed run must find as it is.
         step: Optimizer steps that are done.
+        num_tokens: Real tokens trained on in these steps, over all ranks.
         ledger: Samples skipped so far that this rank answers for; rank 0 also answers for those before the resume.
         num_skipped: Samples skipped so far a dataset, over all ranks.
         num_unapplied: Updates in a row that were skipped because gradients were not finite.
@@ -57,6 +58,7 @@ class Run:
     stop: StopRequest
     fingerprints: dict[str, str]
     step: int
+    num_tokens: int
     ledger: list[Skipped]
     num_skipped: Counter[str]
     num_unapplied: int = field(default=0, init=False)
@@ -81,13 +83,14 @@ def train(run: Run) -> None:
             journal.trained(batch.state)
             stopping = counts.stop_requested or run.step == recipe.train.stop_after
             if due(run.step, recipe.telemetry.every) and journal.wants_numbers:
-                skipped = {"skipped_samples": run.num_skipped.total(), **{f"skipped/{name}": num for name, num in run.num_skipped.items()}}
-                journal.numbers(run.step, {**report.values(counts, result), **skipped, "sample_keys": sample_keys_digest(batch.keys)})
+                skipped = {f"skipped/{name}": num for name, num in run.num_skipped.items()}
+                so_far = {"tokens_total": run.num_tokens, "skipped_samples": run.num_skipped.total(), **skipped}
+                journal.numbers(run.step, {**report.values(counts, result), **so_far, "sample_keys": sample_keys_digest(batch.keys)})
             if run.data.held_out and (due(run.step, recipe.evaluation.every) or run.step == recipe.train.steps):
                 _evaluate(run)
             _tell(run, run.saver.poll())
             if due(run.step, recipe.checkpoint.every) or stopping or run.step == recipe.train.steps:
-                run.saver.save(Progress(run.step, batch.state.to_json(), _all_entries(run.ledger), run.fingerprints))
+                run.saver.save(Progress(run.step, batch.state.to_json(), _all_entries(run.ledger), run.fingerprints, run.num_tokens))
         _tell(run, run.saver.finish())
     _leave(run)
 
@@ -164,6 +167,7 @@ def _train_step(run: Run, batch: StepData, counts: GlobalCounts) -> StepResult:
 
 def _advance(run: Run, batch: StepData, counts: GlobalCounts, result: StepResult) -> None:
     run.step += 1
+    run.num_tokens += counts.num_tokens
     run.ledger += batch.skipped
     run.num_skipped.update(counts.num_skipped)
     run.num_unapplied = 0 if result.applied else run.num_unapplied + 1

@@ -101,6 +101,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, hold: Hold, *, resum
             stop=stop,
             fingerprints=fingerprints,
             step=start.step,
+            num_tokens=start.num_tokens,
             # Each entry once when the ranks' ledgers are gathered.
             ledger=list(start.ledger) if world.is_main else [],
             num_skipped=Counter(entry.dataset for entry in start.ledger),

@@ -28,11 +28,13 @@ class Start:
         step: Optimizer steps that are done.
         data_state: Where the data plan goes on; None for its beginning.
         ledger: Samples that all ranks skipped so far.
+        num_tokens: Real tokens that were trained on so far.
     """
 
     step: int = 0
     data_state: LoaderState | None = None
     ledger: tuple[Skipped, ...] = ()
+    num_tokens: int = 0
 
 
 def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resume: str, fingerprints: dict[str, str]) -> Start:
@@ -85,7 +87,8 @@ def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resu
             raise _together(CheckpointError(message))
     _log.info("resumed from %s (written by %d ranks)", folder, loaded.manifest.world_size)
     ledger = tuple(Skipped.from_json(entry) for entry in loaded.ledger)
-    return Start(step=loaded.manifest.step, data_state=LoaderState.from_json(loaded.data_state), ledger=ledger)
+    manifest = loaded.manifest
+    return Start(manifest.step, LoaderState.from_json(loaded.data_state), ledger, manifest.num_tokens)
 
 
 def _together(error: CheckpointError) -> CheckpointError:
