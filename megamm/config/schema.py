@@ -421,10 +421,13 @@ class Training:
     Attributes:
         steps: Optimizer steps of the whole run.
         stop_after: Stop cleanly (checkpoint, INTERRUPTED) after this step; 0 for never. The schedule still ends at `steps`.
+        stop_margin_seconds: Least time that is kept for the last step and its checkpoint before the scheduler ends the job; more where
+            steps, evaluations and saves of this run took longer.
     """
 
     steps: Positive = 1000
     stop_after: Count = 0
+    stop_margin_seconds: NonNegative = 120.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -467,6 +470,8 @@ class Telemetry:
         wandb: Log to Weights & Biases as well (`WANDB_MODE=offline` keeps it local).
         wandb_project: Its project.
         peak_tflops: Peak of one device for MFU; 0 looks the device up and leaves MFU out where it is unknown.
+        stall_seconds: A step without progress for so long ends the run, with the stacks of all ranks; 0 takes ten of the longest steps so
+            far, and ten minutes at least. The start and saves have six times as long, first steps and evaluations three times.
     """
 
     every: Positive = 1
@@ -474,6 +479,7 @@ class Telemetry:
     wandb: bool = False
     wandb_project: str = "megamm"
     peak_tflops: NonNegative = 0.0
+    stall_seconds: NonNegative = 0.0
 
 
 @dataclass(frozen=True, config=_STRICT)
