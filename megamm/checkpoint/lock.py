@@ -121,7 +121,7 @@ class RunLock:
                 _require_gone(run, last)
             owner = _with_starts(Owner.this_process(lease_seconds), run)
             # Before the owner: whoever finds the one finds the other.
-            _move_lease(_lease_path(run, last + 1), 0)
+            _move_lease(lease_path(run, last + 1), 0)
             if _create(owner_path(run, last + 1), owner):
                 _forget_before(run, last)
                 return cls(run, last + 1, owner)
@@ -141,7 +141,7 @@ class RunLock:
         self._beat()
         newest = newest_owner(self._run)
         if newest > self.number:
-            raise LostRun(f"{self._run} was taken over by {_read(self._run, newest)}; this job must not write to it and ends")
+            raise LostRun(f"{self._run} was taken over by {read_owner(self._run, newest)}; this job must not write to it and ends")
 
     def release(self) -> None:
         """Leave in order, so that the next owner need not wait. A folder that was new and where nothing began is as it was."""
@@ -156,7 +156,7 @@ class RunLock:
             _log.warning("%s keeps its owner until the lease runs out: %s", self._run, error)
 
     def _leave_no_trace(self) -> None:
-        for path in (owner_path(self._run, self.number), _lease_path(self._run, self.number)):
+        for path in (owner_path(self._run, self.number), lease_path(self._run, self.number)):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             # Only what is empty: another job may be at the door already, and a run's folder holds more.
@@ -173,10 +173,11 @@ class RunLock:
     def _beat(self) -> None:
         with self._mutex:
             self._num_beats += 1
-            _move_lease(_lease_path(self._run, self.number), self._num_beats)
+            _move_lease(lease_path(self._run, self.number), self._num_beats)
 
 
-def _lease_path(run: Path, number: int) -> Path:
+def lease_path(run: Path, number: int) -> Path:
+    """The file that the heartbeat of owner `number` renames anew."""
     return owner_path(run, number).with_suffix(".lease")
 
 
@@ -217,7 +218,12 @@ def _forget_before(run: Path, number: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read(run: Path, number: int) -> Owner:
+def read_owner(run: Path, number: int) -> Owner:
+    """Who owner `number` of a run is.
+
+    Raises:
+        CheckpointError: Its file cannot be read.
+    """
     try:
         return Owner(**read_json(owner_path(run, number)))
     except (OSError, ValueError, TypeError) as error:
@@ -225,14 +231,14 @@ def _read(run: Path, number: int) -> Owner:
 
 
 def _require_gone(run: Path, number: int) -> None:
-    owner = _read(run, number)
+    owner = read_owner(run, number)
     if owner.is_released:
         return
     if reason := _gone(owner):
         _log.warning("taking %s over from %s: %s", run, owner, reason)
         return
     _log.warning("%s may be in use by %s: watching for up to %g s", run, owner, owner.lease_seconds)
-    if _moves(_lease_path(run, number), owner.lease_seconds):
+    if _moves(lease_path(run, number), owner.lease_seconds):
         raise CheckpointError(f"{run} is in use by {owner}; wait for its end, cancel it, or name another --run")
     _log.warning("taking %s over from %s: silent for %g s", run, owner, owner.lease_seconds)
 
@@ -264,9 +270,15 @@ def _gone(owner: Owner) -> str:
                 return f"the scheduler has restarted job {own.job_id}"
         elif (state := _job_state(owner.job_id)) is not None and state not in _LIVE_STATES:
             return f"the scheduler says that job {owner.job_id} is {state}"
-    if owner.host == own.host and owner.boot == own.boot and not _is_alive(owner):
+    if is_gone_from_here(owner):
         return f"process {owner.pid} is gone"
     return ""
+
+
+def is_gone_from_here(owner: Owner) -> bool:
+    """Whether an owner was a process of this very machine and is no more; False where only another machine could tell."""
+    own = Owner.this_process(0.0)
+    return owner.host == own.host and owner.boot == own.boot and not _is_alive(owner)
 
 
 def _job_state(job_id: str) -> str | None:

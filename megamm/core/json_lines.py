@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,27 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def last_json_lines(path: Path, num_bytes: int) -> list[dict[str, Any]]:
+    """The objects in the last bytes of a file that may be growing, be it gigabytes long; lines that are not whole are left out.
+
+    Raises:
+        OSError: The file is there and cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - num_bytes))
+            texts = file.read(num_bytes).split(b"\n")
+    except FileNotFoundError:
+        return []
+    found = []
+    # The first line began before these bytes, unless they are the whole file.
+    for text in texts[1:] if end > num_bytes else texts:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return [one for one in found if isinstance(one, dict)]
 
 
 def cut_back(path: Path, step: int) -> None:
