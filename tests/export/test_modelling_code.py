@@ -31,7 +31,7 @@ def test_the_auto_map_names_classes_that_are_there():
     "line, message",
     [
         ("from megamm.config import Recipe", r"imports megamm\.config, which an export does not carry"),
-        ("def f():\n    import megamm.data.media.decode", r"imports megamm\.data\.decode, which an export does not carry"),
+        ("def f():\n    import megamm.data.media.decode", r"imports megamm\.data\.media\.decode, which an export does not carry"),
         ("import megamm.core.lengths as lengths", r"megamm\.core\.lengths in a form that an export cannot carry"),
         ("from megamm.core import lengths", r"imports megamm\.core, which an export does not carry"),
         ("from . import attention", r"writes `from \. import`"),
