@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamm.checkpoint.seal import opened
 from megamm.core.errors import CheckpointError
-from megamm.core.files import read_json
 
 LOCK = ".lock"
 _OWNER = re.compile(r"(\d{8})\.owner")
@@ -57,7 +57,7 @@ def starts(run: Path) -> list[tuple[int, int]]:
     number = newest_owner(run)
     if not number:
         return []
-    return [(number, step) for number, step in read_json(owner_path(run, number))["starts"]]
+    return [(number, step) for number, step in opened(owner_path(run, number).read_bytes())["starts"]]
 
 
 def check_fence(folder: Path, fence: Fence, step: int) -> None:

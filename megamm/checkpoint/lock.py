@@ -26,8 +26,9 @@ from pathlib import Path
 import psutil
 
 from megamm.checkpoint.fence import LOCK, Fence, newest_owner, owner_path, starts
+from megamm.checkpoint.seal import opened, sealed
 from megamm.core.errors import CheckpointError
-from megamm.core.files import canonical_json, read_json, sync_folder, write_text
+from megamm.core.files import sync_folder, write_text
 from megamm.core.logging import get_logger
 
 _log = get_logger("checkpoint")
@@ -129,7 +130,7 @@ class RunLock:
     def started_at(self, step: int) -> None:
         """Record that this owner goes on from `step`: what earlier owners commit beyond it does not count."""
         self._owner = _with_starts(self._owner, self._run, (self.number, step))
-        write_text(owner_path(self._run, self.number), canonical_json(asdict(self._owner)))
+        write_text(owner_path(self._run, self.number), sealed(asdict(self._owner)))
 
     def check(self) -> None:
         """Ask whether the run is still this process's.
@@ -151,7 +152,7 @@ class RunLock:
             if self.number == 1 and not self._owner.starts:
                 self._leave_no_trace()
             elif newest_owner(self._run) == self.number:
-                write_text(owner_path(self._run, self.number), canonical_json(asdict(replace(self._owner, is_released=True))))
+                write_text(owner_path(self._run, self.number), sealed(asdict(replace(self._owner, is_released=True))))
         except OSError as error:
             _log.warning("%s keeps its owner until the lease runs out: %s", self._run, error)
 
@@ -192,7 +193,7 @@ def _create(path: Path, owner: Owner) -> bool:
     """Make the owner's file where it must not exist; False where somebody was faster."""
     draft = path.with_name(f".{path.name}.{owner.host}.{owner.pid}.tmp")
     with draft.open("w", encoding="utf-8") as file:
-        file.write(canonical_json(asdict(owner)))
+        file.write(sealed(asdict(owner)))
         file.flush()
         os.fsync(file.fileno())
     try:
@@ -214,7 +215,9 @@ def _with_starts(owner: Owner, run: Path, *more: tuple[int, int]) -> Owner:
 def _forget_before(run: Path, number: int) -> None:
     """Delete the files of owners before `number`: they are gone, and what counts of them is in the newest owner's file."""
     for path in (run / LOCK).iterdir():
-        if path.name[:8].isdigit() and int(path.name[:8]) < number:
+        # Begins with a dot where an owner died while it wrote.
+        owner = path.name.removeprefix(".")[:8]
+        if owner.isdigit() and int(owner) < number:
             path.unlink(missing_ok=True)
 
 
@@ -225,7 +228,7 @@ def read_owner(run: Path, number: int) -> Owner:
         CheckpointError: Its file cannot be read.
     """
     try:
-        return Owner(**read_json(owner_path(run, number)))
+        return Owner(**opened(owner_path(run, number).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{owner_path(run, number)} cannot be read ({error}); remove it when no job uses the run") from error
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megamm.checkpoint.fence import Fence, check_fence, newest_owner, starts
 from megamm.checkpoint.hold import hold_run
 from megamm.checkpoint.lock import LostRun, Owner, RunLock
+from megamm.checkpoint.seal import opened, sealed
 from megamm.core.errors import CheckpointError
 
 SHORT = 0.6
@@ -68,7 +69,7 @@ def begin(run):
 def change_owner(run, **facts):
     """As if another machine had written it."""
     path = run / ".lock" / f"{newest_owner(run):08d}.owner"
-    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    path.write_text(sealed(opened(path.read_bytes()) | facts))
 
 
 def test_owners_follow_each_other_and_leave_little_behind(run):
@@ -248,9 +249,25 @@ def test_of_many_at_once_one_wins(run):
 def test_a_record_that_cannot_be_read_is_named(run):
     begin(run)
     path = run / ".lock" / "00000001.owner"
-    path.write_text("{")
-    with pytest.raises(CheckpointError, match=r"00000001\.owner cannot be read"):
-        acquire(run)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 29):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"00000001\.owner cannot be read"):
+            acquire(run)
+        with pytest.raises(CheckpointError, match=r"\.lock cannot be read"):
+            check_fence(run / "checkpoints" / "step_00000001", Fence(1), 1)
+    path.write_bytes(whole)
+    acquire(run).release()
+
+
+def test_what_an_owner_was_writing_when_it_died_goes_with_it(run):
+    begin(run)
+    draft = run / ".lock" / ".00000001.lease.4711.tmp"
+    draft.write_text("7")
+    begin(run)
+    assert draft.exists(), "the last owner's files stay"
+    begin(run)
+    assert not draft.exists()
 
 
 def test_ranks_hold_a_run_together(run, world):
@@ -286,7 +303,7 @@ def test_a_checkpoint_counts_unless_a_later_owner_went_on_from_before_it(tmp_pat
     (run / ".lock").mkdir()
     table = [[number, step] for number, step in enumerate(begins, start=1)]
     number, step = data.draw(st.integers(0, len(begins))), data.draw(st.integers(0, 40))
-    (run / ".lock" / f"{len(begins):08d}.owner").write_text(json.dumps({"starts": table}))
+    (run / ".lock" / f"{len(begins):08d}.owner").write_text(sealed({"starts": table}))
     abandoned = any(begin < step for begin in begins[number:])
     try:
         check_fence(run / "checkpoints" / f"step_{step:08d}", Fence(number), step)

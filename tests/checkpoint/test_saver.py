@@ -1,7 +1,6 @@
 """Saving behind training, with the real engine: nothing mixes two steps, and no failure ends or stalls what it need not."""
 
 import errno
-import json
 import time
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from megamm.checkpoint.commit import Attempt, Progress, write_files
 from megamm.checkpoint.fence import Fence, starts
 from megamm.checkpoint.hold import Hold, hold_run
 from megamm.checkpoint.io import LOCAL
-from megamm.checkpoint.lock import LostRun, Owner, RunLock
+from megamm.checkpoint.lock import LostRun, RunLock, read_owner
 from megamm.checkpoint.manifest import committed, read_data_state, read_ledger, read_manifest, verify
 from megamm.checkpoint.saver import Committed, Failed, Saver
+from megamm.checkpoint.seal import opened, sealed
 from megamm.config.schema import Checkpointing
 from megamm.core.errors import CheckpointError
 from megamm.engine import distributed, partitions
@@ -257,9 +257,8 @@ def test_a_job_that_lost_its_run_commits_nothing_and_ends(make_saver, folder, wo
 def disown(run, number):
     """Make the owner's record say that its process is another one, long gone."""
     path = run / ".lock" / f"{number:08d}.owner"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"pid_started": 1.0}))
-    assert Owner(**json.loads(path.read_text())).pid_started == 1.0
+    path.write_text(sealed(opened(path.read_bytes()) | {"pid_started": 1.0}))
+    assert read_owner(run, number).pid_started == 1.0
 
 
 def test_what_an_old_owner_commits_late_is_passed_over(make_saver, folder, world):
