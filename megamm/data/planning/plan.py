@@ -23,6 +23,7 @@ from megamm.data.planning.mixture import Mixture, Segment, planned_weights
 from megamm.data.planning.order import sample_at, variants_at
 from megamm.data.planning.rows import DEFAULT_COSTS, PlannedRow, PlannedSample, RowCosts, Window
 from megamm.data.planning.state import DataChange, LoaderState, Pass, PlanState, check_identity, differences, fingerprint_of
+from megamm.data.planning.stretch import Stretch
 from megamm.data.samples.datasets import ShardSet, open_dataset
 from megamm.data.samples.lengths import lengths_key
 from megamm.tokenizers.text import TextTokenizer
@@ -121,7 +122,7 @@ class DataPlan:
     def start(self) -> LoaderState:
         """The state before the first step."""
         first, *later = self._weights
-        plan = PlanState(0, 0, self._names, Mixture.start(first.weights).segments, tuple(later), (Pass(),) * len(self._names))
+        plan = PlanState(0, 0, 0, self._names, Mixture.start(first.weights).segments, tuple(later), (Pass(),) * len(self._names))
         return LoaderState(0, plan, self.identity)
 
     def resume(self, state: LoaderState, *, accept_change: bool = False) -> LoaderState:
@@ -142,7 +143,7 @@ class DataPlan:
             if not accept_change:
                 check_identity(state.identity, self.identity)
             state = self._moved(state)
-        past, later = ([one for one in self._weights if (one.step <= state.step) == is_past] for is_past in (True, False))
+        past, later = ([one for one in self._weights if (one.step <= state.plan.num_steps) == is_past] for is_past in (True, False))
         plan = replace(state.plan, schedule=tuple(later))
         if plan.segments[-1].weights != past[-1].weights:
             plan = self._reweighted(plan, past[-1].weights)
@@ -162,7 +163,8 @@ class DataPlan:
         # Weights are compared, and changed where they differ, by `resume`.
         weights = dict(zip(old.names, old.segments[-1].weights, strict=True))
         segment = Segment(first, *(tuple(one.get(name, 0) for name in self._names) for one in (weights, drawn)))
-        plan = PlanState(first, 0, self._names, (segment,), (), tuple(passes.get(name, Pass()) for name in self._names))
+        passes_now = tuple(passes.get(name, Pass()) for name in self._names)
+        plan = PlanState(first, 0, old.num_steps, self._names, (segment,), (), passes_now)
         change = DataChange(state.step, first, old.position, old.row, state.fingerprint, self.fingerprint, changed)
         _log.warning("accepted: %s", change)
         return replace(state, plan=plan, identity=self.identity, changes=(*state.changes, change))
@@ -175,19 +177,57 @@ class DataPlan:
     def next_step(self, state: LoaderState) -> PlannedStep:
         """The step after a state: the one function that leads from step to step.
 
-        It reads the state and the data alone, not the recipe's weights: what `resume` recorded is what holds.
+        It reads the state and the data alone, not the recipe's weights: what `resume` recorded is what holds. Steps of data that
+        are left out are planned and passed over.
 
         Args:
-            state: From `start`, `resume` or the step before.
+            state: From `start`, `resume`, `leave_out` or the step before.
 
         Raises:
             DataError: Window after window holds no sample that fits a row.
         """
-        plan = state.plan
-        while plan.schedule and plan.schedule[0].step <= state.step + 1:
-            plan = self._reweighted(replace(plan, schedule=plan.schedule[1:]), plan.schedule[0].weights)
-        rows, unfit, place = self._take(plan, self.batch.global_rows)
+        left_out = [stretch for stretch in state.stretches if stretch.plan == self.fingerprint]
+        rows, unfit, place = self._next_rows(state.plan)
+        while any(place.num_steps in stretch for stretch in left_out):
+            rows, more, place = self._next_rows(place)
+            unfit += more
         return PlannedStep(rows, unfit, replace(state, step=state.step + 1, plan=place))
+
+    def leave_out(self, state: LoaderState, first: int, last: int, *, reason: str, from_step: int = 0, to_step: int = 0) -> LoaderState:
+        """A state whose next steps leave out some data that are not delivered yet.
+
+        Args:
+            state: Where to go on.
+            first: First step of data to leave out, as `PlanState.num_steps` counts.
+            last: The last one.
+            reason: Why, in one line.
+            from_step: Step that the run had reached, where it went back.
+            to_step: Step that it went back to.
+
+        Raises:
+            ConfigError: The steps are none, or some of them are behind the state.
+        """
+        if not state.plan.num_steps < first <= last:
+            raise ConfigError(
+                f"data of steps {first} to {last} cannot be left out after step {state.plan.num_steps}; name later steps, in order"
+            )
+        before = self._after(state.plan, first - 1)
+        after = self._after(before, last)
+        places = (before.position, before.row), (after.position, after.row)
+        stretch = Stretch(first, last, *places, plan=self.fingerprint, reason=reason, from_step=from_step, to_step=to_step)
+        return replace(state, stretches=(*state.stretches, stretch))
+
+    def _after(self, place: PlanState, num_steps: int) -> PlanState:
+        """The place after so many steps of data."""
+        while place.num_steps < num_steps:
+            *_, place = self._next_rows(place)
+        return place
+
+    def _next_rows(self, plan: PlanState) -> tuple[list[PlannedRow], tuple[PlannedSample, ...], PlanState]:
+        """Rows, unfit samples and end of the next step of data."""
+        while plan.schedule and plan.schedule[0].step <= plan.num_steps + 1:
+            plan = self._reweighted(replace(plan, schedule=plan.schedule[1:]), plan.schedule[0].weights)
+        return self._take(replace(plan, num_steps=plan.num_steps + 1), self.batch.global_rows)
 
     def _take(self, state: PlanState, num_rows: int) -> tuple[list[PlannedRow], tuple[PlannedSample, ...], PlanState]:
         """The next `num_rows` rows, what no row of the windows opened for them holds, and where to go on."""

@@ -1,7 +1,8 @@
 """What resuming needs: where the plan stands, which weights held when, what is kept out. The same on every rank.
 
 The state is independent of world size, accumulation, workers and prefetch depth, so a run may go on at any other scale. It
-grows only with changes that somebody made (weights, exclusions, accepted changes of the data), never with steps or samples.
+grows only with changes that somebody made (weights, exclusions, accepted changes of the data) and with stretches that were left out,
+never with steps or samples.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 from megamm.core.errors import DataError
 from megamm.core.files import canonical_json, digest_text
 from megamm.data.planning.mixture import Segment, StepWeights
+from megamm.data.planning.stretch import Stretch
+from megamm.data.planning.values import as_count, as_counts, as_list, as_text, as_texts, as_weights
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class PlanState:
     Attributes:
         position: First position of the window whose rows come next.
         row: The next row of that window.
+        num_steps: Steps of data that were planned before it, those that were left out included; weights of a schedule count by it.
         names: The datasets, sorted; weights and passes are in this order.
         segments: History of the mixture's weights.
         schedule: Weights that steps to come will bring.
@@ -45,6 +49,7 @@ class PlanState:
 
     position: int
     row: int
+    num_steps: int
     names: tuple[str, ...]
     segments: tuple[Segment, ...]
     schedule: tuple[StepWeights, ...]
@@ -55,6 +60,7 @@ class PlanState:
         return {
             "position": self.position,
             "row": self.row,
+            "num_steps": self.num_steps,
             "datasets": list(self.names),
             "weights": [{"start": one.start, "weights": list(one.weights), "drawn": list(one.drawn)} for one in self.segments],
             "schedule": [{"step": one.step, "weights": list(one.weights)} for one in self.schedule],
@@ -64,16 +70,16 @@ class PlanState:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PlanState:
         """Read what `to_json` gave; raises KeyError, TypeError or ValueError where it is something else."""
-        names, position = _texts(value["datasets"]), _count(value["position"])
-        segments = tuple(_segment(one, names) for one in _list(value["weights"]))
-        schedule = tuple(StepWeights(_count(one["step"]), _weights(one["weights"], names)) for one in _list(value["schedule"]))
-        passes = tuple(Pass(*_counts(one, 2)) for one in _list(value["passes"]))
+        names, position = as_texts(value["datasets"]), as_count(value["position"])
+        segments = tuple(_segment(one, names) for one in as_list(value["weights"]))
+        schedule = tuple(StepWeights(as_count(one["step"]), as_weights(one["weights"], len(names))) for one in as_list(value["schedule"]))
+        passes = tuple(Pass(*as_counts(one, 2)) for one in as_list(value["passes"]))
         if list(names) != sorted(set(names)) or len(passes) != len(names):
             raise ValueError("datasets are not sorted, or passes not one for each")
         starts = [one.start for one in segments]
         if not starts or starts != sorted(set(starts)) or starts[0] > position:
             raise ValueError(f"weights that begin at {starts} are none for position {position} or do not ascend")
-        return cls(position, _count(value["row"]), names, segments, schedule, passes)
+        return cls(position, as_count(value["row"]), as_count(value["num_steps"]), names, segments, schedule, passes)
 
     def without_past(self) -> PlanState:
         """The same place without the weights that held before it: as large as the list of datasets."""
@@ -127,11 +133,12 @@ class LoaderState:
     """What resuming after a step needs.
 
     Attributes:
-        step: Steps that were delivered.
+        step: Steps that were trained: the run's own count, which goes back where the run does.
         plan: Where the next one begins.
         identity: Name -> value of everything that the plan is made from (see `DataPlan.identity`).
         exclusions: What is kept out, and since when.
         changes: Accepted changes of the identity, oldest first.
+        stretches: Steps of data that are left out, in the order of the decisions; some may still be to come.
     """
 
     step: int
@@ -139,6 +146,7 @@ class LoaderState:
     identity: Mapping[str, str]
     exclusions: tuple[Exclusion, ...] = ()
     changes: tuple[DataChange, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -157,6 +165,7 @@ class LoaderState:
             **self.plan.to_json(),
             "exclusions": [{"after_step": one.after_step, "keys": list(one.keys)} for one in self.exclusions],
             "changes": [{**asdict(one), "changed": list(one.changed)} for one in self.changes],
+            "stretches": [one.to_json() for one in self.stretches],
             "identity": dict(self.identity),
         }
 
@@ -169,16 +178,19 @@ class LoaderState:
         """
         try:
             _check_version(value)
-            exclusions = tuple(Exclusion(_count(one["after_step"]), _texts(one["keys"])) for one in _list(value["exclusions"]))
-            changes = tuple(_change(one) for one in _list(value["changes"]))
-            identity = {name: _text(part) for name, part in value["identity"].items()}
-            return cls(_count(value["step"]), PlanState.from_json(value), identity, exclusions, changes)
+            exclusions = tuple(Exclusion(as_count(one["after_step"]), as_texts(one["keys"])) for one in as_list(value["exclusions"]))
+            changes = tuple(_change(one) for one in as_list(value["changes"]))
+            stretches = tuple(Stretch.from_json(one) for one in as_list(value["stretches"]))
+            identity = {name: as_text(part) for name, part in value["identity"].items()}
+            return cls(as_count(value["step"]), PlanState.from_json(value), identity, exclusions, changes, stretches)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"data state cannot be read ({type(error).__name__}: {error}); resume from another checkpoint") from None
 
     def position_json(self) -> dict[str, Any]:
         """The place alone, as plain JSON values: no larger than the list of datasets, enough to plan the steps that follow."""
-        return {"version": STATE_VERSION, "step": self.step, **self.plan.without_past().to_json(), "plan": self.fingerprint}
+        to_come = [one.to_json() for one in self.stretches if one.last > self.plan.num_steps]
+        place = self.plan.without_past().to_json()
+        return {"version": STATE_VERSION, "step": self.step, **place, "stretches": to_come, "plan": self.fingerprint}
 
     @classmethod
     def from_position_json(cls, value: Mapping[str, Any], identity: Mapping[str, str]) -> LoaderState:
@@ -189,14 +201,15 @@ class LoaderState:
             identity: Of the plan that it is a place of.
 
         Returns:
-            A state that leads to the same steps; it does not know what was excluded or accepted before.
+            A state that leads to the same steps; it does not know what was excluded, accepted or left out before.
 
         Raises:
             DataError: Another version, a place in another plan, or not a place at all.
         """
         try:
             _check_version(value)
-            step, plan, expected = _count(value["step"]), PlanState.from_json(value), _text(value["plan"])
+            step, plan, expected = as_count(value["step"]), PlanState.from_json(value), as_text(value["plan"])
+            stretches = tuple(Stretch.from_json(one) for one in as_list(value["stretches"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"a place in the data cannot be read ({type(error).__name__}: {error}); take that of another step") from None
         if expected != fingerprint_of(identity):
@@ -204,7 +217,7 @@ class LoaderState:
                 f"step {step} was planned from other data or settings (plan {expected[:12]}, now {fingerprint_of(identity)[:12]}); "
                 "bring back the shards and settings of that time to look it up"
             )
-        return cls(step, plan, dict(identity))
+        return cls(step, plan, dict(identity), stretches=stretches)
 
 
 def fingerprint_of(identity: Mapping[str, str]) -> str:
@@ -242,49 +255,10 @@ def _check_version(value: Any) -> None:
 
 
 def _segment(value: Any, names: tuple[str, ...]) -> Segment:
-    return Segment(_count(value["start"]), _weights(value["weights"], names), _counts(value["drawn"], len(names)))
+    return Segment(as_count(value["start"]), as_weights(value["weights"], len(names)), as_counts(value["drawn"], len(names)))
 
 
 def _change(value: Any) -> DataChange:
-    counts = {name: _count(value[name]) for name in ("after_step", "position", "left_position", "left_row")}
-    texts = {name: _text(value[name]) for name in ("old", "new")}
-    return DataChange(**{**value, **counts, **texts, "changed": _texts(value["changed"])})
-
-
-# What JSON holds is taken as it is: `int` and `tuple` would make a number of "3" and three keys of "abc".
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r:.40} is no list")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is no text")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(_text(one) for one in _list(value))
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.40} is no whole number from 0 on")
-    return value
-
-
-def _counts(value: Any, num_due: int) -> tuple[int, ...]:
-    counts = tuple(_count(one) for one in _list(value))
-    if len(counts) != num_due:
-        raise ValueError(f"{len(counts)} numbers where {num_due} are due")
-    return counts
-
-
-def _weights(value: Any, names: tuple[str, ...]) -> tuple[int, ...]:
-    weights = _counts(value, len(names))
-    if not any(weights):
-        raise ValueError("weights that draw nothing")
-    return weights
+    counts = {name: as_count(value[name]) for name in ("after_step", "position", "left_position", "left_row")}
+    texts = {name: as_text(value[name]) for name in ("old", "new")}
+    return DataChange(**{**value, **counts, **texts, "changed": as_texts(value["changed"])})

@@ -68,7 +68,7 @@ def test_steps_of_any_size_are_cuts_of_one_stream_of_rows(tokenizer, first, seed
     one = one.next_step(one.start())
     two = two.next_step(one.state)
     assert [row.samples for row in (*one.rows, *two.rows)] == [row.samples for row in whole.rows]
-    assert one.unfit + two.unfit == whole.unfit and two.state.plan == whole.state.plan
+    assert one.unfit + two.unfit == whole.unfit and replace(two.state.plan, num_steps=1) == whole.state.plan
 
 
 def test_epochs_are_complete_and_differ(tokenizer):

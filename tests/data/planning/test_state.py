@@ -9,6 +9,7 @@ import pytest
 
 from megamm.core.errors import DataError
 from megamm.data.planning.state import DataChange, LoaderState
+from megamm.data.planning.stretch import Stretch
 from tests.support.plans import plan_of, shard_set
 
 
@@ -16,12 +17,15 @@ from tests.support.plans import plan_of, shard_set
 def state(tokenizer):
     sets = [shard_set(name, [40], tokens=10) for name in ("a", "b")]
     start = plan_of(sets, tokenizer, window=32, num_rows=2).start().excluding(["a/x", "b/y"])
-    return replace(start, changes=(DataChange(3, 64, 32, 1, "old", "new", ("seed",)),))
+    stretch = Stretch(4, 6, (32, 1), (64, 0), plan="new", reason="loss 9.5", from_step=6, to_step=3)
+    return replace(start, changes=(DataChange(3, 64, 32, 1, "old", "new", ("seed",)),), stretches=(stretch,))
 
 
 PLACES = {
     "position": [-1, 1.5, "3", None, True, []],
     "row": [-1, 0.0, "0", None],
+    "num_steps": [-1, 0.5, "0", None],
+    "stretches": [None, [None], [{}], {"first": 1}],
     "step": [-1, 2.5, "1", None],
     "datasets": [None, "ab", [], ["a"], ["b", "a"], ["a", "a"], [1, 2], {"a": 1, "b": 2}],
     "weights": [
@@ -63,6 +67,15 @@ CHANGES = {
     "changed": [None, "seed", [1]],
     "more": [1],
 }
+STRETCHES = {
+    "first": [-1, "4"],
+    "start": [None, [32], [32, -1], "ab"],
+    "end": [[64, 0, 0]],
+    "plan": [None, 3],
+    "reason": [["x"]],
+    "to_step": [0.5],
+    "more": [1],
+}
 NO_OBJECTS = [None, [], [1], "version", 3, True]
 
 
@@ -83,6 +96,13 @@ def test_a_change_of_other_values_is_refused(state, name, value):
     good = state.to_json()
     with pytest.raises(DataError, match="data state cannot be read"):
         LoaderState.from_json({**good, "changes": [{**good["changes"][0], name: value}]})
+
+
+@pytest.mark.parametrize(("name", "value"), cases(STRETCHES))
+def test_a_stretch_of_other_values_is_refused(state, name, value):
+    good = state.to_json()
+    with pytest.raises(DataError, match="data state cannot be read"):
+        LoaderState.from_json({**good, "stretches": [{**good["stretches"][0], name: value}]})
 
 
 @pytest.mark.parametrize(("name", "value"), cases({**PLACES, "plan": [None, 1, ["a"]]}))
