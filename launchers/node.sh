@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
-# What every rank runs, however it was started (local.sh, torchrun.sh, srun): ranks from the launcher, then the command.
+# What every rank runs, however it was started (local.sh, torchrun.sh, deepspeed.sh, srun): ranks from the launcher, then the command.
 set -euo pipefail
 
 # srun says who we are in its own words.
 if [ -z "${RANK:-}" ] && [ -n "${SLURM_PROCID:-}" ]; then
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+fi
+
+# A shell that ssh or a container opened knows nothing of the environment that the launcher was called in.
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ -n "${MEGAMM_VENV:-}" ]; then
+    PATH=$MEGAMM_VENV/bin:$PATH
+elif ! command -v megamm >/dev/null && [ -d "$here/../.venv/bin" ]; then
+    PATH=$here/../.venv/bin:$PATH
 fi
 
 if [ "${WORLD_SIZE:-1}" -gt 1 ]; then
@@ -15,7 +23,5 @@ fi
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-262144} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-131072}
 # One warning a collective otherwise (torch's deprecation of a function that DeepSpeed calls).
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
-# A rank that fails must not leave its peers in a collective for ever.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 
 exec "$@"

@@ -9,40 +9,39 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# Pretrain on Slurm, one task a GPU. Options before the script go to sbatch, arguments after it to `megamm pretrain`:
+# Pretrain, one task a GPU, through as many jobs' worth of time as it takes: the job requeues itself until the run is done.
+# Options before the script go to sbatch, arguments after it to `megamm pretrain`:
 #   sbatch --nodes 16 slurm/pretrain.sh 7b --run /shared/runs/7b --optim.lr 2e-4
-# Set MEGAMM_HOME to the checkout and MEGAMM_VENV to its virtual environment where they are not the submit folder's.
+# Exit codes: 0 the run is done; 75 it is not, and somebody has to look; 2 it cannot be started so.
 set -uo pipefail
 
-home=${MEGAMM_HOME:-$SLURM_SUBMIT_DIR}
-venv=${MEGAMM_VENV:-$home/.venv}
+# Slurm runs a copy of this file: the checkout is where MEGAMM_HOME says, or the folder that the job was submitted from.
+export MEGAMM_HOME=${MEGAMM_HOME:-${SLURM_SUBMIT_DIR:?submit this file with sbatch}}
+# shellcheck source=common.sh
+source "$MEGAMM_HOME/slurm/common.sh" || exit 2
+begin_job
+
 recipe=${1:-tiny}
 shift || true
-
-run=""
 arguments=("$@")
-for ((i = 0; i < ${#arguments[@]}; i++)); do
-    case ${arguments[i]} in
-        --run) run=${arguments[i + 1]:-} ;;
-        --run=*) run=${arguments[i]#--run=} ;;
-    esac
-done
+run=$(option_of --run "$@")
 if [ -z "$run" ]; then
-    run=$SLURM_SUBMIT_DIR/runs/$recipe
+    name=${recipe##*/}
+    run=$PWD/runs/${name%.toml}
     arguments+=(--run "$run")
 fi
+gpus=${SLURM_GPUS_PER_NODE:-}
+gpus=${gpus##*:}
+if [ -n "$gpus" ] && [ "$gpus" != "${SLURM_NTASKS_PER_NODE:-1}" ]; then
+    refuse "--gpus-per-node=$gpus with --ntasks-per-node=${SLURM_NTASKS_PER_NODE:-1}: one task a GPU, so give both the same number"
+fi
 
-export PATH=$venv/bin:$PATH
-# The first node's address, not its name: compute nodes need not resolve each other.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-export MASTER_ADDR
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-# srun does not inherit it since Slurm 22.05.
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-
-mkdir -p "$run/logs"
-restart=${SLURM_RESTART_COUNT:-0}
+if [ -e "$run/DONE" ]; then
+    say "$run is done"
+    exit 0
+fi
+mkdir -p "$run/logs" || exit 75
+dump_environment "$run/logs/job-$SLURM_JOB_ID-restart-$restart.env"
 
 newest_checkpoint() {
     local folder newest=none
@@ -53,67 +52,46 @@ newest_checkpoint() {
     echo "$newest"
 }
 
-# Restarts in a row that began where the one before began. Slurm's own requeues (a lost node) count too; a new submission starts at 0.
-record=$run/.last_checkpoint
-begin=$(newest_checkpoint)
-last="" fruitless=0
-if [ "$restart" -gt 0 ] && [ -e "$record" ]; then
-    read -r last fruitless <"$record"
-    if [ "$last" = "$begin" ]; then
-        fruitless=$((fruitless + 1))
-    else
-        fruitless=0
-    fi
-fi
-echo "$begin $fruitless" >"$record"
-give_up="giving up: 2 restarts brought no checkpoint after $begin; see $run/logs, then submit again"
-if [ "$fruitless" -gt 2 ]; then
-    echo "$give_up" >&2
-    exit 75
-fi
-
-# Set before srun starts, so that an early signal does not end this shell. Both go on as USR1: on TERM srun kills its tasks at once.
-step="" asked=""
-forward() {
-    asked=yes
-    [ -n "$step" ] && kill -USR1 "$step" 2>/dev/null
+newest_error() {
+    local file newest=none
+    for file in "$run"/errors/start_*.json; do
+        newest=$file
+    done
+    echo "$newest"
 }
-trap forward USR1 TERM
 
-# What an earlier attempt left must not speak for this one, which may fail before it gets to clear it.
+give_up() {
+    say "giving up: 2 restarts brought no checkpoint after $begin; see $run/logs and $run/errors, then submit again"
+    exit 75
+}
+
+begin=$(newest_checkpoint)
+excluded=$(job_field ExcNodeList)
+# Leaving out a node that failed its checks is progress too: each can be left out once.
+count_fruitless "$run/.last_checkpoint" "$begin,without:$excluded"
+[ "$fruitless" -le 2 ] || give_up
+
+# What an earlier start left must not speak for this one, which may fail before it gets to clear it.
 rm -f "$run/INTERRUPTED"
-srun --kill-on-bad-exit=1 --wait=60 --output="$run/logs/job-%j-restart-$restart-task-%t.log" \
-    "$home/launchers/node.sh" megamm pretrain "$recipe" "${arguments[@]}" &
-step=$!
-[ -n "$asked" ] && forward
+last_error=$(newest_error)
 
-# A trap runs only between commands, so srun is in the background and the shell waits for it again after each signal.
-while kill -0 "$step" 2>/dev/null; do
-    wait "$step"
-done
+# On TERM srun would kill its tasks at once; on USR1 they finish their step and commit a checkpoint.
+pass_on=USR1
+rendezvous 0
+launch --output="$run/logs/job-%j-restart-$restart-task-%t.log" -- megamm pretrain "$recipe" "${arguments[@]}"
+code=$?
 
 # Markers say how the run ended; exit codes of srun do not.
-if [ -e "$run/DONE" ]; then
-    exit 0
-fi
-reason=""
+[ ! -e "$run/DONE" ] || exit 0
 if [ -e "$run/INTERRUPTED" ]; then
-    reason=$(sed -n 's/.*"reason": *"\([^"]*\)".*/\1/p' "$run/INTERRUPTED")
-fi
-case $reason in
-    SIGUSR1 | SIGTERM) ;;
-    # Whoever wrote STOP or set stop_after wants the run to rest; a run that failed would fail again.
-    *) exit 75 ;;
-esac
-if [ "$fruitless" -ge 2 ] && [ "$(newest_checkpoint)" = "$begin" ]; then
-    echo "$give_up" >&2
+    # A run that was told to rest (STOP, stop_after, max_seconds) says so.
+    grep -Eq '"requeue": *true|"reason": *"SIG(USR1|TERM)"' "$run/INTERRUPTED" || exit 75
+elif [ "$(newest_error)" = "$last_error" ] && [ "$code" -le 128 ]; then
+    # It was refused: the words, the recipe or the data have to be mended. Crashes and stalls leave records, kills leave codes.
     exit 75
 fi
-state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([^ ]*\).*/\1/p')
-# A cancelled job must stay cancelled: requeue would bring it back.
-if [ "$state" = RUNNING ]; then
-    trap '' TERM
-    # Slurm ends this shell; to leave before it does would end the job instead.
-    scontrol requeue "$SLURM_JOB_ID" && sleep "${MEGAMM_REQUEUE_WAIT_S:-60}"
+if [ "$fruitless" -ge 2 ] && [ "$(newest_checkpoint)" = "$begin" ]; then
+    give_up
 fi
+requeue
 exit 75

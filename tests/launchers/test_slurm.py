@@ -1,5 +1,6 @@
 """How slurm/pretrain.sh ends, with programs of the test's own in place of `srun` and `scontrol`."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = str(Path(__file__).resolve().parents[2] / "slurm" / "pretrain.sh")
+CHECKOUT = Path(__file__).resolve().parents[2]
+SCRIPT = str(CHECKOUT / "slurm" / "pretrain.sh")
 
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
     "show hostnames") echo node0 ;;
     "show node") echo "NodeName=node0 NodeAddr=127.0.0.1 NodeHostName=node0" ;;
-    "show job") echo "JobState=$JOB_STATE Reason=None" ;;
+    "show job") echo "JobId=$SLURM_JOB_ID JobState=$JOB_STATE Reason=None ExcNodeList=(null)" ;;
     requeue*) echo "$2" >>"$RUN/requeued" ;;
 esac
 """
@@ -35,17 +37,19 @@ class Job:
         path.write_text(text)
         path.chmod(0o755)
 
-    def start(self, srun: str, *, restart: int = 0, state: str = "RUNNING") -> subprocess.Popen:
+    def start(self, srun: str, *, restart: int = 0, state: str = "RUNNING", number: int = 77, **more: str) -> subprocess.Popen:
         self._program("srun", f"#!/bin/bash\n{srun}\n")
         variables = {
             "PATH": f"{self._programs}:{os.environ['PATH']}",
             "MEGAMM_REQUEUE_WAIT_S": "0",
+            "MEGAMM_HOME": str(CHECKOUT),
             "SLURM_SUBMIT_DIR": str(self.run.parent),
             "SLURM_JOB_NODELIST": "node0",
-            "SLURM_JOB_ID": "77",
+            "SLURM_JOB_ID": str(number),
             "SLURM_RESTART_COUNT": str(restart),
             "JOB_STATE": state,
             "RUN": str(self.run),
+            **more,
         }
         return subprocess.Popen([SCRIPT, "tiny", "--run", str(self.run)], env=variables, stderr=subprocess.PIPE, text=True)
 
@@ -65,12 +69,12 @@ def job(tmp_path):
     return Job(tmp_path)
 
 
-def interrupted(reason: str) -> str:
-    return f"""echo '{{"reason": "{reason}", "step": 5}}' >"$RUN/INTERRUPTED"; exit 1"""
+def interrupted(reason: str = "SIGUSR1", *, requeue: bool = True) -> str:
+    return f"""echo '{json.dumps({"reason": reason, "requeue": requeue, "step": 5})}' >"$RUN/INTERRUPTED"; exit 1"""
 
 
 def test_an_old_marker_does_not_requeue_a_run_that_fails(job):
-    (job.run / "INTERRUPTED").write_text('{"reason": "SIGUSR1", "step": 5}\n')
+    (job.run / "INTERRUPTED").write_text('{"reason": "SIGUSR1", "requeue": true, "step": 5}\n')
     assert job.finish("exit 1")[0] == 75
     assert job.num_requeues == 0
 
@@ -80,16 +84,22 @@ def test_a_finished_run_ends_with_0_whatever_srun_says(job):
     assert job.num_requeues == 0
 
 
-@pytest.mark.parametrize("reason", ["SIGUSR1", "SIGTERM"])
-def test_a_signal_requeues(job, reason):
-    assert job.finish(interrupted(reason))[0] == 75
+def test_a_run_that_was_interrupted_is_requeued_where_it_says_so(job):
+    assert job.finish(interrupted("STOP file", requeue=False))[0] == 75
+    assert job.num_requeues == 0
+    assert job.finish(interrupted("time limit of job 77"))[0] == 75
     assert job.num_requeues == 1
 
 
-@pytest.mark.parametrize("reason", ["STOP file", "stop_after", "another rank"])
-def test_a_run_that_was_told_to_rest_is_not_requeued(job, reason):
-    assert job.finish(interrupted(reason))[0] == 75
-    assert job.num_requeues == 0
+def test_a_crash_and_a_kill_are_tried_again(job):
+    crash = 'mkdir -p "$RUN/errors"; touch "$RUN/errors/start_00001.rank_00003.json"; exit 1'
+    assert job.finish(crash)[0] == 75
+    assert job.num_requeues == 1
+    # The record of an earlier crash says nothing of this start, which was refused.
+    assert job.finish("exit 1", restart=1)[0] == 75
+    assert job.num_requeues == 1
+    assert job.finish("exit 137", number=78)[0] == 75
+    assert job.num_requeues == 2
 
 
 def test_a_cancelled_job_stays_cancelled(job):
@@ -100,9 +110,9 @@ def test_a_cancelled_job_stays_cancelled(job):
 def test_the_third_restart_without_a_checkpoint_gives_up(job):
     (job.run / "checkpoints" / "step_00000004").mkdir(parents=True)
     for restart in (0, 1):
-        job.finish(interrupted("SIGUSR1"), restart=restart)
+        job.finish(interrupted(), restart=restart)
     assert job.num_requeues == 2
-    code, errors = job.finish(interrupted("SIGUSR1"), restart=2)
+    code, errors = job.finish(interrupted(), restart=2)
     assert code == 75 and "step_00000004" in errors
     assert job.num_requeues == 2
     # Slurm itself may bring it back (a lost node): then nothing starts.
@@ -113,18 +123,18 @@ def test_the_third_restart_without_a_checkpoint_gives_up(job):
 
 def test_a_checkpoint_or_a_new_submission_counts_from_the_start(job):
     for restart in range(5):
-        job.finish(f'mkdir -p "$RUN/checkpoints/step_0000000{restart + 1}"; ' + interrupted("SIGUSR1"), restart=restart)
+        job.finish(f'mkdir -p "$RUN/checkpoints/step_0000000{restart + 1}"; ' + interrupted(), restart=restart)
     assert job.num_requeues == 5
     for restart in (5, 6, 7):
-        job.finish(interrupted("SIGUSR1"), restart=restart)
+        job.finish(interrupted(), restart=restart)
     assert job.num_requeues == 7
-    job.finish(interrupted("SIGUSR1"), restart=0)
+    job.finish(interrupted(), number=78)
     assert job.num_requeues == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signals_to_the_batch_shell_reach_srun_as_usr1(job, number):
-    srun = f'end() {{ {interrupted("SIGUSR1")}; }}; trap end USR1; touch "$RUN/up"; while :; do sleep 0.05; done'
+    srun = f'end() {{ {interrupted()}; }}; trap end USR1; touch "$RUN/up"; while :; do sleep 0.05; done'
     process = job.start(srun)
     deadline = time.monotonic() + 20
     while not (job.run / "up").exists() and time.monotonic() < deadline:
@@ -133,3 +143,16 @@ def test_signals_to_the_batch_shell_reach_srun_as_usr1(job, number):
     process.communicate(timeout=20)
     assert process.returncode == 75
     assert job.num_requeues == 1
+
+
+def test_the_environment_of_each_start_is_kept_without_secrets(job):
+    secrets = {"HF_TOKEN": "aaa1", "WANDB_API_KEY": "aaa2", "MY_PASSWORD": "aaa3\naaa4", "http_proxy": "http://me:aaa5@proxy:3128"}
+    job.finish("exit 1", restart=2, MEGAMM_SITE="", EXTRA="two words", **secrets)
+    text = (job.run / "logs" / "job-77-restart-2.env").read_text()
+    assert "aaa" not in text
+    assert "EXTRA=two\\ words\n" in text and "http_proxy=http://***@proxy:3128\n" in text
+
+
+def test_unequal_gpus_and_tasks_are_refused(job):
+    code, errors = job.finish("exit 0", SLURM_GPUS_PER_NODE="a100:8", SLURM_NTASKS_PER_NODE="4")
+    assert code == 2 and "--gpus-per-node=8 with --ntasks-per-node=4" in errors

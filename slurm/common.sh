@@ -1,0 +1,223 @@
+#!/usr/bin/env bash
+# What the scripts of this folder share: functions only, sourced by each of them.
+#
+# Variables that the functions leave: `job` (this job's name for scontrol), `restart` (how often it was requeued), `asked` (not empty after
+# a signal), `fruitless` (restarts in a row without progress).
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+say() {
+    echo "${SLURM_JOB_NAME:-megamm}: $*" >&2
+}
+
+# Nothing was started: what the words or the settings say cannot be run.
+refuse() {
+    say "$*"
+    exit 2
+}
+
+# --- the site and the job --------------------------------------------------------------------------------------------
+
+# Settings of the site, exported: MEGAMM_SITE or slurm/site.env (see site.env.example). Without one the defaults hold.
+load_site() {
+    local site=${MEGAMM_SITE:-$MEGAMM_HOME/slurm/site.env}
+    if [ ! -e "$site" ]; then
+        [ -z "${MEGAMM_SITE:-}" ] || refuse "MEGAMM_SITE=$site is not there; copy slurm/site.env.example and name the copy"
+        return
+    fi
+    # Sites' own files, here and behind `module`, take unset variables for empty.
+    set -a +u
+    # shellcheck source=/dev/null
+    source "$site" || refuse "$site failed; it is read by bash, one NAME=value a line"
+    set +a -u
+}
+
+# First call of every job: signals, site, modules, programs. Traps come first, because USR1 would end the shell.
+begin_job() {
+    asked="" step="" pass_on=TERM
+    trap 'pass_signal' USR1 TERM
+    # An array's first task carries the number of the whole array, which scontrol would take for all tasks.
+    job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
+    restart=${SLURM_RESTART_COUNT:-0}
+    load_site
+    if [ -n "${MEGAMM_MODULES:-}" ]; then
+        load_modules
+    fi
+    # The code beside this file runs, whatever else the environment has installed.
+    export PYTHONPATH=$MEGAMM_HOME${PYTHONPATH:+:$PYTHONPATH}
+    # srun does not inherit it since Slurm 22.05.
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    # Warnings name the cause of most failures; more than that floods the logs of many ranks.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    if [ -n "${MEGAMM_INTERFACE:-}" ]; then
+        # With several networks NCCL and gloo may pick one that does not reach the other nodes.
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$MEGAMM_INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$MEGAMM_INTERFACE}
+    fi
+    if [ -n "${MEGAMM_SCRATCH:-}" ]; then
+        export TMPDIR=$MEGAMM_SCRATCH
+    fi
+}
+
+load_modules() {
+    local modules
+    read -ra modules <<<"$MEGAMM_MODULES"
+    set +u
+    # shellcheck source=/dev/null
+    command -v module >/dev/null || source /etc/profile
+    module load "${modules[@]}" || refuse "module load $MEGAMM_MODULES failed; mend MEGAMM_MODULES in the site's settings"
+    set -u
+}
+
+# One field of what scontrol says about this job; nothing where the controller does not answer.
+job_field() {
+    scontrol show job --oneliner "$job" 2>/dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"
+}
+
+# Where ranks meet: the first node's address (compute nodes need not resolve each other's names), and a port of this job and restart.
+# A job has four ports below the range that systems hand out by themselves: what an earlier start left open is in nobody's way.
+#   rendezvous OFFSET     0 for training, 1 for what runs before it
+rendezvous() {
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    export MASTER_ADDR=${MASTER_ADDR:-$first}
+    export MASTER_PORT=$((15000 + (SLURM_JOB_ID * 4 + restart % 2 * 2 + $1) % 16000))
+}
+
+# The last value of an option among words, as `--run DIR` or `--run=DIR`.
+#   option_of --run WORD ...
+option_of() {
+    local name=$1 value=""
+    shift
+    while [ "$#" -gt 0 ]; do
+        case $1 in
+            "$name") value=${2:-} ;;
+            "$name"=*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "$value"
+}
+
+# All variables of this start in a file, without what is secret.
+#   dump_environment FILE
+dump_environment() {
+    local entry name value
+    while IFS= read -r -d '' entry; do
+        name=${entry%%=*} value=${entry#*=}
+        case ${name^^} in
+            *TOKEN* | *KEY* | *SECRET* | *PASS* | *CREDENTIAL* | *JWT*) value='***' ;;
+        esac
+        printf '%s=%q\n' "$name" "$value"
+        # Proxies and registries carry user:password@ in their addresses.
+    done < <(env -0 | sort -z) | sed -E 's#://[^/@]+@#://***@#g' >"$1"
+}
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+# Run a command as a step of this job, through node.sh and the site's container, and return its code.
+#   launch SRUN_OPTION ... -- COMMAND [ARGUMENT ...]
+launch() {
+    local options=() inside=() code
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    container
+    # Plugins that cannot bind print a complaint for every step.
+    if scontrol show config 2>/dev/null | grep -Eq '^TaskPlugin .*(affinity|cgroup)'; then
+        options+=("--cpu-bind=${MEGAMM_CPU_BIND:-cores}")
+    fi
+    # A task that dies takes the others along at once: without it they wait for it, and the job burns its time.
+    srun --kill-on-bad-exit=1 --wait=60 "${options[@]}" "${inside[@]}" "$MEGAMM_HOME/launchers/node.sh" "$@" &
+    step=$!
+    [ -z "$asked" ] || pass_signal
+    # A trap runs only between commands, so srun is in the background and the shell waits for it again after each signal.
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step"
+    done
+    wait "$step"
+    code=$?
+    step=""
+    return "$code"
+}
+
+# USR1 (the time limit is near) and TERM go to the step as `pass_on` says.
+pass_signal() {
+    asked=yes
+    [ -z "$step" ] || kill -s "$pass_on" "$step" 2>/dev/null
+}
+
+# Words of the site's container, into `options` (srun's) and `inside` (what comes before the command).
+# shellcheck disable=SC2154  # both belong to launch
+container() {
+    [ -n "${MEGAMM_CONTAINER:-}" ] || return 0
+    local mounts=$MEGAMM_HOME:$MEGAMM_HOME,$PWD:$PWD program
+    for folder in "${run:-}" "${MEGAMM_SCRATCH:-}" "${MEGAMM_VENV:-}"; do
+        [ -z "$folder" ] || mounts+=,$(realpath "$folder"):$(realpath "$folder")
+    done
+    mounts+=${MEGAMM_CONTAINER_MOUNTS:+,$MEGAMM_CONTAINER_MOUNTS}
+    if [[ $MEGAMM_CONTAINER == *.sif ]]; then
+        program=$(command -v apptainer || command -v singularity) ||
+            refuse "MEGAMM_CONTAINER=$MEGAMM_CONTAINER needs apptainer, which is not on PATH; load it with MEGAMM_MODULES"
+        inside=("$program" exec --nv --bind "$mounts" --pwd "$PWD" "$MEGAMM_CONTAINER")
+    else
+        srun --help | grep -q -- --container-image ||
+            refuse "MEGAMM_CONTAINER=$MEGAMM_CONTAINER needs pyxis, which this srun does not have; name a .sif for apptainer"
+        options+=("--container-image=$MEGAMM_CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
+    fi
+}
+
+# --- starting again --------------------------------------------------------------------------------------------------
+
+# Set `fruitless`: starts of this job in a row, after the first, that began where the one before began.
+#   count_fruitless FILE PROGRESS     PROGRESS is one word
+count_fruitless() {
+    local last_job last_progress num
+    fruitless=0
+    # Slurm's own requeues count as well; a new submission has another number and starts at 0.
+    if read -r last_job last_progress num <"$1" && [ "$last_job $last_progress" = "$job $2" ]; then
+        fruitless=$((num + 1))
+    fi 2>/dev/null
+    echo "$job $2 $fruitless" >"$1"
+}
+
+# Put this job back into the queue under its number, and end with it. Returns where it is not to run again, or cannot.
+requeue() {
+    local state try
+    trap '' TERM USR1
+    for try in 1 2 3 4 5 6 7 8 9 10; do
+        state=$(job_field JobState)
+        case $state in
+            RUNNING) scontrol requeue "$job" && wait_for_the_end ;;
+            '') ;;
+            # Somebody cancelled it, and requeue would bring it back; or Slurm requeues it already.
+            *) return ;;
+        esac
+        say "no requeue at attempt $try (the controller says ${state:-nothing})"
+        sleep "${MEGAMM_REQUEUE_WAIT_S:-20}"
+    done
+}
+
+# As requeue, on other nodes than these.
+#   requeue_without NODE,NODE...
+requeue_without() {
+    local excluded
+    trap '' TERM USR1
+    [ "$(job_field JobState)" = RUNNING ] || return
+    excluded=$(job_field ExcNodeList)
+    [ "$excluded" != "(null)" ] || excluded=""
+    # Nodes of a running job cannot be changed, those of a held one can: Slurm ends this shell only KillWait seconds after its TERM.
+    scontrol requeuehold "$job" || return
+    scontrol update "JobId=$job" "ExcNodeList=${excluded:+$excluded,}$1" || say "$1 could not be excluded"
+    scontrol release "$job"
+    wait_for_the_end
+}
+
+# Slurm ends the shell of a requeued job; to leave before it does would end the job instead.
+wait_for_the_end() {
+    sleep "${MEGAMM_REQUEUE_WAIT_S:-120}"
+    exit 75
+}
