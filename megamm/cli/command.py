@@ -72,8 +72,3 @@ def run_argument(parser: argparse.ArgumentParser) -> None:
 def source_argument(parser: argparse.ArgumentParser) -> None:
     """SOURCE."""
     parser.add_argument("source", type=Path, help="run folder or exported folder")
-
-
-def nothing(parser: argparse.ArgumentParser) -> None:
-    """No arguments."""
-    del parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megamm.cli import checkpoints, data, trained, training
-from megamm.cli.command import Command, nothing, recipe_argument
+from megamm.cli.command import Command, recipe_argument
 
 GROUP_HELP = {
     "data": "Check and measure shards; ask what a run made of them.",
@@ -12,7 +12,7 @@ GROUP_HELP = {
 """A word that several commands begin with -> its one line of help."""
 
 COMMANDS = (
-    Command(("recipes",), "List the shipped recipes with their parameter counts.", nothing, training.recipes),
+    Command(("recipes",), "List the shipped recipes with their parameter counts.", training.recipes_arguments, training.recipes, True),
     Command(("prepare",), "Write WebDataset shards from a raw source.", data.prepare_arguments, data.prepare),
     Command(
         ("tokenizer",), "Train the text tokenizer on the recipe's shards and lay out the vocabulary.", recipe_argument, data.tokenizer, True

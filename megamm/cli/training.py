@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 from pathlib import Path
 
 from megamm.cli.command import Arguments, load, recipe_argument, same_on_all_ranks
+from megamm.core.errors import ConfigError
 
 
 def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,13 @@ def _leave_at_once() -> None:
     os._exit(0)
 
 
-def recipes(arguments: Arguments) -> None:
-    from megamm.train.recipes import recipe_table
+def recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="count the parameters of this one alone, overrides applied, as JSON")
 
-    print(recipe_table())
+
+def recipes(arguments: Arguments) -> None:
+    from megamm.train.recipes import recipe_parameters, recipe_table
+
+    if arguments.recipe is None and arguments.overrides:
+        raise ConfigError(f"{arguments.overrides[0]!r} overrides a recipe, but none is named")
+    print(recipe_table() if arguments.recipe is None else json.dumps(recipe_parameters(load(arguments)), indent=2))

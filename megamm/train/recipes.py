@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from megamm.config import load_recipe, recipe_names
+from pathlib import Path
+
+from megamm.config import Recipe, load_recipe, recipe_names
+from megamm.core.files import read_json
 from megamm.core.tables import aligned
 from megamm.inference.load import run_config
 from megamm.models.build import num_parameters
@@ -22,6 +25,21 @@ def recipe_table() -> str:
         tokens = recipe.batch.row_tokens * recipe.batch.global_rows
         rows.append((name, _short(counts["total"]), *parts, f"{tokens:,}", f"{recipe.train.steps:,}", recipe.description))
     return "\n".join(aligned(header, rows))
+
+
+def recipe_parameters(recipe: Recipe) -> dict[str, int]:
+    """Parameters of one recipe by part, their `total` (tied weights once) and how many are `frozen`.
+
+    Counted over the recipe's tokenizer where it was made already, else over the vocabulary that it asks for.
+    """
+    path = Path(recipe.tokenizer.folder) / "vocabulary.json"
+    if path.is_file():
+        vocabulary = Vocabulary.from_json(read_json(path))
+    else:
+        vocabulary = Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size)
+    counts = num_parameters(run_config(recipe, vocabulary))
+    towers = (("language_model", recipe.model.text), ("vision_tower", recipe.model.vision), ("audio_tower", recipe.model.audio))
+    return counts | {"frozen": sum(counts[name] for name, tower in towers if tower is not None and not tower.trainable)}
 
 
 def _short(number: int) -> str:

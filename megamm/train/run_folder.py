@@ -82,7 +82,7 @@ class RunFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"{self.path} is a file; name a folder with --run")
             # What a launcher, or a start that was cut off, leaves behind.
-            own = {"logs", "STOP", self.tokenizer.name, "ds_config.json", "environment.json"}
+            own = {"logs", "submissions", "STOP", self.tokenizer.name, "ds_config.json", "environment.json"}
             if self.path.exists() and any(entry.name not in own and not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; name an empty folder with --run")
             return
