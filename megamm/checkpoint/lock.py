@@ -248,20 +248,21 @@ def _require_gone(run: Path, number: int) -> None:
 
 def _moves(path: Path, seconds: float) -> bool:
     """Watch a lease; opening the file each time makes an NFS client ask the server."""
-    first = _text(path)
+    first = _count(path)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(min(0.5, seconds / (2 * _BEATS_A_LEASE)))
-        if _text(path) != first:
+        if _count(path) != first:
             return True
     return False
 
 
-def _text(path: Path) -> str:
+def _count(path: Path) -> bytes:
+    """As it lies there: only whether it changes is asked, also of one that is damaged."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except FileNotFoundError:
-        return ""
+        return b""
 
 
 def _gone(owner: Owner) -> str:

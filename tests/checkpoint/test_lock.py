@@ -260,6 +260,13 @@ def test_a_record_that_cannot_be_read_is_named(run):
     acquire(run).release()
 
 
+def test_a_damaged_lease_costs_its_owner_nothing(run, hold_elsewhere):
+    hold_elsewhere()
+    (run / ".lock" / "00000001.lease").write_bytes(b"\xb7")
+    with pytest.raises(CheckpointError, match="in use by"):
+        acquire(run)
+
+
 def test_what_an_owner_was_writing_when_it_died_goes_with_it(run):
     begin(run)
     draft = run / ".lock" / ".00000001.lease.4711.tmp"
