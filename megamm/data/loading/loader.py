@@ -22,7 +22,7 @@ from megamm.data.loading.collate import batch_bytes, collate
 from megamm.data.loading.decoders import JOIN_SECONDS, RowJob, closed
 from megamm.data.loading.exclusions import excluded_samples
 from megamm.data.loading.open_decoders import open_decoders
-from megamm.data.loading.source import SampleSource
+from megamm.data.loading.source import SampleName, SampleSource
 from megamm.data.planning.deal import deal, resolve_accumulation
 from megamm.data.planning.plan import DataPlan
 from megamm.data.planning.rows import PlannedRow, PlannedSample
@@ -44,6 +44,7 @@ class StepData:
         state: What resuming after this step needs; the same on all ranks.
         rows: The rows of all ranks in their global order.
         num_bytes: Size of the arrays of the micro-batches.
+        slots: This rank's samples by micro-step and row, skipped ones included.
     """
 
     step: int
@@ -52,7 +53,13 @@ class StepData:
     state: LoaderState
     rows: list[PlannedRow]
     num_bytes: int
+    slots: list[list[tuple[PlannedSample, ...]]]
     _source: SampleSource
+
+    def own_samples(self) -> list[SampleName]:
+        """The samples of this rank, skipped ones included, by micro-step and row."""
+        places = ((micro_step, row, sample) for micro_step, rows in enumerate(self.slots) for row, one in enumerate(rows) for sample in one)
+        return [self._source.name(sample, micro_step, row) for micro_step, row, sample in places]
 
     @cached_property
     def keys(self) -> list[str]:
@@ -130,6 +137,7 @@ class StepLoader:
         )
         self._changed = threading.Condition()
         self._ready: deque[StepData] = deque()
+        self._pending: deque[_Pending] = deque()
         self._num_held = self._bytes_held = self._bytes_given = 0
         self._error: BaseException | None = None
         self._closed = False
@@ -173,20 +181,35 @@ class StepLoader:
         self._thread.join(JOIN_SECONDS)
         self._source.close()
 
+    def awaited(self) -> list[SampleName]:
+        """What the next step still waits for, the first sample first; for whoever asks why it does not come, from any thread."""
+        try:
+            oldest = self._pending[0]
+        except IndexError:
+            return []
+        jobs = ((micro_step, row, one.job) for micro_step, rows in enumerate(oldest.rows) for row, one in enumerate(rows))
+        return [
+            self._source.name(sample, micro_step, row)
+            for micro_step, row, job in jobs
+            if not job.done.is_set()
+            for sample, outcome in zip(job.samples, tuple(job.outcomes), strict=False)
+            if outcome is None
+        ]
+
     def _run(self) -> None:
         """Admit steps while there is room, finish the oldest otherwise."""
-        pending: deque[_Pending] = deque()
         planned = None
         try:
             # Here, not where the loader is made: it looks at indexes, on storage that may not answer.
             self._excluded = excluded_samples(self._state.exclusions, self._plan.datasets)
             while not self._closed:
                 planned = planned or self._plan_step()
-                if self._admit(planned, wait=not pending):
-                    pending.append(_Pending(planned, [[self._submit(row) for row in step] for step in planned.slots]))
+                if self._admit(planned, wait=not self._pending):
+                    self._pending.append(_Pending(planned, [[self._submit(row) for row in step] for step in planned.slots]))
                     planned = None
-                elif pending:
-                    step = self._finish(pending.popleft())
+                elif self._pending:
+                    step = self._finish(self._pending[0])
+                    self._pending.popleft()
                     with self._changed:
                         self._ready.append(step)
                         self._changed.notify_all()
@@ -269,7 +292,7 @@ class StepLoader:
         with self._changed:
             # What was planned knows nothing of the padding of pictures and sounds to a common size, but held the decoded rows.
             self._bytes_held += num_bytes - planned.num_bytes
-        return StepData(planned.state.step, micro_batches, skipped, planned.state, planned.rows, num_bytes, self._source)
+        return StepData(planned.state.step, micro_batches, skipped, planned.state, planned.rows, num_bytes, planned.slots, self._source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from megamm.config import Augment
@@ -42,6 +43,25 @@ class Unwatched:
 UNWATCHED = Unwatched()
 
 
+@dataclass(frozen=True, slots=True)
+class SampleName:
+    """A sample in a rank's part of a step, for people.
+
+    Attributes:
+        dataset: Name of its dataset.
+        shard: File name of its shard.
+        key: Its key; `sample 17` where the shard's index is not open.
+        micro_step: Of this rank, from 0.
+        row: Of the micro-step, from 0.
+    """
+
+    dataset: str
+    shard: str
+    key: str
+    micro_step: int
+    row: int
+
+
 class SampleSource:
     """Reads, checks, decodes and encodes samples. Used from many threads; keeps no state besides open files and maps.
 
@@ -69,6 +89,12 @@ class SampleSource:
         """`dataset/key` of a sample."""
         tar, number = self.datasets[planned.dataset].locate(planned.index)
         return f"{planned.dataset}/{self._pool.shard(tar).index.key(number)}"
+
+    def name(self, planned: PlannedSample, micro_step: int, row: int) -> SampleName:
+        """A sample at its place in a step. Opens no shard, so that it answers even where storage stands still."""
+        tar, number = self.datasets[planned.dataset].locate(planned.index)
+        shard = self._pool.opened(tar)
+        return SampleName(planned.dataset, tar.name, shard.index.key(number) if shard else f"sample {number}", micro_step, row)
 
     def load(self, planned: PlannedSample, progress: Progress = UNWATCHED) -> TokenSequence | Skipped:
         """The sequence of a sample, exactly as long as it was planned, or the ledger's entry for it.

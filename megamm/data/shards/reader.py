@@ -206,6 +206,10 @@ class ShardPool:
                 self._shards.popitem(last=False)
         return shard
 
+    def opened(self, tar: Shard) -> ShardReader | None:
+        """The reader of a shard whose index is mapped already; opens nothing, so it answers where the storage does not."""
+        return self._shards.get(tar)
+
     def close(self) -> None:
         """Release files and maps."""
         with self._lock:
