@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.drills.drill import Drill, Size, Tally
-from benchmarks.drills.ranks import run_ranks
+from benchmarks.drills.ranks import judged_alone
 from benchmarks.drills.saving import names_in, problem_with, save_alone, state_at
 from megamm.checkpoint.choose import newest_good
 from megamm.checkpoint.fence import LOCK, Fence
@@ -103,7 +103,7 @@ def harm_checkpoint(harm: str, size: Size, folder: Path) -> Tally:
                 shutil.rmtree(left)
         return problems
 
-    return _tally(judge, f"{len(names)} files, by turns")
+    return Tally.of(judged_alone(judge), f"{len(names)} files, by turns")
 
 
 def harm_lock(size: Size, folder: Path) -> Tally:
@@ -131,7 +131,7 @@ def harm_lock(size: Size, folder: Path) -> Tally:
             problems.append(f"with the record restored, {choice.folder} was chosen: {choice.damaged}")
         return problems
 
-    return _tally(judge, "names the file; with the record restored all is as before")
+    return Tally.of(judged_alone(judge), "names the file; with the record restored all is as before")
 
 
 def harm_lease(size: Size, folder: Path) -> Tally:
@@ -160,7 +160,7 @@ def harm_lease(size: Size, folder: Path) -> Tally:
         RunLock.acquire(run, lease_seconds=60.0).release()
         return problems
 
-    return _tally(judge, "the owner keeps the run, the next one is refused")
+    return Tally.of(judged_alone(judge), "the owner keeps the run, the next one is refused")
 
 
 def _template(folder: Path) -> tuple[Path, Path]:
@@ -210,11 +210,6 @@ def _not_refused(run: Path, words: str) -> str:
     except CheckpointError as error:
         return "" if words in str(error) else f"refused with other words: {error}"
     return "the run was taken over"
-
-
-def _tally(judge: Callable[[World], list[str]], note: str) -> Tally:
-    (ended,) = run_ranks(judge, 1, timeout_seconds=3600.0)
-    return Tally.of(ended.result if ended.result is not None else [ended.error or f"ended with {ended.status}"], note)
 
 
 def _drills() -> Iterator[Drill]:

@@ -66,6 +66,12 @@ def run_ranks(work: Callable[[World], Any], num_ranks: int, *, timeout_seconds: 
         return [_ended(folder / f"{rank}.json", statuses[child]) for rank, child in enumerate(children)]
 
 
+def judged_alone(judge: Callable[[World], list[str]]) -> list[str]:
+    """What a judge found in a rank that is a world of its own: a problem a try, empty for none; one where the judge itself failed."""
+    (ended,) = run_ranks(judge, 1, timeout_seconds=7200.0)
+    return [ended.error or f"the judge ended with {ended.status}"] if ended.result is None else ended.result
+
+
 def fork(body: Callable[[], None]) -> int:
     """Start a process that runs `body` and nothing else; returns its number."""
     sys.stdout.flush()

@@ -18,8 +18,10 @@ from typing import Any
 
 from megamm.checkpoint.fence import Fence
 from megamm.checkpoint.io import Buffer, Io
-from megamm.checkpoint.manifest import MANIFEST, FileFacts, Manifest, aside, step_folder
+from megamm.checkpoint.lock import LostRun
+from megamm.checkpoint.manifest import MANIFEST, FileFacts, Manifest, aside, read_manifest, step_folder
 from megamm.checkpoint.shards import write_file
+from megamm.core.errors import CheckpointError
 from megamm.core.logging import get_logger
 
 _log = get_logger("checkpoint")
@@ -89,16 +91,30 @@ def commit(attempt: Attempt, manifest: Manifest, io: Io, check_owner: Callable[[
         manifest: Of all their files.
         io: The file system.
         check_owner: Raises where this process is no longer the run's owner.
+
+    Raises:
+        LostRun: A later owner has committed this step already.
     """
     write_file(attempt.temporary / MANIFEST, [manifest.to_text().encode()], io)
     io.sync_folder(attempt.temporary)
     # As late as can be. An owner that sleeps between this line and the rename is caught by its fence when somebody reads.
     check_owner()
     if attempt.final.exists():
+        _require_not_later(attempt)
         # Of an abandoned past of the run: the owner went on from before it. Kept, because nobody said that it is bad.
         io.rename(attempt.final, aside(attempt.final, "stale"))
     io.rename(attempt.temporary, attempt.final)
     io.sync_folder(attempt.folder)
+
+
+def _require_not_later(attempt: Attempt) -> None:
+    """An owner that slept since its last check must not push aside what the next one has committed in the meantime."""
+    try:
+        fence = read_manifest(attempt.final).fence
+    except CheckpointError:
+        return
+    if fence.number > attempt.fence.number:
+        raise LostRun(f"{attempt.final} was committed by owner {fence.number} of the run; owner {attempt.fence.number} must not write it")
 
 
 def sweep(attempt: Attempt, io: Io) -> None:

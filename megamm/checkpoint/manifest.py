@@ -99,8 +99,14 @@ def committed(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything that carries a checkpoint's name, oldest first; whether it is good is not asked."""
     if not folder.is_dir():
         return []
-    found = [(int(path.name.removeprefix(_PREFIX)), path) for path in folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
-    return sorted(entry for entry in found if entry[1].is_dir())
+    found = [(_step_of(path.name), path) for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
+    return sorted((step, path) for step, path in found if step is not None)
+
+
+def _step_of(name: str) -> int | None:
+    """The step that a folder is named after; None for what was set aside and for what is no checkpoint."""
+    number = name.removeprefix(_PREFIX)
+    return int(number) if number != name and number.isdecimal() else None
 
 
 def model_digest(parameters: Iterable[ParameterEntry]) -> str:
@@ -137,6 +143,8 @@ def read_manifest(folder: Path) -> Manifest:
     body["files"] = {name: FileFacts(**facts) for name, facts in body["files"].items()}
     body["parameters"] = tuple(ParameterEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in body["parameters"])
     body["fence"] = Fence(**body["fence"])
+    if _step_of(folder.name) not in (None, body["step"]):
+        raise CheckpointError(f"checkpoint {folder} is of step {body['step']}, by its {MANIFEST}; rename it {step_folder(body['step'])}")
     return Manifest(**body)
 
 

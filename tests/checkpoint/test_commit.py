@@ -10,6 +10,7 @@ import torch
 from megamm.checkpoint.commit import Attempt, commit, sweep, write_files
 from megamm.checkpoint.fence import Fence
 from megamm.checkpoint.io import LOCAL
+from megamm.checkpoint.lock import LostRun
 from megamm.checkpoint.manifest import DATA_STATE, Manifest, committed, rank_file, verify
 from megamm.checkpoint.retain import retire
 from megamm.config.schema import Checkpointing
@@ -132,6 +133,17 @@ def test_a_step_that_is_there_already_is_set_aside_not_replaced(folder):
     save(folder, 20, fence=2)
     assert (folder / "step_00000020.stale-1" / "manifest.json").is_file()
     assert verify(folder / "step_00000020").fence == Fence(2)
+
+
+def test_what_a_later_owner_committed_is_not_pushed_aside(folder):
+    """An owner that passed its last check, slept, and finds the step there that the next owner saved."""
+    save(folder, 20, fence=2)
+    with pytest.raises(LostRun, match="was committed by owner 2 of the run; owner 1 must not write it"):
+        save(folder, 20, fence=1, number=3)
+    assert verify(folder / "step_00000020").fence == Fence(2)
+    (folder / "step_00000020" / "manifest.json").unlink()
+    save(folder, 20, fence=1, number=4)
+    assert (folder / "step_00000020.stale-1").is_dir()
 
 
 def test_only_earlier_attempts_and_owners_are_swept(folder):

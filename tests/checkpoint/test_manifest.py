@@ -20,6 +20,16 @@ def test_a_good_checkpoint_verifies(checkpoint):
     assert manifest.parameters[0].shape == (3, 7)
 
 
+def test_a_checkpoint_under_another_steps_name_is_refused(checkpoint):
+    for name in ("step_00000101", "step_101"):
+        with pytest.raises(CheckpointError, match=rf"{name} is of step 100, by its manifest.json; rename it step_00000100"):
+            verify(checkpoint.rename(checkpoint.with_name(name)))
+        checkpoint.with_name(name).rename(checkpoint)
+    for name in ("step_100", "kept", "step_00000100.stale-1"):
+        assert verify(checkpoint.rename(checkpoint.with_name(name))).step == 100
+        checkpoint.with_name(name).rename(checkpoint)
+
+
 def test_the_manifest_round_trips(checkpoint):
     manifest = read_manifest(checkpoint)
     (checkpoint / MANIFEST).write_text(manifest.to_text())
