@@ -55,7 +55,7 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the last step's gradient before clipping, over all ranks; inf when the step was skipped."""
+        """Norm of the last step's gradient before clipping, over all ranks; inf when the step was not applied."""
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
@@ -63,6 +63,12 @@ class Engine:
     def loss_scale(self) -> float:
         """fp16's dynamic loss scale; 1 at other precisions."""
         return float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether a gradient that is not finite may have overflowed fp16 alone, so that a lower loss scale is tried next."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
 
     def __call__(self, **inputs: Any) -> Any:
         """Run the model's forward."""
@@ -72,13 +78,16 @@ class Engine:
         """Add to the step's gradient, which is the sum of `scale * loss` over all ranks and micro-steps.
 
         DeepSpeed averages over ranks; that is undone here, so the caller divides by what the loss means and nothing else.
+        A loss that is not finite makes the gradient so, even where its own would be finite (that of an infinite loss may be): then
+        no rank applies the step.
 
         Args:
             loss: Scalar with a graph, from this engine's forward.
             scale: Such as 1 / Σw of the global batch.
         """
         # Divided by the accumulation inside DeepSpeed as well unless told not to.
-        self._engine.backward(loss * (scale * self._engine.dp_world_size), scale_wrt_gas=False)
+        nothing = loss.detach() * 0
+        self._engine.backward(loss * (nothing + scale * self._engine.dp_world_size), scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             # Counts the micro-step; the weights change at the boundary only.
             self._engine.step()
@@ -87,7 +96,8 @@ class Engine:
         """Clip, update the weights and the learning rate, after the last micro-step's backward.
 
         Returns:
-            True when the weights changed; False when the gradient was not finite on some rank and the step was skipped.
+            True when the weights changed; False, on all ranks alike, when the gradient was not finite on some rank: then weights,
+            moments and learning rate stay as they are.
 
         Raises:
             MegaMMError: Fewer backward calls than micro-steps went before.
@@ -134,4 +144,8 @@ def initialize(
         lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, lr_lambda),
         dist_init_required=False,
     )
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if getattr(scaler, "dynamic", False):
+        # Else DeepSpeed ends the run by a bare exception where the scale cannot fall further: the caller counts such steps.
+        scaler.raise_error_at_min_scale = False
     return Engine(engine)

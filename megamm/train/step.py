@@ -7,11 +7,11 @@ of a step are decoded before its first forward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from megamm.core.types import Batch
 from megamm.engine import distributed
@@ -54,18 +54,28 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        loss: Σ w·nll / Σ w over the global batch; 0 where nothing was supervised.
+        loss: Σ w·nll / Σ w over the global batch; 0 where nothing was supervised, not finite where some token's was not.
         task_losses: The same a task that had supervised tokens.
-        grad_norm: L2 norm of the global gradient before clipping; inf when the step was skipped.
+        grad_norm: L2 norm of the global gradient before clipping; inf when the update was not applied.
         learning_rates: Parameter group -> learning rate that this step used.
-        applied: False when the update was skipped because a gradient was not finite.
+        not_applied: Why the weights stayed as they are: `loss` or `gradient` was not finite, or an `overflow` of fp16, which lowers
+            its loss scale and means nothing else; empty where the update was applied. The same on all ranks, as all of the above.
+        own_loss: The loss over this rank's part of the batch.
+        suspects: `dataset/key` of this rank's samples whose own loss was not finite.
     """
 
     loss: float
     task_losses: dict[str, float]
     grad_norm: float
     learning_rates: dict[str, float]
-    applied: bool
+    not_applied: str
+    own_loss: float
+    suspects: tuple[str, ...]
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights changed."""
+        return not self.not_applied
 
 
 def count(
@@ -137,22 +147,43 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], counts: GlobalCounts,
         tasks: The task table that `Batch.task_ids` index.
     """
     engine = trainer.engine
+    may_overflow = engine.can_lower_loss_scale
     learning_rates = dict(zip(trainer.group_names, engine.learning_rates, strict=True))
     scale = 1.0 / counts.weight_sum if counts.weight_sum else 0.0
     task_sums = np.zeros(len(tasks))
+    suspects: list[str] = []
     for batch in batches:
         output = engine(**batch_inputs(batch, world.device, trainer.dtype))
         engine.backward(output.loss, scale)
-        task_sums += _task_loss_sums(output.token_losses, batch, len(tasks))
+        losses = output.token_losses.float().cpu().numpy()
+        task_sums += _task_loss_sums(losses, batch, len(tasks))
+        suspects += _without_finite_loss(losses, batch)
     applied = engine.step()
-    totals = distributed.all_reduce_sum(task_sums.tolist())
+    # One rank's norm for all: what is decided from it must be the same everywhere, to the last bit.
+    *totals, grad_norm = distributed.all_reduce_sum([*task_sums, engine.grad_norm if world.is_main else 0.0])
+    loss = sum(totals) / counts.weight_sum if counts.weight_sum else 0.0
+    own_weight = sum(batch.weight_sum for batch in batches)
     return StepResult(
-        loss=sum(totals) / counts.weight_sum if counts.weight_sum else 0.0,
+        loss=loss,
         task_losses=_means(totals, counts.task_weight_sums, tasks),
-        grad_norm=engine.grad_norm,
+        grad_norm=grad_norm,
         learning_rates=learning_rates,
-        applied=applied,
+        not_applied="" if applied else why_not_applied(loss, may_overflow=may_overflow),
+        own_loss=float(task_sums.sum()) / own_weight if own_weight else 0.0,
+        suspects=tuple(suspects),
     )
+
+
+def why_not_applied(loss: float, *, may_overflow: bool) -> str:
+    """`loss`, `gradient` or `overflow`, as `StepResult.not_applied` says them.
+
+    Args:
+        loss: Of the global batch.
+        may_overflow: Whether the loss scale could still fall when the step began.
+    """
+    if not math.isfinite(loss):
+        return "loss"
+    return "overflow" if may_overflow else "gradient"
 
 
 def held_out_loss(trainer: Trainer, batches: Iterable[Batch], *, world: World, tasks: Sequence[str]) -> dict[str, float]:
@@ -165,7 +196,7 @@ def held_out_loss(trainer: Trainer, batches: Iterable[Batch], *, world: World, t
     with trainer.engine.evaluating():
         for batch in batches:
             output = trainer.engine(**batch_inputs(batch, world.device, trainer.dtype))
-            sums += _task_loss_sums(output.token_losses, batch, len(tasks))
+            sums += _task_loss_sums(output.token_losses.float().cpu().numpy(), batch, len(tasks))
             weights += _by_task(batch.task_ids, batch.weights, len(tasks))
     totals = distributed.all_reduce_sum([*sums, *weights])
     sums_all, weights_all = totals[: len(tasks)], totals[len(tasks) :]
@@ -180,10 +211,19 @@ def _split(values: Sequence[float], sizes: Sequence[int]) -> list[list[float]]:
     return [[next(rest) for _ in range(size)] for size in sizes]
 
 
-def _task_loss_sums(token_losses: torch.Tensor, batch: Batch, num_tasks: int) -> np.ndarray:
+def _task_loss_sums(token_losses: np.ndarray, batch: Batch, num_tasks: int) -> np.ndarray:
     """float64[tasks]: Σ w·nll a task."""
-    weighted = token_losses.float().cpu().numpy().astype(np.float64) * batch.weights
-    return _by_task(batch.task_ids, weighted, num_tasks)
+    return _by_task(batch.task_ids, token_losses.astype(np.float64) * batch.weights, num_tasks)
+
+
+def _without_finite_loss(token_losses: np.ndarray, batch: Batch) -> list[str]:
+    """`dataset/key` of the samples with a token whose loss is not finite."""
+    found = []
+    for row in np.flatnonzero(~np.isfinite(token_losses).all(axis=1)).tolist():
+        ends = np.cumsum(batch.document_lengths[row])
+        documents = np.searchsorted(ends, np.flatnonzero(~np.isfinite(token_losses[row])), side="right")
+        found += [batch.keys[row][document] for document in np.unique(documents).tolist()]
+    return found
 
 
 def _by_task(task_ids: np.ndarray, values: np.ndarray, num_tasks: int) -> np.ndarray:
