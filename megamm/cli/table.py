@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megamm.cli import checkpoints, data, trained, training
+from megamm.cli import checkpoints, data, status, submit, trained, training
 from megamm.cli.command import Command, recipe_argument
 
 GROUP_HELP = {
@@ -24,6 +24,8 @@ COMMANDS = (
     Command(("data", "report"), "Say what a run skipped, and why.", data.report_arguments, data.report),
     Command(("data", "trace"), "List the samples of a run's step: rank, row, dataset and key.", data.trace_arguments, data.trace),
     Command(("pretrain",), "Train a recipe, or resume it.", training.pretrain_arguments, training.pretrain, True),
+    Command(("submit",), "Check a run and hand it to a scheduler.", submit.arguments, submit.submit, True),
+    Command(("status",), "Say how runs are doing.", status.arguments, status.status),
     Command(("checkpoint", "list"), "List a run's checkpoints.", checkpoints.list_arguments, checkpoints.list_),
     Command(("checkpoint", "show"), "Say what a checkpoint holds.", checkpoints.argument, checkpoints.show),
     Command(("checkpoint", "verify"), "Read every byte of checkpoints.", checkpoints.verify_arguments, checkpoints.verify),

@@ -1,0 +1,144 @@
+"""A run handed to Slurm: told what would happen, checked, snapshotted, submitted, recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megamm.config import to_dict
+from megamm.core.errors import ConfigError
+from megamm.core.files import write_json
+from megamm.status.submissions import FILE, Submission
+from megamm.status.units import several
+from megamm.submit.checks import check
+from megamm.submit.job import Plan, Request, plan_job
+from megamm.submit.snapshot import commit_of, next_folder, recipe_word, take_snapshot
+from megamm.train.run_folder import differences
+
+_TIMEOUT_SECONDS = 120.0
+
+
+def submit(request: Request, *, dry_run: bool) -> Iterator[str]:
+    """Check a request and submit it; with `dry_run` say what would run, and write nothing.
+
+    Yields:
+        Lines for a person, as they come.
+
+    Raises:
+        ConfigError: It cannot be planned, a check found a problem, or sbatch refused it.
+    """
+    plan = plan_job(request)
+    num_problems = 0
+    for name, finding in check(plan):
+        num_problems += finding.level == "problem"
+        yield f"{finding.level:<8} {name:<8} {finding.text}"
+    folder = next_folder(plan.run)
+    if dry_run:
+        yield from _rehearsal(plan, folder)
+    if num_problems:
+        raise ConfigError(f"nothing was submitted: {several(num_problems, 'problem')} (see above)")
+    if dry_run:
+        return
+    submission = _submit(plan, folder)
+    yield ""
+    yield f"submitted job {submission.job_id}: {plan.run}, code and settings in {folder}"
+    yield from _next_steps(plan, submission)
+
+
+def _rehearsal(plan: Plan, folder: Path) -> Iterator[str]:
+    """What would run, to the letter."""
+    commit = commit_of(plan.home)
+    yield ""
+    yield f"code       {plan.home}, commit {commit.name or 'unknown'}{', modified' if commit.is_modified else ''}"
+    yield f"snapshot   {folder}"
+    yield "settings that differ from the recipe" if plan.stated == plan.recipe or not plan.run.is_dir() else "settings that change"
+    changed = [f"  {line}" for line in _changes(plan)]
+    yield from changed or ["  none"]
+    yield "environment"
+    yield from (f"  {name}={shlex.quote(value)}" for name, value in sorted(plan.environment(folder).items()))
+    yield "command"
+    yield f"  {shlex.join(plan.command(folder, recipe_word(plan, folder)))}"
+    yield "nothing was submitted and nothing written (--dry-run)"
+
+
+def _changes(plan: Plan) -> Iterator[str]:
+    old, new = to_dict(plan.stated), to_dict(plan.recipe)
+    for key in differences(old, new):
+        yield f"{key}: {_at(old, key)} -> {_at(new, key)}"
+
+
+def _at(table: Any, key: str) -> str:
+    for name in key.split("."):
+        table = table.get(name) if isinstance(table, dict) else None
+    return "nothing" if table is None else str(table)
+
+
+def _submit(plan: Plan, folder: Path) -> Submission:
+    made = [path for path in (plan.run, plan.run / "logs", folder.parent) if not path.exists()]
+    try:
+        # Slurm opens the job's output before its first command, and makes no folder for it.
+        (plan.run / "logs").mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(exist_ok=True)
+        commit = take_snapshot(plan, folder)
+        command, environment = plan.command(folder, recipe_word(plan, folder)), plan.environment(folder)
+        job_id = _sbatch(command, environment)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in reversed(made):
+            # Only what is empty: a job that started meanwhile may have written there.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    submission = Submission(
+        target="slurm",
+        job_id=job_id,
+        submitted_at=time.strftime("%Y-%m-%d %H:%M:%S"),
+        submitted_by=getpass.getuser(),
+        command=command,
+        environment=environment,
+        num_nodes=plan.options.num_nodes[1],
+        num_ranks=plan.world_sizes[-1],
+        commit=commit.name,
+        is_modified=commit.is_modified,
+    )
+    write_json(folder / FILE, asdict(submission))
+    return submission
+
+
+def _sbatch(command: list[str], environment: dict[str, str]) -> str:
+    """Submit.
+
+    Returns:
+        The job's number.
+
+    Raises:
+        ConfigError: sbatch refused it, or cannot be called.
+    """
+    try:
+        answer = subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS
+        )
+    except FileNotFoundError:
+        raise ConfigError("sbatch is not on PATH; submit from a node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"sbatch did not answer within {_TIMEOUT_SECONDS:.0f} s; look at `squeue --me` whether it took the job") from None
+    if answer.returncode:
+        raise ConfigError(f"sbatch refused the job: {' '.join(answer.stderr.split())}")
+    return answer.stdout.strip().partition(";")[0]
+
+
+def _next_steps(plan: Plan, submission: Submission) -> Iterator[str]:
+    run = shlex.quote(str(plan.run))
+    yield f"  megamm status {run}"
+    yield f"  tail -F {run}/logs/job-{submission.job_id}.out"
+    yield f"  touch {run}/STOP          ends it after a step, with a checkpoint"
+    yield f"  scancel {submission.job_id}"

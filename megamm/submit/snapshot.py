@@ -1,0 +1,98 @@
+"""The code and the settings of a submission, kept in the run folder: a checkout that is edited later changes no job that waits.
+
+RUN/submissions/0001/megamm slurm launchers ds_configs   what the job runs (its MEGAMM_HOME)
+RUN/submissions/0001/recipe.toml                         the recipe, where it is a file of somebody's own
+RUN/submissions/0001/config.json                         the recipe with all overrides
+RUN/submissions/0001/code.patch                          how the code differs from its commit, where it does
+RUN/submissions/0001/submission.json                     the job's number, its command line, the commit
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm.config import recipe_names, to_dict
+from megamm.core.files import write_json, write_text
+from megamm.status.submissions import FOLDER
+from megamm.submit.job import Plan
+
+_PARTS = ("megamm", "slurm", "launchers", "ds_configs")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Which version of the code a checkout holds.
+
+    Attributes:
+        name: Of the commit; empty where there is none.
+        patch: How tracked files of the code differ from it.
+        is_modified: Whether anything differs, files that are not tracked included.
+    """
+
+    name: str = ""
+    patch: str = ""
+    is_modified: bool = False
+
+
+def commit_of(home: Path) -> Commit:
+    """The commit of a checkout and what was changed since; an empty one where git knows nothing of it."""
+    name = _git(home, "rev-parse", "HEAD").strip()
+    if not name:
+        return Commit()
+    patch = _git(home, "diff", "--binary", "HEAD", "--", *_PARTS)
+    new = _git(home, "ls-files", "--others", "--exclude-standard", "--", *_PARTS)
+    return Commit(name, patch, bool(patch or new.strip()))
+
+
+def next_folder(run: Path) -> Path:
+    """Where the next submission of a run will be kept."""
+    folder = run / FOLDER
+    numbers = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    return folder / f"{max(numbers, default=0) + 1:04d}"
+
+
+def recipe_word(plan: Plan, folder: Path) -> str:
+    """The recipe as a job of the snapshot in `folder` is told it."""
+    return plan.request.recipe if _is_shipped(plan) else str(folder / "recipe.toml")
+
+
+def take_snapshot(plan: Plan, folder: Path) -> Commit:
+    """Fill `folder`, which appears whole or not at all.
+
+    Raises:
+        FileExistsError: Somebody submitted the same run at the same moment.
+    """
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    commit = commit_of(plan.home)
+    try:
+        for part in _PARTS:
+            shutil.copytree(plan.home / part, draft / part, ignore=_LEFT_OUT)
+        if plan.site is not None:
+            shutil.copyfile(plan.site, draft / "slurm" / "site.env")
+        if not _is_shipped(plan):
+            shutil.copyfile(plan.request.recipe, draft / "recipe.toml")
+        if commit.patch:
+            write_text(draft / "code.patch", commit.patch)
+        write_json(draft / "config.json", to_dict(plan.recipe))
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return commit
+
+
+def _is_shipped(plan: Plan) -> bool:
+    # As `load_recipe` decides: a file of that name comes before a recipe of that name.
+    return plan.request.recipe in recipe_names() and not Path(plan.request.recipe).is_file()
+
+
+def _git(home: Path, *words: str) -> str:
+    try:
+        answer = subprocess.run(["git", "-C", str(home), *words], capture_output=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.decode(errors="surrogateescape") if answer.returncode == 0 else ""
