@@ -170,9 +170,9 @@ def _template(folder: Path) -> tuple[Path, Path]:
         lock = RunLock.acquire(run, lease_seconds=60.0)
         lock.started_at(0)
         lock.release()
-    fence = Fence(lock.number)
-    save_alone(run, state_at(10), NUM_RANKS, fence=fence)
-    newest = save_alone(run, state_at(20), NUM_RANKS, fence=fence)
+    hold = Hold(Fence(lock.number))
+    save_alone(run, state_at(10), NUM_RANKS, hold=hold)
+    newest = save_alone(run, state_at(20), NUM_RANKS, hold=hold)
     return run, Path(shutil.move(newest, folder / newest.name))
 
 

@@ -78,7 +78,7 @@ def stale_ranks(size: Size, folder: Path) -> Tally:
         torn = Attempt(run / "checkpoints", 20, Fence(1), 1)
         for rank in range(before):
             write_files(torn, files_of(state_at(20, run=1), rank, before), LOCAL)
-        saved = save_alone(run, state_at(20), after, fence=Fence(2))
+        saved = save_alone(run, state_at(20), after, hold=Hold(Fence(2)))
         listed = sorted([*read_manifest(saved).files, MANIFEST])
         problem = "" if sorted(path.name for path in saved.iterdir()) == listed else "another world's files are in the folder"
         for rank in range(after, before):
@@ -108,7 +108,7 @@ def _history(run: Path, rng: random.Random, world: World) -> str:
 
     def commit(owner: int, step: int) -> str:
         try:
-            save_alone(run, state_at(step, run=owner), rng.randint(1, 3), fence=Fence(owner), keep_last=100)
+            save_alone(run, state_at(step, run=owner), rng.randint(1, 3), hold=Hold(Fence(owner)), keep_last=100)
         except LostRun:
             return "" if there.get(step, 0) > owner else f"owner {owner} could not commit step {step}"
         if there.get(step, 0) > owner:

@@ -40,7 +40,7 @@ PARAMETERS = (
     *(ParameterEntry(name, shape, "float32", "trainable") for name, shape in SHAPES.items()),
     ParameterEntry("num_seen", (3,), "int64", "buffer"),
 )
-NOBODY = Fence()
+NOBODY = Hold()
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ def save_together(run: Path, state: State, world: World, hold: Hold, *, io: Io =
     gather_json(None)
 
 
-def save_alone(run: Path, state: State, num_ranks: int, *, fence: Fence = NOBODY, io: Io = LOCAL, keep_last: int = 2) -> Path:
-    """The same files in the same order from one process, a rank after the other; nobody holds the run."""
-    attempt = Attempt(run / "checkpoints", state.step, fence, 1)
+def save_alone(run: Path, state: State, num_ranks: int, *, hold: Hold = NOBODY, io: Io = LOCAL, keep_last: int = 2) -> Path:
+    """The same files in the same order from one process, a rank after the other."""
+    attempt = Attempt(run / "checkpoints", state.step, hold.fence, 1)
     sweep(attempt, io)
     files: dict[str, FileFacts] = {}
     for rank in range(num_ranks):
         files |= write_files(attempt, files_of(state, rank, num_ranks), io)
-    commit(attempt, manifest_of(state, num_ranks, files, fence), io, lambda: None)
+    commit(attempt, manifest_of(state, num_ranks, files, hold.fence), io, hold.check)
     retire(attempt.folder, state.step, Checkpointing(keep_last=keep_last), io)
     return attempt.final
 
