@@ -7,15 +7,20 @@ its own file and reads all of them.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megamm.core.errors import DataError
 from megamm.core.files import read_json, sync_folder, write_json
 from megamm.prepare.shard import Finished
+
+_CONSEQUENCES = ("inputs", "records")
 
 
 class Journal:
@@ -31,7 +36,30 @@ class Journal:
         """
         self._output, self._split = output, split
         self._folder = output / ".prepare"
+        self._part = f"{part[0]}/{part[1]}"
         self._path = self._folder / f"{split}.part-{part[0]}-of-{part[1]}.jsonl"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold this part of the split, so that no second command writes it at the same time.
+
+        Raises:
+            DataError: Another command holds it.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._path.with_suffix(".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(
+                    f"another command writes part {self._part} of {self._output} ({self._split}) at this moment; wait for it, or let each "
+                    "write its own --part"
+                ) from None
+            except OSError as error:
+                # A file system without locks: the journal still keeps two commands with other words apart.
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+            yield
 
     def claim(self, facts: Mapping[str, Any]) -> None:
         """Take the split for this plan, or find that it is taken for it.
@@ -80,7 +108,8 @@ class Journal:
             sync_folder(self._folder)
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for name in sorted(before.keys() | now.keys()):
+        # What the user chose comes before what follows from it.
+        for name in sorted(before.keys() | now.keys(), key=lambda name: (name in _CONSEQUENCES, name)):
             if before.get(name) != now.get(name):
                 raise DataError(
                     f"{self._output} holds {self._split} shards that were begun with {name} {_brief(before.get(name))}, now it is "

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,11 @@ def _prepare(source: Source, job: Job, options: Mapping[str, Any]) -> tuple[list
     plans = make_plan(listing.records, job.splitting, job.limits)
     journals = [Journal(job.output, plan.split, job.part) for plan in plans]
     facts = [_facts(source, listing, job, plan, options=options) for plan in plans]
-    for journal, what in zip(journals, facts, strict=True):
-        journal.claim(what)
-    own = _write(listing, plans, journals, job)
+    with ExitStack() as held:
+        for journal, what in zip(journals, facts, strict=True):
+            held.enter_context(journal.alone())
+            journal.claim(what)
+        own = _write(listing, plans, journals, job)
     reports = []
     for plan, journal, what in zip(plans, journals, facts, strict=True):
         finished = journal.finished()
@@ -123,6 +125,7 @@ def _facts(source: Source, listing: Listing, job: Job, plan: SplitPlan, *, optio
         "format": FORMAT,
         "source": source.name,
         "seed": job.splitting.seed,
+        "test_share": job.splitting.test_share,
         "options": {name: options.get(name, default) for name, default in defaults.items()},
         "limits": [job.limits.num_samples, job.limits.num_bytes],
         "records": len(plan.order),

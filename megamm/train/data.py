@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megamm.config import Recipe
-from megamm.core.errors import ConfigError
+from megamm.core.errors import ConfigError, DataError
 from megamm.core.logging import get_logger
 from megamm.core.types import Batch
 from megamm.data.ledger import Skipped
@@ -153,3 +153,5 @@ def plan_all_lengths(recipe: Recipe, tokenizer: TextTokenizer) -> Iterator[str]:
                 key = lengths_key(tokenizer, rules, form=form, speeds=speeds)
                 kinds = sum((problem_kinds(tar, load_index(tar), load_lengths(tar, key).problems) for tar in tars), Counter[str]())
                 yield from (f"    {num:,}: {kind}" for kind, num in kinds.most_common(5))
+            if known.num_problems == known.num_samples.sum():
+                raise DataError(f"dataset {name} ({part}): none of its samples can be used; the reasons are above")

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from megamm.core.errors import ConfigError, DataError
 from megamm.data.shards.index import index_path
-from megamm.prepare.plan import Limits
+from megamm.prepare import SOURCES
+from megamm.prepare.journal import Journal
+from megamm.prepare.plan import Limits, Splitting
 from megamm.prepare.run import Job
 from megamm.prepare.run import prepare as prepare_source
 from tests.support.odd_sources import BUGGY, DEADLY, PICKY, SLOW, UNREADABLE
@@ -251,6 +253,23 @@ def test_a_shard_of_skipped_records_is_no_file(tmp_path):
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [".prepare", "train-report.json", "train-skipped.jsonl"]
     assert (reports[0].num_samples, reports[0].num_skipped, reports[0].is_complete) == (0, 3, True)
     assert prepare(tmp_path / "out", tmp_path / "rows.jsonl")[0].is_complete
+
+
+def test_a_second_command_on_the_same_part_is_refused(tmp_path, table):
+    output = tmp_path / "out"
+    first = Journal(output, "train", (0, 1))
+    with first.alone(), pytest.raises(DataError, match=r"another command writes part 0/1 of .*out \(train\) at this moment"):
+        prepare(output, table)
+    assert prepare(output, table)[0].is_complete
+
+
+def test_another_share_held_out_is_named_as_such(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"text {number}", "key": f"k{number}"}) + "\n" for number in range(20)))
+    source = SOURCES["text"]
+    prepare_source(source, Job(tmp_path / "out", splitting=Splitting(test_share=0.3)), input=rows)
+    with pytest.raises(DataError, match=r"begun with test_share 0\.3, now it is 0\.4"):
+        prepare_source(source, Job(tmp_path / "out", splitting=Splitting(test_share=0.4)), input=rows)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from megamm.core.logging import get_logger
 from megamm.data.ledger import EXCLUDED, BudgetSpent, Skipped, check_budget
 
 _log = get_logger("data")
+_MAX_WARNINGS_A_STEP = 3
 
 
 class Budget:
@@ -51,13 +52,11 @@ class Budget:
     def _charge(self, results: Sequence[Skipped | None], unfit: Sequence[Skipped], num_unfit: float) -> None:
         self._num_planned += len(results) + num_unfit
         self._num_skipped += num_unfit
-        for entry in unfit:
-            self._note(entry)
+        self._warn([*unfit, *(entry for entry in results if entry is not None and entry.reason != EXCLUDED)])
         for entry in results:
             if entry is None:
                 self._num_in_a_row = 0
             elif entry.reason != EXCLUDED:
-                self._note(entry)
                 self._num_skipped += 1
                 self._num_in_a_row += 1
                 self._check_row(entry)
@@ -70,9 +69,12 @@ class Budget:
                 f"the last is {entry.dataset}/{entry.key} in {entry.shard}: {entry.reason}"
             )
 
-    def _note(self, entry: Skipped) -> None:
-        """Warn of a sample, once however many epochs there are."""
-        self._last, name = entry, (entry.dataset, entry.key)
-        if name not in self._named:
-            self._named.add(name)
+    def _warn(self, entries: Sequence[Skipped]) -> None:
+        """Name samples, each once however many epochs there are; the ledger has them all."""
+        new = {(entry.dataset, entry.key): entry for entry in entries if (entry.dataset, entry.key) not in self._named}
+        self._named.update(new)
+        self._last = entries[-1] if entries else self._last
+        for entry in list(new.values())[:_MAX_WARNINGS_A_STEP]:
             _log.warning("skipped %s/%s in %s: %s", entry.dataset, entry.key, entry.shard, entry.reason)
+        if len(new) > _MAX_WARNINGS_A_STEP:
+            _log.warning("and %d more samples of this step; `megamm data report` lists them", len(new) - _MAX_WARNINGS_A_STEP)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -145,6 +147,7 @@ def open_image(file: BinaryIO, *, header_only: bool = False):
     """
     from PIL import Image, UnidentifiedImageError
 
+    _silence_bombs()
     is_png = file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
     file.seek(0)
     try:
@@ -154,6 +157,14 @@ def open_image(file: BinaryIO, *, header_only: bool = False):
         raise MediaError("the picture's header cannot be read (no JPEG, PNG or WebP file, or a damaged one)") from None
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, struct.error) as error:
         raise MediaError(f"the picture's header cannot be read ({_brief(error)})") from None
+
+
+@cache
+def _silence_bombs() -> None:
+    """Take away Pillow's own warning of large pictures: `data.limits` decides which are too large."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def exif_orientation(image) -> int:

@@ -43,3 +43,13 @@ def test_the_error_holds_all_that_the_step_skipped(max_share, max_in_a_row):
     with pytest.raises(BudgetSpent) as caught:
         Budget(max_share, max_in_a_row).charge(results, unfit=[entry(0)], num_unfit=1.0)
     assert [one.position for one in caught.value.skipped] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_step_names_a_few_samples_and_counts_the_others_each_once(caplog):
+    bad = [entry(number) for number in range(5)]
+    budget = Budget(1.0, 1000)
+    budget.charge(bad)
+    budget.charge(bad)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split()[0] for line in lines] == ["skipped"] * 3 + ["and"]
+    assert lines[-1].startswith("and 2 more samples")
