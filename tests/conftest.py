@@ -1,0 +1,21 @@
+"""A test that was left out is no test: where `MEGAMM_REQUIRE` names a marker, skipping one of its tests is a failure.
+
+`.ci/run` sets it to what its machine must be able to run; elsewhere a skip says in one line what is missing.
+"""
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    required = set(filter(None, os.environ.get("MEGAMM_REQUIRE", "").split(",")))
+    markers = sorted(required & {marker.name for marker in item.iter_markers()})
+    if report.skipped and markers and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (MEGAMM_REQUIRE={','.join(markers)}: tests marked so must run here)"
+    return report
