@@ -201,6 +201,15 @@ requeue() {
     done
 }
 
+# End a job whose work starts anew each time. What was killed (a preemption with grace, a lost task) is tried again, two times.
+#   end_with CODE
+end_with() {
+    if [ "$1" -gt 128 ] && [ "$restart" -lt 2 ]; then
+        requeue
+    fi
+    exit "$1"
+}
+
 # As requeue, on other nodes than these.
 #   requeue_without NODE,NODE...
 requeue_without() {
