@@ -26,7 +26,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 apply_defaults()
 
 from benchmarks import results  # noqa: E402
-from benchmarks.drills import damage, foreign, kills, owners, table  # noqa: E402
+from benchmarks.drills import damage, foreign, kills, owners, pickles, table  # noqa: E402
 from benchmarks.drills.drill import Drill, Size, Tally  # noqa: E402
 from benchmarks.drills.table import Outcome  # noqa: E402
 
@@ -35,6 +35,7 @@ MODULES = {
     "damage": damage,
     "foreign": foreign,
     "owners": owners,
+    "pickles": pickles,
 }
 """Every module of drills, in the order of the table."""
 DRILLS = {drill.fault: drill for module in MODULES.values() for drill in module.DRILLS}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megamm.checkpoint import random_states
 from megamm.checkpoint.manifest import Manifest, ParameterEntry, rank_file, read_data_state, read_ledger, read_manifest
@@ -61,19 +61,19 @@ class Slices:
 
     def dtype(self, key: str) -> torch.dtype:
         """Type that `KIND/NAME` was saved in."""
-        return DTYPES[self._file(0).get_slice(key).get_dtype()]
+        return DTYPES[self._slice(0, key).get_dtype()]
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor `KIND/NAME`, in the dtype it was saved in."""
         name = key.partition("/")[2]
         if name in self._buffers:
-            return self._file(0).get_slice(key)[start:stop]
+            return self._slice(0, key)[start:stop]
         parts = [
-            self._file(rank).get_slice(key)[first:last]
+            self._slice(rank, key)[first:last]
             for rank, first, last in pieces(start, stop, num_elements=self._num_elements[name], num_ranks=self._num_ranks)
         ]
         if not parts:
-            return self._file(0).get_slice(key)[:0]
+            return self._slice(0, key)[:0]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def random_states(self, rank: int) -> dict[str, torch.Tensor]:
@@ -83,8 +83,23 @@ class Slices:
 
     def _file(self, rank: int) -> Any:
         if rank not in self._files:
-            self._files[rank] = self._stack.enter_context(safe_open(self._folder / rank_file(rank), framework="pt"))
+            with _readable(self._folder, rank):
+                self._files[rank] = self._stack.enter_context(safe_open(self._folder / rank_file(rank), framework="pt"))
         return self._files[rank]
+
+    def _slice(self, rank: int, key: str) -> Any:
+        file = self._file(rank)
+        with _readable(self._folder, rank):
+            return file.get_slice(key)
+
+
+@contextmanager
+def _readable(folder: Path, rank: int) -> Iterator[None]:
+    """Name a file that is no shard, although its digest is right: whoever can write a manifest can vouch for anything."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {rank_file(rank)} cannot be read ({error}); use another one") from error
 
 
 def load(folder: Path, engine: Engine, world: World) -> Loaded:

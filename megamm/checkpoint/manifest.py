@@ -7,7 +7,8 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -186,13 +187,31 @@ def _forget(path: Path) -> None:
 
 
 def read_data_state(folder: Path) -> dict[str, Any]:
-    """Where the data plan stood."""
-    return json.loads((folder / DATA_STATE).read_bytes())
+    """Where the data plan stood.
+
+    Raises:
+        CheckpointError: The file is no JSON.
+    """
+    with _is_json(folder, DATA_STATE) as data:
+        return json.loads(data)
 
 
 def read_ledger(folder: Path) -> list[dict[str, Any]]:
-    """Samples that were skipped until then."""
-    return [json.loads(line) for line in (folder / LEDGER).read_text(encoding="utf-8").splitlines()]
+    """Samples that were skipped until then.
+
+    Raises:
+        CheckpointError: A line is no JSON.
+    """
+    with _is_json(folder, LEDGER) as data:
+        return [json.loads(line) for line in data.splitlines()]
+
+
+@contextmanager
+def _is_json(folder: Path, name: str) -> Iterator[bytes]:
+    try:
+        yield (folder / name).read_bytes()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error}); use another one") from error
 
 
 def verify(folder: Path) -> Manifest:

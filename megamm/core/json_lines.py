@@ -34,7 +34,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not `splitlines`: a string of an object may hold what Unicode calls a line's end.
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -5,7 +5,7 @@ from megamm.checkpoint.consolidate import consolidate
 from megamm.checkpoint.load import Slices, check_model
 from megamm.checkpoint.manifest import ParameterEntry, read_data_state, read_ledger, read_manifest
 from megamm.core.errors import CheckpointError
-from tests.support.checkpoints import some_tensors, write_checkpoint
+from tests.support.checkpoints import shard_bytes, some_tensors, write_checkpoint
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
@@ -56,3 +56,14 @@ def test_another_precision_is_the_same_model(tmp_path):
     manifest = read_manifest(path)
     table = [ParameterEntry(entry.name, entry.shape, "float32", entry.kind) for entry in manifest.parameters]
     check_model(path, manifest, table)
+
+
+def test_a_shard_that_is_none_is_named(tmp_path):
+    """As after a manifest that somebody else wrote: the digest is right."""
+    path = write_checkpoint(tmp_path, 5, some_tensors())
+    (path / "rank_00001.safetensors").write_bytes(b"\x80\x04 no shard")
+    with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors cannot be read"):
+        list(consolidate(path))
+    (path / "rank_00001.safetensors").write_bytes(shard_bytes({"weight/other": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors cannot be read .*a\.weight"):
+        list(consolidate(path))

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamm.checkpoint.manifest import MANIFEST, committed, read_manifest, verify
+from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, committed, read_data_state, read_ledger, read_manifest, verify
 from megamm.core.errors import CheckpointError
+from megamm.core.files import canonical_json
 from tests.support.checkpoints import some_tensors, write_checkpoint
 
 
@@ -95,3 +96,19 @@ def test_only_folders_with_a_steps_name_count(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000400").write_text("a file")
     assert [step for step, _ in committed(tmp_path)] == [3, 20, 100]
+
+
+def test_a_ledger_holds_keys_of_any_letters(checkpoint):
+    entries = [{"key": "a\u2028b"}, {"key": "c\x85"}]
+    (checkpoint / LEDGER).write_text("".join(canonical_json(entry) + "\n" for entry in entries))
+    assert read_ledger(checkpoint) == entries
+
+
+@pytest.mark.parametrize(("name", "read"), [(DATA_STATE, read_data_state), (LEDGER, read_ledger)])
+def test_files_that_are_no_json_are_named(checkpoint, name, read):
+    (checkpoint / name).write_bytes(b"\x80\x04 no JSON")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        read(checkpoint)
+    (checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        read(checkpoint)
