@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from megamm.cli.command import Arguments, load, recipe_argument, same_on_all_ranks
+from megamm.cli.command import Arguments, count, load, recipe_argument, same_on_all_ranks
 from megamm.core.errors import ConfigError
 
 
@@ -19,6 +19,9 @@ def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", default="auto", help="`auto` (default), `never`, or a checkpoint folder that must be used")
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="keep these samples out from here on: one dataset/key a line")
     parser.add_argument("--accept-data-change", action="store_true", help="go on although the data changed since the checkpoint")
+    parser.add_argument(
+        "--max-seconds", type=count, default=0, metavar="N", help="stop after so long with a checkpoint (a later start goes on from it)"
+    )
 
 
 def pretrain(arguments: Arguments) -> None:
@@ -30,7 +33,7 @@ def pretrain(arguments: Arguments) -> None:
     with same_on_all_ranks():
         recipe = resumed_recipe(folder / "config.json", recipe, arguments.overrides)
     # Before the slow imports: a signal that comes meanwhile must not kill the rank.
-    with StopRequest(folder / "STOP") as stop:
+    with StopRequest(folder / "STOP", max_seconds=arguments.max_seconds) as stop:
         from megamm.train.data import DataChanges
         from megamm.train.pretrain import pretrain
 

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: a signal or a STOP file; every rank then finishes the same step."""
+"""How a run is asked to stop: a signal, a STOP file, a bound on its time; every rank then finishes the same step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+STOP_FILE = "STOP file"
+STOP_AFTER = "stop_after"
+MAX_SECONDS = "max_seconds"
+INTERRUPT = signal.SIGINT.name
+_RESTS = (STOP_FILE, STOP_AFTER, MAX_SECONDS, INTERRUPT)
+
 _STDERR = 2
 _TOLD = b"\nmegamm: stopping after this step, with a checkpoint; press Ctrl-C again to end at once\n"
+
+
+def wants_restart(reason: str) -> bool:
+    """Whether a scheduler should start the run again: it was the scheduler, not a person, that ended it."""
+    return reason not in _RESTS
 
 
 class StopRequest:
@@ -22,15 +34,17 @@ class StopRequest:
     But for SIGINT, which is somebody at a keyboard: the second one is a KeyboardInterrupt. Where it is ignored it stays so: a shell
     does that for what runs in the background, and `launchers/local.sh`, which passes SIGINT on as SIGTERM, starts its ranks there.
 
-    `requested` is local to the rank; the loop adds it over ranks in the reduction that every step makes anyway, so all
-    ranks leave after the same step.
+    `reason` is local to the rank; the loop adds over ranks whether there is one, in the reduction that every step makes anyway, so
+    all ranks leave after the same step.
 
     Args:
         stop_file: A file whose presence asks for a stop (looked at by the ranks that have it in sight).
+        max_seconds: Asks for a stop when so much time has passed from here on; 0 for never.
     """
 
-    def __init__(self, stop_file: Path):
+    def __init__(self, stop_file: Path, *, max_seconds: float = 0.0):
         self._stop_file = stop_file
+        self._end = time.monotonic() + max_seconds if max_seconds else float("inf")
         self._signal: int | None = None
         self._was_interrupted = False
         self._previous: dict[int, Any] = {}
@@ -55,16 +69,14 @@ class StopRequest:
             # Not `print`: the signal may have come in the middle of one. A terminal that is gone must not end the run.
             with contextlib.suppress(OSError):
                 os.write(_STDERR, _TOLD)
-        self._signal = number
+        # What came first led to the stop, and says whether the run is to be started again.
+        self._signal = self._signal or number
 
     @property
-    def requested(self) -> bool:
-        """Whether this rank saw a signal or the STOP file."""
-        return self._signal is not None or self._stop_file.exists()
-
-    @property
-    def reason(self) -> str:
-        """What asked, where something did, for the INTERRUPTED marker."""
+    def reason(self) -> str | None:
+        """What asks this rank to stop; None where nothing does. A STOP file comes first: whoever wrote it wants the run to rest."""
+        if self._stop_file.exists():
+            return STOP_FILE
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        return "STOP file"
+        return MAX_SECONDS if time.monotonic() >= self._end else None

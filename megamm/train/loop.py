@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from megamm.checkpoint.commit import Progress
+from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.saver import Committed, Outcome, Saver
 from megamm.core.errors import DataError, MegaMMError
 from megamm.core.logging import get_logger
+from megamm.core.types import Batch
 from megamm.data.ledger import BudgetSpent, Skipped, merge
 from megamm.data.loading.loader import StepData, StepLoader
 from megamm.engine import distributed
 from megamm.engine.distributed import World
+from megamm.telemetry.failures import FailureLog
+from megamm.telemetry.whereabouts import Whereabouts
 from megamm.train.build import Trainer
 from megamm.train.data import TrainingData
-from megamm.train.interruption import StopRequest
+from megamm.train.interruption import STOP_AFTER, STOP_FILE, StopRequest, wants_restart
 from megamm.train.journal import Journal
 from megamm.train.positions import sample_keys_digest
 from megamm.train.report import StepReport
+from megamm.train.resume import WATCH
+from megamm.train.rewind import go_back
 from megamm.train.run_folder import RunFolder
+from megamm.train.spikes import SpikeWatch, Trouble
 from megamm.train.step import GlobalCounts, StepResult, count, held_out_loss, train_step
+from megamm.train.time_limit import TimeLimit
+from megamm.train.unapplied import record_unapplied
 
 _log = get_logger("train")
 
@@ -29,7 +40,7 @@ _log = get_logger("train")
 class Run:
     """What the loop works with, and where it stands.
 
-    State: `step`, `num_tokens`, `ledger`, `num_skipped` and `num_unapplied`; the rest keeps its own.
+    State: `step`, `num_tokens`, `ledger`, `num_skipped`, `stop_reason` and which loader is in use; the rest keeps its own.
 
     Attributes:
         folder: The run folder.
@@ -37,15 +48,20 @@ class Run:
         data: What is trained on.
         trainer: The model under ZeRO.
         loader: Steps from the next one on.
+        hold: This job's hold of the run.
         saver: Commits checkpoints behind training.
         journal: What the run says of itself.
+        watch: Judges losses and updates.
         stop: Whether somebody asked for a stop.
+        limit: When the scheduler ends the job, on the rank that minds it.
+        where: What this rank is at, for those who watch it.
+        failures: Records what ends this rank.
         fingerprints: Name -> digest of what a resumed run must find as it is.
         step: Optimizer steps that are done.
         num_tokens: Real tokens trained on in these steps, over all ranks.
         ledger: Samples skipped so far that this rank answers for; rank 0 also answers for those before the resume.
         num_skipped: Samples skipped so far a dataset, over all ranks.
-        num_unapplied: Updates in a row that were skipped because gradients were not finite.
+        stop_reason: What asked this rank to stop first.
     """
 
     folder: RunFolder
@@ -53,15 +69,24 @@ class Run:
     data: TrainingData
     trainer: Trainer
     loader: StepLoader
+    hold: Hold
     saver: Saver
     journal: Journal
+    watch: SpikeWatch
     stop: StopRequest
+    limit: TimeLimit | None
+    where: Whereabouts
+    failures: FailureLog
     fingerprints: dict[str, str]
     step: int
     num_tokens: int
     ledger: list[Skipped]
     num_skipped: Counter[str]
-    num_unapplied: int = field(default=0, init=False)
+    stop_reason: str | None = field(default=None, init=False)
+
+    def close(self) -> None:
+        """Stop the loader in use."""
+        self.loader.close()
 
 
 def train(run: Run) -> None:
@@ -73,7 +98,7 @@ def train(run: Run) -> None:
     recipe, journal = run.data.recipe, run.journal
     report = StepReport(recipe, run.trainer, run.world)
     stopping = False
-    with run.loader, journal, run.saver:
+    with closing(run), journal, run.saver, run.failures:
         while run.step < recipe.train.steps and not stopping:
             report.begin()
             batch, counts = _next_batch(run, report)
@@ -84,13 +109,19 @@ def train(run: Run) -> None:
             stopping = counts.stop_requested or run.step == recipe.train.stop_after
             if due(run.step, recipe.telemetry.every) and journal.wants_numbers:
                 skipped = {f"skipped/{name}": num for name, num in run.num_skipped.items()}
-                so_far = {"tokens_total": run.num_tokens, "skipped_samples": run.num_skipped.total(), **skipped}
+                so_far = {"tokens_total": run.num_tokens, **run.watch.totals(), "skipped_samples": run.num_skipped.total(), **skipped}
                 journal.numbers(run.step, {**report.values(counts, result), **so_far, "sample_keys": sample_keys_digest(batch.keys)})
             if run.data.held_out and (due(run.step, recipe.evaluation.every) or run.step == recipe.train.steps):
                 _evaluate(run)
             _tell(run, run.saver.poll())
+            trouble = _judge(run, batch, result)
+            if trouble is not None:
+                _go_back(run, batch, trouble)
+                stopping = counts.stop_requested
+                continue
             if due(run.step, recipe.checkpoint.every) or stopping or run.step == recipe.train.steps:
-                run.saver.save(Progress(run.step, batch.state.to_json(), _all_entries(run.ledger), run.fingerprints, run.num_tokens))
+                _save(run, batch)
+        run.where.enter("save", run.step)
         _tell(run, run.saver.finish())
     _leave(run)
 
@@ -102,6 +133,7 @@ def due(step: int, every: int) -> bool:
 
 def _next_batch(run: Run, report: StepReport) -> tuple[StepData, GlobalCounts]:
     """This rank's part of the next step and the facts of the whole step, or the first rank's failure on every rank."""
+    run.where.enter("data", run.step + 1, run.loader.awaited)
     batch, failure = _load(run)
     report.data_arrived()
     micro_batches = batch.micro_batches if batch else []
@@ -113,7 +145,7 @@ def _next_batch(run: Run, report: StepReport) -> tuple[StepData, GlobalCounts]:
         waited_seconds=report.waited_seconds,
         flops=report.model_flops(micro_batches),
         failed=failure is not None,
-        stop_requested=run.stop.requested,
+        stop_requested=_wants_stop(run),
         world=run.world,
     )
     if batch is None or counts.num_failed:
@@ -156,13 +188,15 @@ def _first_failure(own: str | None, run: Run) -> MegaMMError:
     return error
 
 
+def _wants_stop(run: Run) -> bool:
+    """Whether something asks this rank to stop; what did first is kept, because it says whether the run is to be started again."""
+    run.stop_reason = run.stop_reason or run.stop.reason or (run.limit.reason(run.where) if run.limit else None)
+    return run.stop_reason is not None
+
+
 def _train_step(run: Run, batch: StepData, counts: GlobalCounts) -> StepResult:
-    try:
-        return train_step(run.trainer, batch.micro_batches, counts, world=run.world, tasks=run.data.tasks)
-    except Exception:
-        # Out of memory, most of all: what was in the step is asked next.
-        _log.error("step %d failed; `megamm data trace %s --step %d` lists its samples", batch.step, run.folder.path, batch.step)
-        raise
+    run.where.enter("train", batch.step, batch.own_samples)
+    return train_step(run.trainer, batch.micro_batches, counts, world=run.world, tasks=run.data.tasks)
 
 
 def _advance(run: Run, batch: StepData, counts: GlobalCounts, result: StepResult) -> None:
@@ -170,21 +204,76 @@ def _advance(run: Run, batch: StepData, counts: GlobalCounts, result: StepResult
     run.num_tokens += counts.num_tokens
     run.ledger += batch.skipped
     run.num_skipped.update(counts.num_skipped)
-    run.num_unapplied = 0 if result.applied else run.num_unapplied + 1
-    if run.num_unapplied > run.data.recipe.optim.max_unapplied_updates:
-        error = MegaMMError(
-            f"step {run.step}: {run.num_unapplied} updates in a row were skipped, because gradients were not finite; "
-            "the last checkpoint is from before: resume it with a lower optim.lr in a new --run"
-        )
-        error.on_all_ranks = True
-        raise error
+
+
+def _judge(run: Run, batch: StepData, result: StepResult) -> Trouble | None:
+    """What the run must go back from, if anything; updates that were not applied are recorded with their samples.
+
+    Raises:
+        MegaMMError: Too many updates were not applied, and the run may not go back.
+    """
+    if result.not_applied not in ("", "overflow"):
+        record_unapplied(run.folder.path, batch, result, run.world)
+    trouble = run.watch.see(run.step, loss=result.loss, grad_norm=result.grad_norm, not_applied=result.not_applied)
+    if trouble is None or run.data.recipe.spike.rewind:
+        return trouble
+    if trouble.is_spike:
+        if run.world.is_main:
+            _log.warning("%s; --rewind-on-spike would go back and leave these data out", trouble.reason)
+        return None
+    error = MegaMMError(
+        f"{trouble.reason} (optim.max_unapplied_updates={run.data.recipe.optim.max_unapplied_updates}); the weights are those of step "
+        f"{trouble.first_step - 1}: `megamm data report` names the samples, resume without them (--exclude), with --rewind-on-spike, or "
+        "with a lower optim.lr in a new --run"
+    )
+    error.on_all_ranks = True
+    raise error
+
+
+def _go_back(run: Run, batch: StepData, trouble: Trouble) -> None:
+    """Go on from a checkpoint before the trouble, without the data since then."""
+    run.where.enter("rewind", run.step)
+    _tell(run, run.saver.finish())
+    run.loader.close()
+    start = go_back(
+        run.folder,
+        batch.state,
+        trouble,
+        plan=run.data.plan,
+        engine=run.trainer.engine,
+        world=run.world,
+        hold=run.hold,
+        max_rewinds=run.data.recipe.spike.max_rewinds,
+    )
+    assert start.data_state is not None, "a checkpoint says where its data stand"
+    left_out = start.data_state.stretches[-1]
+    values = {"rewind/from_step": run.step, "rewind/left_out_steps": left_out.last - left_out.first + 1}
+    run.journal.go_back(start.data_state, {**values, "rewind/reason": trouble.reason})
+    run.step, run.num_tokens = start.step, start.num_tokens
+    run.ledger = list(start.ledger) if run.world.is_main else []
+    run.num_skipped = Counter(entry.dataset for entry in start.ledger)
+    run.watch.restore(start.watch)
+    run.loader = run.data.loader(start.data_state, run.world, start.ledger)
 
 
 def _evaluate(run: Run) -> None:
+    run.where.enter("evaluate", run.step)
     with distributed.fail_together():
         held_out = list(run.data.held_out_batches(run.world))
-    losses = held_out_loss(run.trainer, held_out, world=run.world, tasks=run.data.tasks)
+    losses = held_out_loss(run.trainer, _one_by_one(run, held_out), world=run.world, tasks=run.data.tasks)
     run.journal.numbers(run.step, {f"held_out/{name}": value for name, value in losses.items()})
+
+
+def _one_by_one(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        run.where.enter("evaluate", run.step)
+        yield batch
+
+
+def _save(run: Run, batch: StepData) -> None:
+    run.where.enter("save", run.step)
+    state = {**batch.state.to_json(), WATCH: run.watch.to_json()}
+    run.saver.save(Progress(run.step, state, _all_entries(run.ledger), run.fingerprints, run.num_tokens))
 
 
 def _tell(run: Run, outcomes: list[Outcome]) -> None:
@@ -193,6 +282,8 @@ def _tell(run: Run, outcomes: list[Outcome]) -> None:
         if isinstance(outcome, Committed):
             seconds = {"stall_seconds": outcome.stall_seconds, "commit_seconds": outcome.commit_seconds}
             values = {"step": outcome.step, "num_bytes": outcome.num_bytes, "snapshot_bytes": run.saver.snapshot_bytes, **seconds}
+            if run.limit is not None:
+                run.limit.saved(outcome)
         else:
             values = {"failed_step": outcome.step, "failures_in_a_row": outcome.num_in_a_row}
         run.journal.numbers(run.step, {f"checkpoint/{name}": value for name, value in values.items()})
@@ -206,10 +297,14 @@ def _all_entries(ledger: list[Skipped]) -> list[dict]:
 
 def _leave(run: Run) -> None:
     """Mark the folder as done or interrupted, once every rank is through."""
-    reasons = [reason for reason in distributed.gather_json(run.stop.reason if run.stop.requested else None) if reason]
+    run.where.enter("leave", run.step)
+    reasons = [reason for reason in distributed.gather_json(run.stop_reason) if reason]
     if run.world.is_main:
         if run.step == run.data.recipe.train.steps:
             run.folder.mark(run.folder.done, step=run.step)
         else:
-            run.folder.mark(run.folder.interrupted, step=run.step, reason=reasons[0] if reasons else "stop_after")
+            # Who wants the run to rest is heard before a scheduler that ended it at the same time.
+            rests = [STOP_AFTER] * (run.step == run.data.recipe.train.stop_after) + [STOP_FILE] * run.folder.stop.exists()
+            reason = [*rests, *reasons][0]
+            run.folder.mark(run.folder.interrupted, step=run.step, reason=reason, requeue=wants_restart(reason))
     distributed.barrier()

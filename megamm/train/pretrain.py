@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from megamm.checkpoint.hold import Hold, hold_run
+from megamm.checkpoint.lock import LostRun
 from megamm.checkpoint.saver import Saver
 from megamm.config import Recipe
 from megamm.core.env import RankInfo
@@ -17,6 +19,10 @@ from megamm.core.errors import MegaMMError
 from megamm.core.logging import get_logger, setup
 from megamm.engine import distributed
 from megamm.engine.distributed import World
+from megamm.telemetry.failures import FailureLog
+from megamm.telemetry.heartbeat import Heartbeats
+from megamm.telemetry.stall_watch import StallWatch
+from megamm.telemetry.whereabouts import Whereabouts, Who
 from megamm.train.build import build_trainer, load_tokenizer
 from megamm.train.data import DataChanges, TrainingData
 from megamm.train.interruption import StopRequest
@@ -25,6 +31,8 @@ from megamm.train.loop import Run, train
 from megamm.train.positions import Scale
 from megamm.train.resume import find_start
 from megamm.train.run_folder import RunFolder
+from megamm.train.spikes import SpikeWatch
+from megamm.train.time_limit import TimeLimit
 
 _log = get_logger("train")
 
@@ -45,8 +53,11 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
     Raises:
         MegaMMError: Something that the user can mend, on every rank.
     """
+    # What ends a rank in native code shows where.
+    faulthandler.enable()
     world = distributed.start()
     run = RunFolder(path)
+    failures: FailureLog | None = None
     try:
         with distributed.fail_together():
             run.check(recipe, resume=resume, data_may_change=changes.accept)
@@ -57,15 +68,36 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
                 print(f"{path} is done (it holds DONE); start a new run with another --run", file=sys.stderr)
         else:
             with hold_run(path, world, lease_seconds=recipe.checkpoint.lease_seconds) as hold:
-                _train(recipe, run, world, hold, resume=resume, changes=changes, stop=stop)
+                who = Who(hold.fence.number, world.rank, world.size, hold.fence.job_id, hold.fence.restart_count)
+                where = Whereabouts()
+                failures = FailureLog(path, who, where, ignored=(LostRun,))
+                with distributed.fail_together():
+                    if world.is_main:
+                        Heartbeats(path).clear()
+                watch = StallWatch(
+                    path, who, where, stall_seconds=recipe.telemetry.stall_seconds, num_collectives=distributed.num_collectives
+                )
+                with watch, failures:
+                    _train(recipe, run, world, hold, resume=resume, changes=changes, stop=stop, where=where, failures=failures)
     except MegaMMError:
         raise
-    except Exception:
-        _leave_at_once(world)
+    except Exception as error:
+        _leave_at_once(world, None if failures is not None and failures.told is error else error)
     distributed.stop()
 
 
-def _train(recipe: Recipe, folder: RunFolder, world: World, hold: Hold, *, resume: str, changes: DataChanges, stop: StopRequest) -> None:
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    world: World,
+    hold: Hold,
+    *,
+    resume: str,
+    changes: DataChanges,
+    stop: StopRequest,
+    where: Whereabouts,
+    failures: FailureLog,
+) -> None:
     with distributed.fail_together():
         tokenizer = load_tokenizer(recipe, folder.tokenizer)
     data = TrainingData.open(recipe, tokenizer, world)
@@ -80,6 +112,8 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, hold: Hold, *, resum
         if world.is_main:
             folder.archive(recipe, trainer.ds_config)
     scale = Scale(world.size, recipe.batch.micro_rows, trainer.num_micro_steps)
+    watch = SpikeWatch(recipe.spike, recipe.optim.max_unapplied_updates)
+    watch.restore(start.watch)
     journal = Journal(folder, recipe, world, start=state, scale=scale)
     with distributed.fail_together():
         if world.is_main:
@@ -89,6 +123,8 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, hold: Hold, *, resum
     _log.info(
         "%s from step %d of %d on %d %s", recipe.name, start.step, recipe.train.steps, world.size, "rank" if world.size == 1 else "ranks"
     )
+    saver = Saver(folder.checkpoints, trainer.engine, world, recipe.checkpoint, hold=hold)
+    limit = TimeLimit.of_environment(recipe.train.stop_margin_seconds, saver.snapshot_bytes) if world.is_main else None
     train(
         Run(
             folder=folder,
@@ -96,9 +132,14 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, hold: Hold, *, resum
             data=data,
             trainer=trainer,
             loader=loader,
-            saver=Saver(folder.checkpoints, trainer.engine, world, recipe.checkpoint, hold=hold),
+            hold=hold,
+            saver=saver,
             journal=journal,
+            watch=watch,
             stop=stop,
+            limit=limit,
+            where=where,
+            failures=failures,
             fingerprints=fingerprints,
             step=start.step,
             num_tokens=start.num_tokens,
@@ -109,10 +150,9 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, hold: Hold, *, resum
     )
 
 
-def _leave_at_once(world: World) -> None:
+def _leave_at_once(world: World, untold: Exception | None) -> None:
     """End this rank without another collective: the others may wait in one, and taking the group down would join them."""
-    text = traceback.format_exc()
-    _log.error("rank %d failed", world.rank)
-    print(f"rank {world.rank}:\n{text}", file=sys.stderr, flush=True)
+    if untold is not None:
+        print(f"rank {world.rank}:\n{''.join(traceback.format_exception(untold))}", file=sys.stderr, flush=True)
     logging.shutdown()
     os._exit(1)

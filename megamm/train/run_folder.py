@@ -36,9 +36,11 @@ _MAY_CHANGE = (
     "engine.preset",
     "evaluation.",
     "loss.chunk_tokens",
+    "spike.",
     "telemetry.",
     "tokenizer.folder",
     "train.stop_after",
+    "train.stop_margin_seconds",
 )
 # The mixture may change at any step: the data plan keeps the history of its weights.
 _MIXTURE = re.compile(r"data\.train\.[^.]+\.weight|data\.schedule")

@@ -1,0 +1,160 @@
+"""Signs of life: a small file a rank, renewed every few seconds, that says where the rank is. Whoever reads them needs no torch.
+
+RUN/heartbeats/rank_00001.json   what rank 1 said last; gone when it left in order
+RUN/heartbeats/stalled           some rank found that nothing moves: every rank reports itself and ends
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+
+from megamm.telemetry.whereabouts import Place, Who
+
+_FOLDER = "heartbeats"
+_NOTICE = "stalled"
+_MAX_CALLS = 6
+_COLLECTIVES = "torch.distributed.distributed_c10d"
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a rank says of itself.
+
+    Attributes:
+        start: Number of the run's owner that the rank belongs to.
+        rank: Global rank.
+        host: Name of its machine.
+        pid: Its process.
+        count: Beats before this one: where it does not grow the rank is silent, whatever clocks say.
+        time: By the rank's own clock, in seconds since the epoch.
+        step: The step under way, or the one that was done last.
+        phase: See `whereabouts.Phase`.
+        phase_seconds: How long it has been at that.
+        doing: The innermost calls that matter, the innermost first.
+        num_collectives: Collectives that it began; a rank that is behind its peers misses one.
+        shard: Where its first sample lies; empty where it is at none.
+        key: Of that sample.
+        is_stalled: It has found, or was told, that nothing moves, and reported itself.
+    """
+
+    start: int
+    rank: int
+    host: str
+    pid: int
+    count: int
+    time: float
+    step: int
+    phase: str
+    phase_seconds: float
+    doing: str
+    num_collectives: int
+    shard: str = ""
+    key: str = ""
+    is_stalled: bool = False
+
+
+def beat(who: Who, place: Place, count: int, *, num_collectives: int, is_stalled: bool = False) -> Beat:
+    """What to say now. Names the sample only where the rank has been at it for a while: a name costs a look into an index."""
+    seconds = time.monotonic() - place.began
+    first = next(iter(place.samples()), None) if is_stalled or seconds > 1.0 else None
+    return Beat(
+        start=who.start,
+        rank=who.rank,
+        host=who.host,
+        pid=who.pid,
+        count=count,
+        time=time.time(),
+        step=place.step,
+        phase=place.phase,
+        phase_seconds=round(seconds, 1),
+        doing=doing(),
+        num_collectives=num_collectives,
+        shard="" if first is None else first.shard,
+        key="" if first is None else f"{first.dataset}/{first.key}",
+        is_stalled=is_stalled,
+    )
+
+
+def doing() -> str:
+    """The calls that the main thread is in: the innermost one, the collective if there is one, and megamm's own, innermost first."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    calls: list[str] = []
+    innermost = True
+    while frame is not None and len(calls) < _MAX_CALLS:
+        module = frame.f_globals.get("__name__", "")
+        # Of the group's own module the outermost call is the one with a name that people know.
+        is_collective = module == _COLLECTIVES and _module(frame.f_back) != _COLLECTIVES
+        if innermost or is_collective or module.startswith("megamm."):
+            calls.append(f"{frame.f_code.co_name} ({module.removeprefix('megamm.')}:{frame.f_lineno})")
+        innermost, frame = False, frame.f_back
+    return " < ".join(calls)
+
+
+def _module(frame: FrameType | None) -> str:
+    return "" if frame is None else frame.f_globals.get("__name__", "")
+
+
+class Heartbeats:
+    """The folder of a run's heartbeats. It holds no state: readers see what ranks wrote last.
+
+    Args:
+        run: The run folder.
+    """
+
+    def __init__(self, run: Path):
+        self.folder = run / _FOLDER
+
+    def write(self, one: Beat) -> None:
+        """Replace a rank's file. Not synced: after a power cut nobody is alive."""
+        self.folder.mkdir(exist_ok=True)
+        draft = self._path(one.rank).with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(asdict(one)) + "\n", encoding="utf-8")
+        draft.replace(self._path(one.rank))
+
+    def read(self) -> list[Beat]:
+        """What each rank said last, in the order of ranks; files that cannot be read are left out."""
+        return [one for path in sorted(self.folder.glob("rank_*.json")) if (one := _read(path)) is not None]
+
+    def remove(self, rank: int) -> None:
+        """Take a rank's file away, and the folder with the last of them."""
+        self._path(rank).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def clear(self) -> None:
+        """Remove what an earlier start left behind; one rank does it before the others begin."""
+        for path in self.folder.glob("*"):
+            path.unlink(missing_ok=True)
+
+    def tell(self) -> None:
+        """Let all ranks know that nothing moves."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / _NOTICE).touch()
+
+    def is_told(self) -> bool:
+        """Whether some rank found that nothing moves. Asked after `write`, which makes a network file system look at the folder anew."""
+        return (self.folder / _NOTICE).exists()
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}.json"
+
+
+def read_beats(run: Path) -> list[Beat]:
+    """What each rank of a run said last; none where none lives and none died."""
+    return Heartbeats(run).read()
+
+
+def _read(path: Path) -> Beat | None:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Beat(**facts) if facts.keys() == {field.name for field in fields(Beat)} else None
+    except (OSError, ValueError, AttributeError):
+        return None
