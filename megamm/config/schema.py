@@ -377,6 +377,26 @@ class Optimizer:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Spike:
+    """When a loss, or a gradient's norm, counts as a spike, and whether the run then goes back and leaves data out.
+
+    Attributes:
+        rewind: Go back to the last checkpoint from before a spike, or from before too many updates that were not applied, and
+            leave out the data since then; without it a spike is told in the log alone.
+        window: Steps whose median and median absolute deviation say what is usual; no step is judged before there are so many.
+        factor: Standard deviations above the median that are a spike (one is 1.4826 median absolute deviations).
+        patience: Steps above that, one after the other, until the run goes back.
+        max_rewinds: How often a run may go back; the next spike ends it.
+    """
+
+    rewind: bool = False
+    window: Annotated[int, Field(ge=8)] = 128
+    factor: Annotated[float, Field(gt=0)] = 6.0
+    patience: Positive = 3
+    max_rewinds: Count = 3
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Schedule:
     """Learning rate by optimizer step.
 
@@ -495,6 +515,7 @@ class Recipe:
     batch: Batching = Batching()
     loss: Loss = Loss()
     optim: Optimizer = Optimizer()
+    spike: Spike = Spike()
     schedule: Schedule = Schedule()
     engine: Engine = Engine()
     train: Training = Training()

@@ -15,6 +15,7 @@ from megamm.telemetry.metrics import MetricsLog, Value
 from megamm.train.positions import PositionLog, Scale
 from megamm.train.run_folder import RunFolder
 from megamm.train.skipped import SkippedLog, cut_back_skipped
+from megamm.train.unapplied import cut_back_unapplied
 
 
 class Journal:
@@ -36,18 +37,33 @@ class Journal:
         Raises:
             ConfigError: A sink is asked for and not installed.
         """
-        self._skipped = SkippedLog(run.logs, world.rank)
-        self._main: tuple[MetricsLog, Bar, PositionLog] | None = None
-        with distributed.fail_together():
-            if world.is_main:
-                cut_back_skipped(run.logs, start.step)
-                metrics = MetricsLog(run.path, recipe.telemetry, resumed_step=start.step, recipe=to_dict(recipe))
-                self._main = metrics, Bar(start.step, recipe.train.steps), PositionLog(run.path, start, scale)
+        self._run, self._recipe, self._world, self._scale = run, recipe, world, scale
+        self._open(start)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def go_back(self, start: LoaderState, values: dict[str, Value]) -> None:
+        """Forget what was written past `start`, because the run goes on from there, and say so; every rank calls it."""
+        self._close()
+        self._open(start)
+        self.numbers(start.step, values)
+
+    def _open(self, start: LoaderState) -> None:
+        self._skipped = SkippedLog(self._run.logs, self._world.rank)
+        self._main: tuple[MetricsLog, Bar, PositionLog] | None = None
+        with distributed.fail_together():
+            if self._world.is_main:
+                cut_back_skipped(self._run.logs, start.step)
+                cut_back_unapplied(self._run.path, start)
+                recipe = self._recipe
+                metrics = MetricsLog(self._run.path, recipe.telemetry, resumed_step=start.step, recipe=to_dict(recipe))
+                self._main = metrics, Bar(start.step, recipe.train.steps), PositionLog(self._run.path, start, self._scale)
+
+    def _close(self) -> None:
         self._skipped.close()
         for sink in self._main or ():
             sink.close()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megamm.checkpoint.choose import newest_good, require_good
 from megamm.checkpoint.hold import Hold
-from megamm.checkpoint.load import load
+from megamm.checkpoint.load import Loaded, load
 from megamm.checkpoint.manifest import committed
 from megamm.core.errors import CheckpointError
 from megamm.core.logging import get_logger
 from megamm.data.ledger import Skipped
 from megamm.data.planning.state import LoaderState
-from megamm.engine.distributed import World
+from megamm.engine.distributed import World, fail_together
 from megamm.engine.runtime import Engine
+from megamm.train.rewinds import set_aside_abandoned, with_decisions
 from megamm.train.run_folder import RunFolder
+
+WATCH = "watch"
+"""Where the state of the data in a checkpoint holds that of `SpikeWatch`: both say where the run stands between two steps."""
 
 _log = get_logger("train")
 
@@ -29,12 +34,20 @@ class Start:
         data_state: Where the data plan goes on; None for its beginning.
         ledger: Samples that all ranks skipped so far.
         num_tokens: Real tokens that were trained on so far.
+        watch: What `SpikeWatch.to_json` gave; None at the beginning.
     """
 
     step: int = 0
     data_state: LoaderState | None = None
     ledger: tuple[Skipped, ...] = ()
     num_tokens: int = 0
+    watch: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, loaded: Loaded, data_state: LoaderState) -> Start:
+        """After a checkpoint was loaded, with the data going on from `data_state`."""
+        ledger = tuple(Skipped.from_json(entry) for entry in loaded.ledger)
+        return cls(loaded.manifest.step, data_state, ledger, loaded.manifest.num_tokens, loaded.data_state.get(WATCH))
 
 
 def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resume: str, fingerprints: dict[str, str]) -> Start:
@@ -54,6 +67,9 @@ def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resu
     """
     if resume == "never":
         return Start()
+    with fail_together():
+        if world.is_main:
+            set_aside_abandoned(run.path, hold)
     own = [path.name for _, path in committed(run.checkpoints)]
     asked = Path(resume).resolve()
     if resume != "auto" and asked.parent == run.checkpoints.resolve():
@@ -86,9 +102,7 @@ def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resu
             message = f"checkpoint {folder} was written with {name} {found}, this run has {expected}; resume with what it was written with"
             raise _together(CheckpointError(message))
     _log.info("resumed from %s (written by %d ranks)", folder, loaded.manifest.world_size)
-    ledger = tuple(Skipped.from_json(entry) for entry in loaded.ledger)
-    manifest = loaded.manifest
-    return Start(manifest.step, LoaderState.from_json(loaded.data_state), ledger, manifest.num_tokens)
+    return Start.of(loaded, with_decisions(LoaderState.from_json(loaded.data_state), run.path))
 
 
 def _together(error: CheckpointError) -> CheckpointError:

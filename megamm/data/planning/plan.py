@@ -215,7 +215,7 @@ class DataPlan:
         after = self._after(before, last)
         places = (before.position, before.row), (after.position, after.row)
         stretch = Stretch(first, last, *places, plan=self.fingerprint, reason=reason, from_step=from_step, to_step=to_step)
-        return replace(state, stretches=(*state.stretches, stretch))
+        return state.leaving_out([stretch])
 
     def _after(self, place: PlanState, num_steps: int) -> PlanState:
         """The place after so many steps of data."""

@@ -157,6 +157,10 @@ class LoaderState:
         """The state with more samples (`dataset/key`) kept out from the next step on."""
         return replace(self, exclusions=(*self.exclusions, Exclusion(self.step, tuple(sorted(keys)))))
 
+    def leaving_out(self, stretches: Iterable[Stretch]) -> LoaderState:
+        """The state with more data left out (`DataPlan.leave_out` makes a stretch)."""
+        return replace(self, stretches=(*self.stretches, *stretches))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; equal states give equal values."""
         return {

@@ -35,6 +35,11 @@ class Stretch:
     from_step: int = 0
     to_step: int = 0
 
+    @property
+    def is_rewind(self) -> bool:
+        """Whether the run went back; otherwise somebody left the data out."""
+        return self.from_step > 0
+
     def __contains__(self, step: int) -> bool:
         return self.first <= step <= self.last
 
