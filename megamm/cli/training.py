@@ -19,6 +19,10 @@ def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", default="auto", help="`auto` (default), `never`, or a checkpoint folder that must be used")
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="keep these samples out from here on: one dataset/key a line")
     parser.add_argument("--accept-data-change", action="store_true", help="go on although the data changed since the checkpoint")
+    parser.add_argument("--skip-steps", type=_steps, metavar="FIRST-LAST", help="leave out the data that these steps would train on")
+    parser.add_argument(
+        "--rewind-on-spike", action="store_true", help="after a spike of the loss go back to a checkpoint and leave the data since out"
+    )
     parser.add_argument(
         "--max-seconds", type=count, default=0, metavar="N", help="stop after so long with a checkpoint (a later start goes on from it)"
     )
@@ -28,6 +32,8 @@ def pretrain(arguments: Arguments) -> None:
     from megamm.config import resumed_recipe
     from megamm.train.interruption import StopRequest
 
+    if arguments.rewind_on_spike:
+        arguments.overrides.append("--spike.rewind=true")
     recipe = load(arguments)
     folder = arguments.run or Path("runs") / recipe.name
     with same_on_all_ranks():
@@ -37,10 +43,17 @@ def pretrain(arguments: Arguments) -> None:
         from megamm.train.data import DataChanges
         from megamm.train.pretrain import pretrain
 
-        changes = DataChanges(exclude=arguments.exclude, accept=arguments.accept_data_change)
+        changes = DataChanges(exclude=arguments.exclude, accept=arguments.accept_data_change, leave_out=arguments.skip_steps)
         pretrain(recipe, folder, resume=arguments.resume, changes=changes, stop=stop)
     if "RANK" in os.environ:
         _leave_at_once()
+
+
+def _steps(word: str) -> tuple[int, int]:
+    first, dash, last = word.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{word!r} is not FIRST-LAST, such as 41-49")
+    return int(first), int(last)
 
 
 def _leave_at_once() -> None:

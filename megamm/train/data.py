@@ -33,15 +33,17 @@ _log = get_logger("train")
 
 @dataclass(frozen=True, slots=True)
 class DataChanges:
-    """What somebody changes about a run's data when it starts or resumes; the state of the data records both.
+    """What somebody changes about a run's data when it starts or resumes; the state of the data records all of it.
 
     Attributes:
         exclude: A file of `dataset/key` lines: these samples are kept out from the next step on. None for no more than before.
         accept: Go on although shards or settings of the data are not those that the run began with.
+        leave_out: First and last of some steps whose data are left out; None for none.
     """
 
     exclude: Path | None = None
     accept: bool = False
+    leave_out: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,17 @@ class TrainingData:
 
         Args:
             saved: Of the checkpoint; None for the beginning.
-            changes: What to change. Samples that are kept out already are not noted again.
+            changes: What to change. What is kept out or left out already is not noted again.
             world: The ranks; one of them reads the file.
 
         Raises:
-            ConfigError: The file of keys cannot be read, or names a sample that is not there.
+            ConfigError: The file of keys cannot be read, or names a sample that is not there; or data to leave out were delivered.
             DataError: The data are not those of the checkpoint, and that was not accepted.
         """
         with distributed.fail_together():
             state = self.plan.start() if saved is None else self.plan.resume(saved, accept_change=changes.accept)
+            if changes.leave_out is not None and changes.leave_out not in [(one.first, one.last) for one in state.stretches]:
+                state = self.plan.leave_out(state, *changes.leave_out, reason="--skip-steps")
             keys: list[str] = []
             if changes.exclude is not None and world.is_main:
                 keys = read_keys(changes.exclude)
