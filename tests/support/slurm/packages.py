@@ -30,9 +30,9 @@ def missing_for_ports() -> str | None:
     return _not_installed(_DAEMONS)
 
 
-def install() -> None:
-    """Install Slurm where root and apt are at hand; what is missing afterwards is for `missing` to say."""
-    if os.geteuid() or shutil.which("apt-get") is None or all(map(shutil.which, _PROGRAMS)):
+def install(programs: tuple[str, ...] = _PROGRAMS, names: tuple[str, ...] = _PACKAGES) -> None:
+    """Install packages (Slurm's) where root and apt are at hand; what is missing afterwards is for `missing` to say."""
+    if os.geteuid() or shutil.which("apt-get") is None or all(map(shutil.which, programs)):
         return
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     # No daemon of the system's own may start along with the packages.
@@ -42,7 +42,7 @@ def install() -> None:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
-        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *_PACKAGES]):
+        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *names]):
             subprocess.run(["apt-get", *words], env=quiet, stdout=subprocess.DEVNULL, check=False, timeout=120)
     except subprocess.TimeoutExpired:
         pass
