@@ -12,6 +12,7 @@
 # Pretrain, one task a GPU, through as many jobs' worth of time as it takes: the job requeues itself until the run is done.
 # Options before the script go to sbatch, arguments after it to `megamm pretrain`:
 #   sbatch --nodes 16 slurm/pretrain.sh 7b --run /shared/runs/7b --optim.lr 2e-4
+# A job that waits goes on with fewer nodes after: scontrol update JobId=123 NumNodes=8 NumTasks=64 NumCPUs=512
 # Exit codes: 0 the run is done; 75 it is not, and somebody has to look; 2 it cannot be started so.
 set -uo pipefail
 
@@ -60,6 +61,14 @@ newest_error() {
     echo "$newest"
 }
 
+# Whether a rank of the newest start failed in a way that only somebody can mend: the recipe, the data, the disk.
+needs_somebody() {
+    local start
+    start=$(newest_error)
+    start=${start##*/}
+    grep -Eqs '"kind": *"(Config|Data|Checkpoint|MegaMM)Error"' "$run/errors/${start%%.*}".*
+}
+
 give_up() {
     say "giving up: 2 restarts brought no checkpoint after $begin; see $run/logs and $run/errors, then submit again"
     exit 75
@@ -78,16 +87,20 @@ last_error=$(newest_error)
 # On TERM srun would kill its tasks at once; on USR1 they finish their step and commit a checkpoint.
 pass_on=USR1
 rendezvous 0
-launch --output="$run/logs/job-%j-restart-$restart-task-%t.log" -- megamm pretrain "$recipe" "${arguments[@]}"
+# Said anew at each start: somebody may have given the waiting job another number of nodes, of which SLURM_NTASKS knows nothing.
+tasks=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))
+launch --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --output="$run/logs/job-%j-restart-$restart-task-%t.log" -- megamm pretrain "$recipe" "${arguments[@]}"
 code=$?
 
 # Markers say how the run ended; exit codes of srun do not.
 [ ! -e "$run/DONE" ] || exit 0
 if [ -e "$run/INTERRUPTED" ]; then
     # A run that was told to rest (STOP, stop_after, max_seconds) says so.
-    grep -Eq '"requeue": *true|"reason": *"SIG(USR1|TERM)"' "$run/INTERRUPTED" || exit 75
-elif [ "$(newest_error)" = "$last_error" ] && [ "$code" -le 128 ]; then
-    # It was refused: the words, the recipe or the data have to be mended. Crashes and stalls leave records, kills leave codes.
+    grep -q '"requeue": *true' "$run/INTERRUPTED" || exit 75
+elif [ "$(newest_error)" = "$last_error" ]; then
+    # A rank that was killed says nothing; without that, it was refused before it began.
+    [ "$code" -gt 128 ] || exit 75
+elif needs_somebody; then
     exit 75
 fi
 if [ "$fruitless" -ge 2 ] && [ "$(newest_checkpoint)" = "$begin" ]; then

@@ -45,6 +45,7 @@ class Job:
             "MEGAMM_HOME": str(CHECKOUT),
             "SLURM_SUBMIT_DIR": str(self.run.parent),
             "SLURM_JOB_NODELIST": "node0",
+            "SLURM_JOB_NUM_NODES": "1",
             "SLURM_JOB_ID": str(number),
             "SLURM_RESTART_COUNT": str(restart),
             "JOB_STATE": state,
@@ -91,15 +92,28 @@ def test_a_run_that_was_interrupted_is_requeued_where_it_says_so(job):
     assert job.num_requeues == 1
 
 
+def failed(start: int, *kinds: str) -> str:
+    """What a start writes of the ranks that failed, before it ends."""
+    lines = [f"""echo '{{"kind": "{kind}"}}' >"$RUN/errors/start_{start:05d}.rank_{rank:05d}.json";""" for rank, kind in enumerate(kinds)]
+    return f'mkdir -p "$RUN/errors"; {" ".join(lines)} exit 1'
+
+
 def test_a_crash_and_a_kill_are_tried_again(job):
-    crash = 'mkdir -p "$RUN/errors"; touch "$RUN/errors/start_00001.rank_00003.json"; exit 1'
-    assert job.finish(crash)[0] == 75
+    assert job.finish(failed(1, "RuntimeError", "ZeroDivisionError"))[0] == 75
     assert job.num_requeues == 1
     # The record of an earlier crash says nothing of this start, which was refused.
     assert job.finish("exit 1", restart=1)[0] == 75
     assert job.num_requeues == 1
     assert job.finish("exit 137", number=78)[0] == 75
     assert job.num_requeues == 2
+
+
+def test_what_only_somebody_can_mend_is_not_tried_again(job):
+    assert job.finish(failed(1, "RuntimeError"))[0] == 75
+    assert job.num_requeues == 1
+    # The other rank's error follows from the first one's.
+    assert job.finish(failed(2, "RuntimeError", "DataError"), restart=1)[0] == 75
+    assert job.num_requeues == 1
 
 
 def test_a_cancelled_job_stays_cancelled(job):
