@@ -100,6 +100,22 @@ option_of() {
     echo "$value"
 }
 
+# The overrides of recipe keys among words, `--optim.lr 2e-4` or `--optim.lr=2e-4`, into `overrides`: what other commands take as well.
+#   overrides_of WORD ...
+overrides_of() {
+    overrides=()
+    while [ "$#" -gt 0 ]; do
+        if [[ ${1%%=*} == --*.* ]]; then
+            overrides+=("$1")
+            if [[ $1 != *=* && "$#" -gt 1 ]]; then
+                overrides+=("$2")
+                shift
+            fi
+        fi
+        shift
+    done
+}
+
 # All variables of this start in a file, without what is secret.
 #   dump_environment FILE
 dump_environment() {
@@ -168,6 +184,29 @@ container() {
             refuse "MEGAMM_CONTAINER=$MEGAMM_CONTAINER needs pyxis, which this srun does not have; name a .sif for apptainer"
         options+=("--container-image=$MEGAMM_CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
     fi
+}
+
+# Check all nodes of this job, one task a GPU, and return whether they may train. Where some may not, `bad_nodes` names them, as Slurm does
+# and with commas between; it is empty where the checks themselves failed. What was seen is in logs/preflight.json of the folder.
+#   check_nodes FOLDER SRUN_OPTION ... -- RECIPE [OVERRIDE ...]
+check_nodes() {
+    local report=$1/logs/preflight.json options=()
+    shift
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    rm -f "$report"
+    bad_nodes=""
+    rendezvous 1
+    launch "${options[@]}" -- megamm preflight "$@" --output "$report" && return
+    # The report, not the code: srun ends the tasks that are left, and then returns their codes.
+    if [ -e "$report" ]; then
+        # shellcheck disable=SC2034  # for whoever asked
+        bad_nodes=$(python3 -c 'import json, sys; print(",".join(json.load(open(sys.argv[1]))["bad_nodes"]))' "$report")
+    fi
+    return 1
 }
 
 # --- starting again --------------------------------------------------------------------------------------------------

@@ -74,6 +74,23 @@ give_up() {
     exit 75
 }
 
+# The nodes did not pass: start again without the bad ones, where there are some and not all are.
+leave_out() {
+    local bad
+    IFS=, read -ra bad <<<"$1"
+    if [ -n "$asked" ]; then
+        requeue
+    elif [ "${#bad[@]}" -eq 0 ]; then
+        say "the checks of the nodes failed; see $run/logs/job-$SLURM_JOB_ID-restart-$restart-preflight-*.log (MEGAMM_PREFLIGHT=0 goes without)"
+    elif [ "${#bad[@]}" -ge "$SLURM_JOB_NUM_NODES" ]; then
+        say "every node failed its checks, so the nodes may not be to blame; see $run/logs/preflight.json"
+    else
+        say "bad: $1; starting again without; see $run/logs/preflight.json"
+        requeue_without "$1"
+    fi
+    exit 75
+}
+
 begin=$(newest_checkpoint)
 excluded=$(job_field ExcNodeList)
 # Leaving out a node that failed its checks is progress too: each can be left out once.
@@ -84,12 +101,22 @@ count_fruitless "$run/.last_checkpoint" "$begin,without:$excluded"
 rm -f "$run/INTERRUPTED"
 last_error=$(newest_error)
 
+# Said anew at each start: somebody may have given the waiting job another number of nodes, of which SLURM_NTASKS knows nothing.
+tasks=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))")
+log=$run/logs/job-%j-restart-$restart
+
+several=0
+if [ "${MEGAMM_PREFLIGHT:-$several}" = 1 ]; then
+    overrides_of "${arguments[@]}"
+    if ! check_nodes "$run" "${tasks[@]}" --output="$log-preflight-%t.log" -- "$recipe" --run "$run" "${overrides[@]}"; then
+        leave_out "$bad_nodes"
+    fi
+fi
+
 # On TERM srun would kill its tasks at once; on USR1 they finish their step and commit a checkpoint.
 pass_on=USR1
 rendezvous 0
-# Said anew at each start: somebody may have given the waiting job another number of nodes, of which SLURM_NTASKS knows nothing.
-tasks=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))
-launch --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --output="$run/logs/job-%j-restart-$restart-task-%t.log" -- megamm pretrain "$recipe" "${arguments[@]}"
+launch "${tasks[@]}" --output="$log-task-%t.log" -- megamm pretrain "$recipe" "${arguments[@]}"
 code=$?
 
 # Markers say how the run ended; exit codes of srun do not.
