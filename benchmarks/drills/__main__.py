@@ -9,6 +9,7 @@ cannot go on, something left behind. Rows are written as they come. A row that i
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -26,7 +27,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 apply_defaults()
 
 from benchmarks import results  # noqa: E402
-from benchmarks.drills import damage, foreign, kills, owners, pickles, table  # noqa: E402
+from benchmarks.drills import chains, damage, foreign, kills, owners, pickles, table  # noqa: E402
 from benchmarks.drills.drill import Drill, Size, Tally  # noqa: E402
 from benchmarks.drills.table import Outcome  # noqa: E402
 
@@ -36,6 +37,7 @@ MODULES = {
     "foreign": foreign,
     "owners": owners,
     "pickles": pickles,
+    "chains": chains,
 }
 """Every module of drills, in the order of the table."""
 DRILLS = {drill.fault: drill for module in MODULES.values() for drill in module.DRILLS}
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not drills:
         names = "\n  ".join([", ".join(MODULES), *DRILLS])
         parser.error(f"no drill is named like {' or '.join(map(repr, options.only))}; modules and faults are\n  {names}")
+    # What drills provoke is told by the table.
+    logging.getLogger("megamm").setLevel(logging.CRITICAL)
     command = "python -m benchmarks.drills" + {"quick": " --quick", "normal": "", "full": " --full"}[size]
     rows = run_all(drills, size, command, folder=options.output, only=options.only or [])
     print("\n".join(table.lines_of(rows)))

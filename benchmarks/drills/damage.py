@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.drills.drill import Drill, Size, Tally
-from benchmarks.drills.ranks import judged_alone
+from benchmarks.drills.ranks import judged
 from benchmarks.drills.saving import names_in, problem_with, save_alone, state_at
 from megamm.checkpoint.choose import newest_good
 from megamm.checkpoint.fence import LOCK, Fence
@@ -103,7 +103,7 @@ def harm_checkpoint(harm: str, size: Size, folder: Path) -> Tally:
                 shutil.rmtree(left)
         return problems
 
-    return Tally.of(judged_alone(judge), f"{len(names)} files, by turns")
+    return Tally.of(judged(judge), f"{len(names)} files, by turns")
 
 
 def harm_lock(size: Size, folder: Path) -> Tally:
@@ -131,7 +131,7 @@ def harm_lock(size: Size, folder: Path) -> Tally:
             problems.append(f"with the record restored, {choice.folder} was chosen: {choice.damaged}")
         return problems
 
-    return Tally.of(judged_alone(judge), "names the file; with the record restored all is as before")
+    return Tally.of(judged(judge), "names the file; with the record restored all is as before")
 
 
 def harm_lease(size: Size, folder: Path) -> Tally:
@@ -160,7 +160,7 @@ def harm_lease(size: Size, folder: Path) -> Tally:
         RunLock.acquire(run, lease_seconds=60.0).release()
         return problems
 
-    return Tally.of(judged_alone(judge), "the owner keeps the run, the next one is refused")
+    return Tally.of(judged(judge), "the owner keeps the run, the next one is refused")
 
 
 def _template(folder: Path) -> tuple[Path, Path]:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from benchmarks.drills.drill import Drill, Size, Tally
-from benchmarks.drills.ranks import judged_alone
+from benchmarks.drills.ranks import judged
 from benchmarks.drills.saving import files_of, names_in, problem_with, save_alone, state_at
 from megamm.checkpoint.choose import newest_good
 from megamm.checkpoint.commit import Attempt, write_files
@@ -50,7 +50,7 @@ def swap_files(size: Size, folder: Path) -> Tally:
             _renew(newest, whole)
         return problems
 
-    return Tally.of(judged_alone(judge), f"from {', '.join(elsewhere)}")
+    return Tally.of(judged(judge), f"from {', '.join(elsewhere)}")
 
 
 def swap_folder(size: Size, folder: Path) -> Tally:
@@ -65,7 +65,7 @@ def swap_folder(size: Size, folder: Path) -> Tally:
             problems.append(_passed_over(run, run / "checkpoints" / step_folder(11 + number), world))
         return problems
 
-    return Tally.of(judged_alone(judge), "the manifest says another step than the name")
+    return Tally.of(judged(judge), "the manifest says another step than the name")
 
 
 def stale_ranks(size: Size, folder: Path) -> Tally:
@@ -99,7 +99,7 @@ def late_owners(size: Size, folder: Path) -> Tally:
     def judge(world: World) -> list[str]:
         return [_history(folder / f"run-{number}", random.Random(number), world) for number in range(_COUNTS[size] // 2)]
 
-    return Tally.of(judged_alone(judge), "3 to 6 owners each; which checkpoint counts is worked out beside")
+    return Tally.of(judged(judge), "3 to 6 owners each; which checkpoint counts is worked out beside")
 
 
 def _history(run: Path, rng: random.Random, world: World) -> str:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from benchmarks.drills.drill import Drill, Size, Tally
-from benchmarks.drills.ranks import judged_alone
+from benchmarks.drills.ranks import judged
 from benchmarks.drills.saving import problem_with, save_alone, state_at
 from megamm.checkpoint.choose import newest_good
 from megamm.checkpoint.consolidate import consolidate
@@ -82,7 +82,7 @@ def plant(size: Size, folder: Path) -> Tally:
                 shutil.copytree(whole, newest)
         return problems
 
-    return Tally.of(judged_alone(judge), f"{', '.join(found)}; each touches a file where it is loaded")
+    return Tally.of(judged(judge), f"{', '.join(found)}; each touches a file where it is loaded")
 
 
 def _works(trap: bytes, name: str, canary: Path, folder: Path) -> bool:

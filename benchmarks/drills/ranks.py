@@ -66,10 +66,14 @@ def run_ranks(work: Callable[[World], Any], num_ranks: int, *, timeout_seconds: 
         return [_ended(folder / f"{rank}.json", statuses[child]) for rank, child in enumerate(children)]
 
 
-def judged_alone(judge: Callable[[World], list[str]]) -> list[str]:
-    """What a judge found in a rank that is a world of its own: a problem a try, empty for none; one where the judge itself failed."""
-    (ended,) = run_ranks(judge, 1, timeout_seconds=7200.0)
-    return [ended.error or f"the judge ended with {ended.status}"] if ended.result is None else ended.result
+def judged(judge: Callable[[World], list[str]], num_ranks: int = 1) -> list[str]:
+    """What judges found, each a rank with its share of the tries: a problem a try, empty for none; one where a judge itself failed."""
+    found = run_ranks(judge, num_ranks, timeout_seconds=7200.0)
+    return [
+        problem
+        for ended in found
+        for problem in (ended.result if ended.result is not None else [ended.error or f"a judge ended with {ended.status}"])
+    ]
 
 
 def fork(body: Callable[[], None]) -> int:

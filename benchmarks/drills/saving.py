@@ -27,7 +27,7 @@ from megamm.checkpoint.manifest import (
     read_ledger,
     read_manifest,
 )
-from megamm.checkpoint.retain import retire
+from megamm.checkpoint.retain import LATEST, retire
 from megamm.checkpoint.shards import ShardLayout, Spec, tensor_bytes
 from megamm.checkpoint.slicing import slice_bounds
 from megamm.config.schema import Checkpointing
@@ -137,10 +137,10 @@ def problem_with(folder: Path, expected: State, *, num_ranks: int = 1) -> str:
             parts = [slices.read(key, *each) for each in bounds]
             if any(not torch.equal(part, tensor[start:stop]) for part, (start, stop) in zip(parts, bounds, strict=True)):
                 return f"{folder.name}: {key} is not what was saved"
-    found = json.loads(canonical_json([read_data_state(folder), read_ledger(folder)]))
-    return "" if found == [expected.data_state, expected.ledger] else f"{folder.name}: the data state or the ledger is another one"
+    truth = json.loads(canonical_json([expected.data_state, expected.ledger]))
+    return "" if [read_data_state(folder), read_ledger(folder)] == truth else f"{folder.name}: the data state or the ledger is another one"
 
 
 def names_in(run: Path) -> list[str]:
-    """All that lies in the run's `checkpoints` folder."""
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    """All that lies in the run's `checkpoints` folder, but the link to the latest."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name != LATEST)
