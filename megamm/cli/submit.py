@@ -37,7 +37,7 @@ def submit(arguments: Arguments) -> None:
         command=arguments.command_name,
         recipe=arguments.recipe,
         run=arguments.run,
-        arguments=tuple(_words_of_pretrain(arguments)),
+        arguments=tuple(words_of_pretrain(arguments)),
         overrides=tuple(arguments.overrides),
         sbatch=(*words, *(word for text in arguments.sbatch for word in shlex.split(text))),
         resume=arguments.resume,
@@ -47,7 +47,7 @@ def submit(arguments: Arguments) -> None:
         print(line, flush=True)
 
 
-def _words_of_pretrain(arguments: Arguments) -> list[str]:
+def words_of_pretrain(arguments: Arguments) -> list[str]:
     """Options of `megamm pretrain` that were given, as its own words; recipe and run folder are said apart."""
     parser = argparse.ArgumentParser()
     pretrain_arguments(parser)
@@ -57,5 +57,6 @@ def _words_of_pretrain(arguments: Arguments) -> list[str]:
             continue
         words.append(f"--{name.replace('_', '-')}")
         if value is not True:
-            words.append(str(value))
+            # A range is written FIRST-LAST.
+            words.append("-".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return words

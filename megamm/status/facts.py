@@ -14,7 +14,7 @@ from megamm.status.liveness import Owning, read_owning
 from megamm.status.progress import Progress, read_progress
 from megamm.status.saves import Saved, newest_saved
 from megamm.status.submissions import FOLDER, Submission, read_submissions
-from megamm.telemetry.failures import read_failures
+from megamm.telemetry.failures import last_failure
 from megamm.telemetry.heartbeat import Beat, read_beats
 from megamm.train.run_folder import RunFolder
 
@@ -34,7 +34,7 @@ class Facts:
         progress: Of the metrics.
         saved: The newest checkpoint.
         beats: What the ranks of the newest owner said last.
-        failures: Records of errors by start; of one start the cause first.
+        failure: What ended the newest start that failed: the cause rather than its echo on other ranks.
         submissions: Oldest first.
         num_ranks: Of the last start, 0 where that is not known.
         notes: What cannot be read, and what is wrong with it.
@@ -48,7 +48,7 @@ class Facts:
     progress: Progress = field(default_factory=Progress)
     saved: Saved | None = None
     beats: list[Beat] = field(default_factory=list)
-    failures: list[dict[str, Any]] = field(default_factory=list)
+    failure: dict[str, Any] | None = None
     submissions: list[Submission] = field(default_factory=list)
     num_ranks: int = 0
     notes: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ def read_facts(run: Path) -> Facts:
     facts.saved, damaged = part("checkpoints", lambda: newest_saved(run), (None, []))
     facts.notes += damaged
     facts.beats = part("heartbeats", lambda: _beats(run, facts), [])
-    facts.failures = part("errors", lambda: read_failures(run), [])
+    facts.failure = part("errors", lambda: last_failure(run), None)
     facts.submissions = part(FOLDER, lambda: read_submissions(run), [])
     facts.num_ranks = part("environment.json", lambda: _num_ranks(run, facts), 0)
     return facts

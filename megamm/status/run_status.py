@@ -56,12 +56,6 @@ class RunStatus:
         """Samples skipped over the whole run."""
         return sum(self.facts.progress.num_skipped.values())
 
-    @property
-    def last_error(self) -> dict[str, Any] | None:
-        """What ended the newest start that failed: the cause rather than its echo on other ranks."""
-        failures = self.facts.failures
-        return next((one for one in failures if one["start"] == failures[-1]["start"]), None)
-
     def to_json(self) -> dict[str, Any]:
         """Everything that a program may want to know, as plain JSON values."""
         facts, owning = self.facts, self.facts.owning
@@ -79,7 +73,7 @@ class RunStatus:
             "jobs": [asdict(job) for job in self.jobs],
             "checkpoint": None if facts.saved is None else asdict(facts.saved),
             "interrupted": facts.interrupted,
-            "last_error": self.last_error,
+            "last_error": facts.failure,
             "ranks": [asdict(beat) for beat in facts.beats],
             "notes": list(self.notes),
         }

@@ -44,7 +44,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
     if progress.step:
         parts = ", ".join(f"{name} {number:,}" for name, number in sorted(progress.num_skipped.items()))
         yield "skipped", several(status.num_skipped, "sample") + (f" ({parts})" if parts else "")
-    if error := status.last_error:
+    if error := facts.failure:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(error["time"]))
         where = "".join(f", {name} {error[name]}" for name in ("start", "rank", "step") if name in error)
         yield "last error", f"{at}{where}: {error['kind']}: {error['message']}"
@@ -97,7 +97,7 @@ def _checkpoint(status: RunStatus) -> str:
 def _cells(status: RunStatus) -> tuple[str, ...]:
     facts, progress = status.facts, status.facts.progress
     job = status.jobs[0].id if status.jobs else next(iter(facts.job_ids), "-")
-    why = status.why if status.state not in ("failed", "dead") or not status.last_error else status.last_error["message"]
+    why = status.why if status.state not in ("failed", "dead") or not facts.failure else facts.failure["message"]
     return (
         facts.run.name or str(facts.run),
         status.state,

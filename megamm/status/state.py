@@ -50,7 +50,7 @@ def state_of(facts: Facts, jobs: Jobs) -> tuple[str, str]:
         # One that runs while the owner that it started is silent has not just begun.
         if job.is_live and not (owning and owning.owner.job_id == job.id and not owning.owner.is_released):
             return "starting", f"job {job.id} is {job.state}"
-    return _ended(facts, own)
+    return _ended(facts, jobs)
 
 
 def silent_ranks(facts: Facts) -> list[str]:
@@ -70,9 +70,11 @@ def _has_ended(owning: Owning, jobs: Jobs) -> bool:
 
 
 def _of_living(facts: Facts, owning: Owning) -> tuple[str, str]:
-    stalls = [one for one in facts.failures if one["start"] == owning.number and one["kind"] == "Stall"]
-    if stalls or any(beat.is_stalled for beat in facts.beats):
-        return "stalled", stalls[-1]["message"] if stalls else _where(facts)
+    failure = facts.failure
+    if failure and failure["start"] == owning.number and failure["kind"] == "Stall":
+        return "stalled", failure["message"]
+    if any(beat.is_stalled for beat in facts.beats):
+        return "stalled", _where(facts)
     return ("running" if owning.has_begun else "starting"), _where(facts)
 
 
@@ -85,16 +87,19 @@ def _where(facts: Facts) -> str:
     return f"step {beat.step}, {beat.phase} for {duration(since)}"
 
 
-def _ended(facts: Facts, own: list[Job]) -> tuple[str, str]:
+def _ended(facts: Facts, jobs: Jobs) -> tuple[str, str]:
     state, why = _how_it_ended(facts)
     if state:
         return state, why
-    over = [f"the scheduler says that job {job.id} is {job.state}" for job in own if not job.is_live and not job.is_waiting]
+    own = [jobs[number] for number in facts.job_ids if number in jobs] if jobs else []
+    over = [f"the scheduler says that job {job.id} is {job.state}" for job in own if not job.is_live]
     owning = facts.owning
+    if owning is None and facts.submissions:
+        job_id = facts.submissions[-1].job_id
+        if jobs is None:
+            return "queued", f"job {job_id} was submitted, and the scheduler cannot be asked from here"
+        return "failed", "; ".join(over) or f"job {job_id} is not in the queue, and the run never began; see {facts.run}/logs"
     if owning is None:
-        if facts.submissions:
-            never = f"job {facts.submissions[-1].job_id} is not in the queue and the run never began; see {facts.run}/logs"
-            return "failed", "; ".join(over) or never
         return "idle", ""
     if owning.owner.is_released:
         return "failed", f"its owner left without a marker: {owning.owner}"
@@ -107,9 +112,8 @@ def _how_it_ended(facts: Facts) -> tuple[str, str]:
     started = facts.owning.owner.starts[-1][0] if facts.owning and facts.owning.owner.starts else 0
     if facts.interrupted is not None:
         return "interrupted", f"after step {facts.interrupted.get('step', '?')}: {facts.interrupted.get('reason', 'no reason given')}"
-    failures = [one for one in facts.failures if one["start"] >= started]
-    if failures:
-        return "failed", f"at step {failures[-1].get('step', '?')}"
+    if facts.failure and facts.failure["start"] >= started:
+        return "failed", f"at step {facts.failure.get('step', '?')}"
     return "", ""
 
 
