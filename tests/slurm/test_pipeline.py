@@ -15,7 +15,7 @@ from tests.support.slurm.cluster import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.integration, pytest.mark.timeout(1500)]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-NUM_STEPS = 60
+NUM_STEPS = 40
 
 
 class Chain:
