@@ -8,7 +8,8 @@ from pathlib import Path
 from megamm.checkpoint.fence import check_fence
 from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.io import LOCAL, Io
-from megamm.checkpoint.manifest import aside, check_file, committed, kept_aside, read_manifest
+from megamm.checkpoint.manifest import OtherFormat, aside, check_file, committed, kept_aside, read_manifest
+from megamm.checkpoint.retain import point_latest
 from megamm.core.errors import CheckpointError
 from megamm.core.logging import get_logger
 from megamm.engine.distributed import World, broadcast_json, gather_json
@@ -28,7 +29,7 @@ class Choice:
     damaged: dict[str, str]
 
 
-def newest_good(folder: Path, world: World, *, hold: Hold | None = None, io: Io = LOCAL) -> Choice:
+def newest_good(folder: Path, world: World, *, hold: Hold | None = None, before: int | None = None, io: Io = LOCAL) -> Choice:
     """Verify checkpoints from the newest down, the files dealt to the ranks, until one is good; every rank calls it.
 
     Damaged ones are named in a warning. Whoever holds the run sets them aside (`step_00000100.damaged-1`), where they can be
@@ -38,15 +39,22 @@ def newest_good(folder: Path, world: World, *, hold: Hold | None = None, io: Io 
         folder: The run's `checkpoints` folder; it need not exist.
         world: The ranks.
         hold: This job's hold of the run; None only looks.
+        before: Only checkpoints of earlier steps than this one; None for all.
         io: The file system.
+
+    Raises:
+        OtherFormat: One on the way down was written by another version (on every rank).
     """
-    names, set_aside = broadcast_json([[path.name for _, path in committed(folder)], kept_aside(folder)])
+    names, set_aside = broadcast_json(
+        [[path.name for step, path in committed(folder) if before is None or step < before], kept_aside(folder)]
+    )
     damaged: dict[str, str] = {}
     for name in reversed(names):
         problem = problem_of(folder / name, world)
         if problem is None:
             if hold is not None and world.is_main:
                 _set_aside(folder, list(damaged), hold, io)
+                point_latest(folder, name, io)
             return Choice(folder / name, damaged)
         damaged[name] = problem
         if world.is_main:
@@ -62,14 +70,16 @@ def require_good(folder: Path, world: World) -> Path:
     """
     problem = problem_of(folder, world)
     if problem is not None:
-        error = CheckpointError(problem)
-        error.on_all_ranks = True
-        raise error
+        raise _on_all_ranks(CheckpointError(problem))
     return folder
 
 
 def problem_of(folder: Path, world: World) -> str | None:
-    """The first problem that any rank finds, or None for a good checkpoint; every rank calls it."""
+    """The first problem that any rank finds, or None for a good checkpoint; every rank calls it.
+
+    Raises:
+        OtherFormat: Another version of this package wrote it (on every rank): passing it over would quietly train its steps again.
+    """
     problem = None
     try:
         manifest = read_manifest(folder)
@@ -77,8 +87,19 @@ def problem_of(folder: Path, world: World) -> str | None:
         for name in sorted(manifest.files)[world.rank :: world.size]:
             check_file(folder, name, manifest.files[name])
     except CheckpointError as error:
-        problem = str(error)
-    return next((report for report in gather_json(problem) if report is not None), None)
+        problem = [type(error).__name__, str(error)]
+    found = next((report for report in gather_json(problem) if report is not None), None)
+    if found is None:
+        return None
+    name, message = found
+    if name == OtherFormat.__name__:
+        raise _on_all_ranks(OtherFormat(message))
+    return message
+
+
+def _on_all_ranks(error: CheckpointError) -> CheckpointError:
+    error.on_all_ranks = True
+    return error
 
 
 def _set_aside(folder: Path, names: list[str], hold: Hold, io: Io) -> None:

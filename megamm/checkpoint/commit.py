@@ -83,7 +83,7 @@ def write_files(attempt: Attempt, files: Mapping[str, Iterable[Buffer]], io: Io)
     return facts
 
 
-def commit(attempt: Attempt, manifest: Manifest, io: Io, check_owner: Callable[[], None]) -> None:
+def commit(attempt: Attempt, manifest: Manifest, io: Io, check_owner: Callable[[], None]) -> FileFacts:
     """Write the manifest and rename the folder; every file it names is on the disk already.
 
     Args:
@@ -92,10 +92,13 @@ def commit(attempt: Attempt, manifest: Manifest, io: Io, check_owner: Callable[[
         io: The file system.
         check_owner: Raises where this process is no longer the run's owner.
 
+    Returns:
+        Size and digest of the manifest, to be read back with the rest.
+
     Raises:
         LostRun: A later owner has committed this step already.
     """
-    write_file(attempt.temporary / MANIFEST, [manifest.to_text().encode()], io)
+    facts = write_file(attempt.temporary / MANIFEST, [manifest.to_text().encode()], io)
     io.sync_folder(attempt.temporary)
     # As late as can be. An owner that sleeps between this line and the rename is caught by its fence when somebody reads.
     check_owner()
@@ -105,6 +108,7 @@ def commit(attempt: Attempt, manifest: Manifest, io: Io, check_owner: Callable[[
         io.rename(attempt.final, aside(attempt.final, "stale"))
     io.rename(attempt.temporary, attempt.final)
     io.sync_folder(attempt.folder)
+    return facts
 
 
 def _require_not_later(attempt: Attempt) -> None:

@@ -48,6 +48,13 @@ class Io:
         """Rename within a file system, in one step. A folder never replaces one that holds files."""
         source.rename(target)
 
+    def point(self, link: Path, name: str) -> None:
+        """Make `link` a symbolic link to its neighbour `name`, in one step."""
+        draft = link.with_name(f".{link.name}.tmp")
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(name)
+        draft.replace(link)
+
     def remove_folder(self, path: Path) -> None:
         """Delete a folder with what it holds."""
         shutil.rmtree(path)

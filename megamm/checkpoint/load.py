@@ -15,11 +15,14 @@ from safetensors import SafetensorError, safe_open
 from megamm.checkpoint import random_states
 from megamm.checkpoint.manifest import Manifest, ParameterEntry, rank_file, read_data_state, read_ledger, read_manifest
 from megamm.checkpoint.shards import DTYPES
-from megamm.checkpoint.slicing import pieces
+from megamm.checkpoint.slicing import pieces, pieces_of
 from megamm.core.errors import CheckpointError
 from megamm.engine import partitions
 from megamm.engine.distributed import World, fail_together
 from megamm.engine.runtime import Engine
+
+_KEYS = {"trainable": (partitions.WEIGHT, *partitions.MOMENTS), "frozen": (partitions.WEIGHT,), "buffer": (partitions.BUFFER,)}
+"""Kind of a parameter -> what is stored of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Slices:
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._folder = folder
-        self._num_ranks = manifest.world_size
+        self._manifest = manifest
         self._num_elements = {entry.name: math.prod(entry.shape) for entry in manifest.parameters}
         self._buffers = {entry.name for entry in manifest.parameters if entry.kind == "buffer"}
         self._files: dict[int, Any] = {}
@@ -53,7 +56,7 @@ class Slices:
 
     def keys(self) -> list[str]:
         """`KIND/NAME` of all flat tensors."""
-        return [key for key in self._file(0).keys() if not key.startswith(random_states.PREFIX)]  # noqa: SIM118
+        return [f"{kind}/{entry.name}" for entry in self._manifest.parameters for kind in _KEYS[entry.kind]]
 
     def num_elements(self, name: str) -> int:
         """Elements of a parameter or buffer."""
@@ -61,25 +64,27 @@ class Slices:
 
     def dtype(self, key: str) -> torch.dtype:
         """Type that `KIND/NAME` was saved in."""
-        return DTYPES[self._slice(0, key).get_dtype()]
+        rank, *_ = self._pieces(key.partition("/")[2], 0, 1)[0]
+        return DTYPES[self._slice(rank, key).get_dtype()]
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor `KIND/NAME`, in the dtype it was saved in."""
-        name = key.partition("/")[2]
-        if name in self._buffers:
-            return self._slice(0, key)[start:stop]
-        parts = [
-            self._slice(rank, key)[first:last]
-            for rank, first, last in pieces(start, stop, num_elements=self._num_elements[name], num_ranks=self._num_ranks)
-        ]
+        parts = [self._slice(rank, key)[first:last] for rank, first, last in self._pieces(key.partition("/")[2], start, stop)]
         if not parts:
-            return self._slice(0, key)[:0]
+            return torch.empty(0, dtype=self.dtype(key))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def random_states(self, rank: int) -> dict[str, torch.Tensor]:
         """What `random_states.capture` gave on that rank."""
         file = self._file(rank)
         return {key: file.get_tensor(key) for key in file.keys() if key.startswith(random_states.PREFIX)}  # noqa: SIM118
+
+    def _pieces(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+        if name in self._buffers:
+            return [(0, start, stop)]
+        if name in self._manifest.slices:
+            return pieces_of(start, stop, self._manifest.slices[name])
+        return pieces(start, stop, num_elements=self._num_elements[name], num_ranks=self._manifest.world_size)
 
     def _file(self, rank: int) -> Any:
         if rank not in self._files:

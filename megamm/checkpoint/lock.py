@@ -52,7 +52,8 @@ class Owner:
         host: Name of the machine.
         boot: What tells this boot and these processes from another's: boot id and process namespace.
         pid: Process.
-        pid_started: When that process began, so that a number that is used again is no sign of life.
+        pid_started: When that process began, so that a number that is used again is no sign of life; in seconds since the boot, because
+            times of day move with the clock.
         since: Local time, for people.
         lease_seconds: How long it may be silent.
         starts: (number, step) of every owner up to this one that went on from a step.
@@ -82,7 +83,7 @@ class Owner:
             host=platform.node(),
             boot=_boot(),
             pid=os.getpid(),
-            pid_started=psutil.Process().create_time(),
+            pid_started=_started(psutil.Process()),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
             lease_seconds=lease_seconds,
         )
@@ -272,8 +273,8 @@ def _gone(owner: Owner) -> str:
         if owner.job_id == own.job_id:
             if owner.restart_count < own.restart_count:
                 return f"the scheduler has restarted job {own.job_id}"
-        elif (state := _job_state(owner.job_id)) is not None and state not in _LIVE_STATES:
-            return f"the scheduler says that job {owner.job_id} is {state}"
+        elif (states := _job_states(owner.job_id)) is not None and not states & _LIVE_STATES:
+            return f"the scheduler says that job {owner.job_id} is {' and '.join(sorted(states))}"
     if is_gone_from_here(owner):
         return f"process {owner.pid} is gone"
     return ""
@@ -285,8 +286,11 @@ def is_gone_from_here(owner: Owner) -> bool:
     return owner.host == own.host and owner.boot == own.boot and not _is_alive(owner)
 
 
-def _job_state(job_id: str) -> str | None:
-    """What Slurm says of a job: its state, `UNKNOWN` for one that it has forgotten; None where it does not answer."""
+def _job_states(job_id: str) -> set[str] | None:
+    """What Slurm says of a job: its state, `UNKNOWN` for one that it has forgotten; None where it does not answer.
+
+    Several for an array whose last task bears the array's own number: nobody can say which of them it is.
+    """
     program = shutil.which("squeue")
     if program is None:
         return None
@@ -296,18 +300,33 @@ def _job_state(job_id: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     if answer.returncode != 0:
-        return "UNKNOWN" if "Invalid job id" in answer.stderr else None
-    return answer.stdout.strip() or "UNKNOWN"
+        return {"UNKNOWN"} if "Invalid job id" in answer.stderr else None
+    return set(answer.stdout.split()) or {"UNKNOWN"}
 
 
 def _is_alive(owner: Owner) -> bool:
     try:
         process = psutil.Process(owner.pid)
-        return abs(process.create_time() - owner.pid_started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        return abs(_started(process) - owner.pid_started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def _started(process: psutil.Process) -> float:
+    """When a process began.
+
+    psutil counts from the time of day of the boot, which the kernel moves when the clock is set: a live owner would look like
+    another process afterwards.
+
+    Source: proc_pid_stat(5), `starttime`.
+    """
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return process.create_time()
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _boot() -> str:

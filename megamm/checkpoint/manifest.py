@@ -14,16 +14,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import megamm
 from megamm.checkpoint.fence import Fence, check_fence
 from megamm.core.errors import CheckpointError
 from megamm.core.files import canonical_json, digest_file, digest_text
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
 LEDGER = "ledger.jsonl"
 _PREFIX = "step_"
-_SOFTWARE = ("torch", "deepspeed", "transformers", "safetensors", "numpy")
+_SOFTWARE = ("megamm", "torch", "deepspeed", "transformers", "safetensors", "numpy")
+
+
+class OtherFormat(CheckpointError):
+    """A checkpoint that another version of this package wrote: not damaged, but nothing that this one can read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,15 @@ class Manifest:
 
     Attributes:
         step: Optimizer steps that were run.
-        world_size: Ranks that wrote it; each holds its ZeRO-3 slices (`slicing`).
+        world_size: Ranks that wrote it.
         files: File name -> size and digest, of every file but the manifest.
         parameters: In the model's order, buffers last.
         engine: Counters of the engine (`engine.partitions.counters`).
         fingerprints: Name (`model`, `config`, `data`, ...) -> digest.
         software: Package -> version.
         fence: Who wrote it.
+        slices: Trainable parameter -> [rank, first, one past the last] of the flattened parameter, rank after rank, as ZeRO-1 and
+            ZeRO-2 cut it; what is not named is cut evenly (`slicing`).
         num_tokens: Real tokens that were trained on so far.
     """
 
@@ -68,6 +75,7 @@ class Manifest:
     fingerprints: dict[str, str] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     fence: Fence = field(default_factory=Fence)
+    slices: dict[str, list[list[int]]] = field(default_factory=dict)
     num_tokens: int = 0
 
     def to_text(self) -> str:
@@ -124,7 +132,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest and check its own digest.
 
     Raises:
-        CheckpointError: It is missing, damaged or of another format.
+        OtherFormat: Another version of this package wrote it.
+        CheckpointError: It is missing or damaged, or does not name the files that its number of ranks writes.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -135,15 +144,21 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_bytes().decode("utf-8")
         body = json.loads(text)
         body.pop("digest")
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({error}); use another one") from None
     if text != _sealed(body):
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged (its digest does not match); use another one")
-    if body.pop("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {folder} has another format than {FORMAT}; load it with the version that wrote it")
+    if (number := body.pop("format", None)) != FORMAT:
+        wrote = body.get("software", {}).get("megamm", "another version")
+        raise OtherFormat(
+            f"checkpoint {folder} has format {number}, megamm {megamm.__version__} reads {FORMAT}; load it with megamm {wrote}"
+        )
     body["files"] = {name: FileFacts(**facts) for name, facts in body["files"].items()}
     body["parameters"] = tuple(ParameterEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in body["parameters"])
     body["fence"] = Fence(**body["fence"])
+    expected = {DATA_STATE, LEDGER, *map(rank_file, range(body["world_size"]))}
+    if odd := expected ^ body["files"].keys():
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} of {body['world_size']} ranks is wrong about {min(odd)}; use another one")
     if _step_of(folder.name) not in (None, body["step"]):
         raise CheckpointError(f"checkpoint {folder} is of step {body['step']}, by its {MANIFEST}; rename it {step_folder(body['step'])}")
     return Manifest(**body)

@@ -11,7 +11,7 @@ from typing import Any
 
 from megamm.checkpoint.lock import RunLock
 from megamm.checkpoint.manifest import MANIFEST, committed, kept_aside, read_data_state, read_ledger, read_manifest, verify
-from megamm.checkpoint.retain import retire
+from megamm.checkpoint.retain import point_latest, retire
 from megamm.config.schema import Checkpointing
 from megamm.core.errors import CheckpointError
 
@@ -57,9 +57,13 @@ def listing(found: list[Entry], *, verified: bool = False) -> list[str]:
     """A line an entry, for a terminal; `verified` as the entries were made."""
     good = "verified" if verified else "committed"
     return [
-        f"{entry.name:<32} {entry.world_size:>5} ranks {entry.num_bytes >> 20:>9,} MiB  {entry.committed_at}  {entry.problem or good}"
+        f"{entry.name:<32} {_ranks(entry.world_size):>11} {entry.num_bytes >> 20:>9,} MiB  {entry.committed_at}  {entry.problem or good}"
         for entry in found
     ] or ["no checkpoints"]
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'' if number == 1 else 's'}"
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -108,6 +112,7 @@ def prune(run: Path, settings: Checkpointing, *, set_aside: bool = False) -> lis
         # Again: only now does nobody else change the folder.
         step, newest = committed(folder)[-1]
         verify(newest)
+        point_latest(folder, newest.name)
         deleted = retire(folder, step, settings)
         for name in kept_aside(folder) if set_aside else []:
             shutil.rmtree(folder / name)

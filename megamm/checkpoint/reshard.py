@@ -53,7 +53,7 @@ def reshard(source: Path, target: Path, world_size: int, *, num_threads: int = 1
             parts = list(pool.map(lambda rank: _write_rank(source, manifest, attempt, rank, world_size, io), range(world_size)))
         small = {name: [(source / name).read_bytes()] for name in (DATA_STATE, LEDGER)}
         files = {name: facts for part in [*parts, write_files(attempt, small, io)] for name, facts in part.items()}
-        commit(attempt, dataclasses.replace(manifest, world_size=world_size, files=files, fence=written), io, lambda: None)
+        commit(attempt, dataclasses.replace(manifest, world_size=world_size, files=files, fence=written, slices={}), io, lambda: None)
     except OSError as error:
         shutil.rmtree(attempt.temporary, ignore_errors=True)
         raise CheckpointError(f"{attempt.final} was not written: {error}") from error
@@ -76,7 +76,7 @@ def _write_rank(source: Path, manifest: Manifest, attempt: Attempt, rank: int, w
 
 
 def _bounds(manifest: Manifest, slices: Slices, rank: int, world_size: int) -> dict[str, tuple[int, int]]:
-    """Which elements of which flattened tensor a rank's shard holds: all that rank 0 of the source has, buffers on rank 0."""
+    """Which elements of which flattened tensor a rank's shard holds: even slices, whatever the source's are, buffers on rank 0."""
     bounds = {}
     for key in slices.keys():  # noqa: SIM118
         kind, _, name = key.partition("/")

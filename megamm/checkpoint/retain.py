@@ -11,6 +11,7 @@ from megamm.config.schema import Checkpointing
 from megamm.core.logging import get_logger
 
 _log = get_logger("checkpoint")
+LATEST = "latest"
 
 
 def retire(folder: Path, verified: int, settings: Checkpointing, io: Io = LOCAL) -> list[str]:
@@ -44,6 +45,14 @@ def retire(folder: Path, verified: int, settings: Checkpointing, io: Io = LOCAL)
     for hidden in renamed:
         remove(hidden, io)
     return [path.name for path in doomed]
+
+
+def point_latest(folder: Path, name: str, io: Io = LOCAL) -> None:
+    """Let `latest` lead people to a checkpoint that was verified. No program reads it, so that it may be missing or old."""
+    try:
+        io.point(folder / LATEST, name)
+    except OSError as error:
+        _log.warning("%s was not renewed: %s", folder / LATEST, error)
 
 
 def superseded(steps: list[int], settings: Checkpointing) -> list[int]:

@@ -7,7 +7,7 @@ jobs, each of them local, and ranks learn at step boundaries (`poll`) whether al
     write    every rank      its shard, hashed, synced; rank 0 the data state and the ledger as well
     commit   rank 0          the manifest of all files, then the rename
     verify   every rank      files of other ranks, read back from the disk
-    retire   rank 0          checkpoints that this one replaces
+    retire   rank 0          `latest` leads to it; checkpoints that it replaces go
 
 The other way, marker files that rank 0 waits for, would need no step boundary. It would also put the health of a save on what
 a network file system shows when, load it with every rank's polling, and need a timeout for ranks that died, of which the
@@ -17,11 +17,14 @@ collectives of training know at once. The price here is that a commit waits for 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import psutil
+import torch
 
 from megamm.checkpoint import random_states
 from megamm.checkpoint.commit import Attempt, Progress, commit, remove, sweep, write_files
@@ -31,6 +34,7 @@ from megamm.checkpoint.lock import LostRun
 from megamm.checkpoint.manifest import (
     DATA_STATE,
     LEDGER,
+    MANIFEST,
     FileFacts,
     Manifest,
     ParameterEntry,
@@ -40,7 +44,7 @@ from megamm.checkpoint.manifest import (
     rank_file,
     software_versions,
 )
-from megamm.checkpoint.retain import retire
+from megamm.checkpoint.retain import point_latest, retire
 from megamm.checkpoint.snapshot import Snapshot
 from megamm.config.schema import Checkpointing
 from megamm.core.errors import CheckpointError, MegaMMError
@@ -94,7 +98,11 @@ Outcome: TypeAlias = "Committed | Failed"
 
 @dataclass(slots=True)
 class _Save:
-    """A save under way: what was read between the two steps beside the snapshot, and how far it is."""
+    """A save under way: what was read between the two steps beside the snapshot, and how far it is.
+
+    Attributes:
+        written: All files of the committed folder, the manifest included.
+    """
 
     attempt: Attempt
     manifest: Manifest
@@ -102,6 +110,7 @@ class _Save:
     asked: float
     copied: float = 0.0
     commit_seconds: float = 0.0
+    written: dict[str, FileFacts] = field(default_factory=dict)
 
 
 class Saver:
@@ -127,9 +136,11 @@ class Saver:
         self._hold = hold or Hold()
         self._io = io
         self._snapshot = Snapshot(self._state(), world.device)
+        self._slices = _slices_of_ranks(partitions.uneven_slices(engine))
         self._parameters = tuple(ParameterEntry(**asdict(facts)) for facts in partitions.parameter_table(engine))
         self._model_digest = model_digest(self._parameters)
         self._software = software_versions()
+        self._tell_memory()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._num_attempts = 0
         self._num_failed = 0
@@ -187,6 +198,7 @@ class Saver:
             fingerprints={**progress.fingerprints, "model": self._model_digest},
             software=self._software,
             fence=self._hold.fence,
+            slices=self._slices,
             num_tokens=progress.num_tokens,
         )
         self._begin(_Save(self._next_attempt(progress.step), manifest, small_files if self._world.is_main else {}, asked))
@@ -222,8 +234,15 @@ class Saver:
             self._drain()
         return self.poll()
 
-    def _state(self) -> dict[str, Any]:
-        return partitions.local_state(self._engine, rank=self._world.rank) | random_states.capture(self._world.device)
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from partitions.local_state(self._engine, rank=self._world.rank)
+        yield from random_states.capture(self._world.device).items()
+
+    def _tell_memory(self) -> None:
+        """Before the first step: whoever plans a job asks for memory by it."""
+        if self._world.is_main:
+            sizes = [size / (1 << 30) for size in (psutil.Process().memory_info().rss, self.snapshot_bytes, psutil.virtual_memory().total)]
+            _log.info("rank 0 holds %.2f GiB of host memory, %.2f GiB of them for snapshots; the node has %.1f GiB", *sizes)
 
     def _next_attempt(self, step: int) -> Attempt:
         self._num_attempts += 1
@@ -280,21 +299,23 @@ class Saver:
         save.manifest.files.update({name: FileFacts(**facts) for part in parts for name, facts in part.items()})
         self._start_on_main(lambda: self._commit(save), self._committed)
 
-    def _commit(self, save: _Save) -> float:
-        commit(save.attempt, save.manifest, self._io, self._hold.check)
-        return time.monotonic() - save.copied
+    def _commit(self, save: _Save) -> list[Any]:
+        facts = commit(save.attempt, save.manifest, self._io, self._hold.check)
+        return [time.monotonic() - save.copied, asdict(facts)]
 
-    def _committed(self, save: _Save, seconds: list[Any]) -> None:
-        save.commit_seconds = seconds[0]
+    def _committed(self, save: _Save, reports: list[Any]) -> None:
+        save.commit_seconds, facts = reports[0]
+        # With the manifest itself: one that reads back damaged must not replace older checkpoints either.
+        save.written = save.manifest.files | {MANIFEST: FileFacts(**facts)}
         self._start(lambda: self._verify(save), self._verified)
 
     def _verify(self, save: _Save) -> str | None:
         # The shard of the rank before: on a network file system it is not in this machine's memory.
-        names = sorted(save.manifest.files)
+        names = sorted(save.written)
         _wait_until_seen(save.attempt.final)
         try:
             for name in names[(self._world.rank + 1) % self._world.size :: self._world.size]:
-                check_file(save.attempt.final, name, save.manifest.files[name], from_disk=True)
+                check_file(save.attempt.final, name, save.written[name], from_disk=True)
         except CheckpointError as error:
             return str(error)
         return None
@@ -313,6 +334,7 @@ class Saver:
 
     def _retire(self, save: _Save) -> list[str]:
         self._hold.check()
+        point_latest(self._folder, save.attempt.final.name, self._io)
         return retire(self._folder, save.attempt.step, self._settings, self._io)
 
     def _retired(self, save: _Save, names: list[Any]) -> None:
@@ -341,6 +363,15 @@ class Saver:
             raise _on_all_ranks(CheckpointError(f"{message}; {self._num_failed} failures in a row end the run (checkpoint.max_failures)"))
         if self._world.is_main:
             _log.warning("%s; failure %d in a row, training goes on", message, self._num_failed)
+
+
+def _slices_of_ranks(own: dict[str, tuple[int, int]]) -> dict[str, list[list[int]]]:
+    """What each rank holds of each parameter, where that is no arithmetic; a collective."""
+    slices: dict[str, list[list[int]]] = {}
+    for rank, of_rank in enumerate(gather_json(own)):
+        for name, (start, stop) in of_rank.items():
+            slices.setdefault(name, []).append([rank, start, stop])
+    return slices
 
 
 def _wait_until_seen(folder: Path) -> None:

@@ -1,6 +1,8 @@
-"""Which elements of a flattened tensor each rank holds: ZeRO-3's split, as arithmetic."""
+"""Which elements of a flattened tensor each rank holds: ZeRO-3's split, as arithmetic, and any other one, as a table."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def slice_bounds(num_elements: int, num_ranks: int, rank: int) -> tuple[int, int]:
@@ -30,3 +32,15 @@ def pieces(start: int, stop: int, *, num_elements: int, num_ranks: int) -> list[
         found.append((rank, start - rank_start, end - rank_start))
         start = end
     return found
+
+
+def pieces_of(start: int, stop: int, slices: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """The same where ranks hold uneven slices.
+
+    Args:
+        start: First element.
+        stop: One past the last.
+        slices: (rank, first, one past the last element) of every rank that holds some, in order; together they are the tensor.
+    """
+    overlaps = [(rank, max(start, first), min(stop, last), first) for rank, first, last in slices]
+    return [(rank, begin - first, end - first) for rank, begin, end, first in overlaps if begin < end]

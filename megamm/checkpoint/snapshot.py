@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,13 +23,13 @@ class Snapshot:
     what `blocks` gives until the next `take`.
 
     Args:
-        tensors: The state whose types and shapes every later one has.
+        tensors: Names and tensors of the state, whose types and shapes every later one has.
         device: Where this rank computes; beside a GPU the buffer is page-locked, so that copies run at the bus's speed.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device):
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device):
         self._device = device
-        self._layout = ShardLayout({name: Spec.of(tensor) for name, tensor in tensors.items()})
+        self._layout = ShardLayout({name: Spec.of(tensor) for name, tensor in tensors})
         # Written to, not only reserved: the kernel would otherwise find the pages one by one during the first copy.
         self._data = torch.empty(self._layout.num_bytes, dtype=torch.uint8).fill_(0)
         self._is_locked = device.type == "cuda" and self._lock_pages()
@@ -43,21 +43,23 @@ class Snapshot:
         """Host memory that it holds, for memory reports."""
         return self._data.numel()
 
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy the state; when this returns training may change it.
+    def take(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy the state, each tensor before the next is asked for; when this returns training may change it.
 
         Raises:
             MegaMMError: It is of other types and shapes than the one that the buffer was made for.
         """
-        specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
-        if specs != self._layout.specs:
-            other = sorted(name for name in specs.keys() | self._layout.specs.keys() if specs.get(name) != self._layout.specs.get(name))
-            raise MegaMMError(f"the state changed its shape since training began ({', '.join(other[:4])}); buffers must keep theirs")
         # Updates that run on other streams must end before the copies begin, and the copies before training goes on.
         self._wait()
-        for name, tensor in tensors.items():
+        missing = set(self._views)
+        for name, tensor in tensors:
+            if Spec.of(tensor) != self._layout.specs.get(name):
+                raise _changed(name)
             self._views[name].copy_(tensor.reshape(-1), non_blocking=self._is_locked)
+            missing.remove(name)
         self._wait()
+        if missing:
+            raise _changed(min(missing))
 
     def blocks(self) -> list[Buffer]:
         """The bytes of the shard."""
@@ -79,6 +81,10 @@ class Snapshot:
         if int(result) != 0:
             _log.warning("%d bytes for snapshots cannot be page-locked (CUDA error %d): saving stalls longer", self.num_bytes, int(result))
         return int(result) == 0
+
+
+def _changed(name: str) -> MegaMMError:
+    return MegaMMError(f"{name} changed its type or shape since training began, or came or went; what is saved must keep its shape")
 
 
 def _cudart() -> Any:

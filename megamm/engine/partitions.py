@@ -8,22 +8,24 @@ shown. Slices are named by kind and parameter:
     exp_avg_sq/NAME   AdamW's second moment
     buffer/NAME       a persistent buffer, whole, on rank 0 only (buffers are equal on all ranks)
 
-So a state of N ranks becomes one of M ranks by slicing and nothing else.
+So a state of N ranks becomes one of M ranks by slicing and nothing else. Which slices a rank holds depends on the ZeRO stage: `split`
+is stage 3, `flat` are stages 1 and 2.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from megamm.core.errors import CheckpointError, ConfigError
-from megamm.engine.distributed import import_deepspeed
+from megamm.core.errors import CheckpointError
+from megamm.engine.distributed import fail_together
+from megamm.engine.flat import FlatState
 from megamm.engine.runtime import Engine
-from megamm.engine.weights import partition_bounds
+from megamm.engine.split import SplitState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
@@ -53,63 +55,79 @@ class ParameterFacts:
 
 def parameter_table(engine: Engine) -> list[ParameterFacts]:
     """The model's parameters in their order, then its persistent buffers; the same on every rank."""
+    state = _state_of(engine)
     table = [
-        ParameterFacts(name, tuple(param.ds_shape), _dtype_name(param.ds_tensor.dtype), "trainable" if param.requires_grad else "frozen")
-        for name, param in _named_parameters(engine)
+        ParameterFacts(name, state.shape(param), _dtype_name(state.dtype(param)), "trainable" if param.requires_grad else "frozen")
+        for name, param in engine.module.named_parameters()
     ]
     table += [ParameterFacts(name, tuple(tensor.shape), _dtype_name(tensor.dtype), "buffer") for name, tensor in _buffers(engine)]
     return table
 
 
-def local_state(engine: Engine, *, rank: int) -> dict[str, torch.Tensor]:
-    """This rank's slices, flat, as views where they lie in memory: copy or write them before the next step.
+def uneven_slices(engine: Engine) -> dict[str, tuple[int, int]]:
+    """First and one past the last element of each trainable parameter that this rank holds, where ranks do not hold even slices.
 
-    Before the first step the moments are zeros.
+    Empty under ZeRO-3, whose slices are arithmetic. Lower stages cut whole groups of parameters, so that all ranks together
+    name each parameter about once.
+    """
+    state = _state_of(engine)
+    if isinstance(state, SplitState):
+        return {}
+    bounds = {name: state.bounds(param) for name, param in engine.module.named_parameters() if param.requires_grad}
+    return {name: (start, stop) for name, (start, stop) in bounds.items() if start < stop}
+
+
+def local_state(engine: Engine, *, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's slices, flat, with their keys: views of where they lie, or of a buffer for what lies on a drive.
+
+    Copy or write each before the next is asked for, and all before the next step. Before the first step the moments are zeros.
     """
     _ensure_moments(engine)
-    state: dict[str, torch.Tensor] = {}
-    for name, param in _named_parameters(engine):
-        start, stop = partition_bounds(param)
-        if param.requires_grad:
-            state[f"{WEIGHT}/{name}"] = _fragment(param, None)[: stop - start]
-            for moment in MOMENTS:
-                state[f"{moment}/{name}"] = _fragment(param, moment)[: stop - start]
-        else:
-            state[f"{WEIGHT}/{name}"] = param.ds_tensor[: stop - start]
+    state = _state_of(engine)
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    for param, tensors in state.fragments(MOMENTS, keep=False):
+        start, stop = state.bounds(param)
+        for kind, tensor in zip((WEIGHT, *MOMENTS), tensors, strict=True):
+            yield f"{kind}/{names[id(param)]}", tensor[: stop - start]
+    for name, param in engine.module.named_parameters():
+        if not param.requires_grad:
+            yield f"{WEIGHT}/{name}", state.frozen_slice(param)
     if rank == 0:
-        state |= {f"{BUFFER}/{name}": tensor.reshape(-1) for name, tensor in _buffers(engine)}
-    return state
+        yield from ((f"{BUFFER}/{name}", tensor.reshape(-1)) for name, tensor in _buffers(engine))
 
 
 def load_local_state(engine: Engine, read: ReadSlice, counters: dict[str, Any]) -> None:
     """Fill this rank's slices and the counters; every rank calls it.
 
     Args:
-        engine: Built with the model, stage and settings that it goes on with; any number of ranks.
+        engine: Built with the model and settings that it goes on with; any number of ranks and any stage.
         read: Gives the slices that this rank asks for, one after the other.
         counters: From `counters` when the state was read out.
     """
     _ensure_moments(engine)
-    with torch.no_grad():
-        for name, param in _named_parameters(engine):
-            start, stop = partition_bounds(param)
-            weight = _padded(read(f"{WEIGHT}/{name}", start, stop), param.ds_tensor.numel())
-            if param.requires_grad:
-                _set_fragment(param, weight, None)
-                for moment in MOMENTS:
-                    _set_fragment(param, _padded(read(f"{moment}/{name}", start, stop), param.ds_tensor.numel()), moment)
-            # The stored weight too: the next forward gathers it, and DeepSpeed renews it only after a step.
-            param.ds_tensor.copy_(weight)
+    state = _state_of(engine)
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    # Nothing in it waits for another rank until the end.
+    with fail_together(), torch.no_grad():
+        for param, tensors in state.fragments(MOMENTS, keep=True):
+            start, stop = state.bounds(param)
+            for kind, tensor in zip((WEIGHT, *MOMENTS), tensors, strict=True):
+                tensor[: stop - start].copy_(read(f"{kind}/{names[id(param)]}", start, stop))
+                tensor[stop - start :].zero_()
+            state.set_stored(param, tensors[0])
+        for name, param in engine.module.named_parameters():
+            if not param.requires_grad:
+                state.set_frozen(param, functools.partial(read, f"{WEIGHT}/{name}"))
         for name, buffer in _buffers(engine):
             buffer.copy_(read(f"{BUFFER}/{name}", 0, buffer.numel()).reshape(buffer.shape))
-    _gather_again(engine)
+    state.renew(list(engine.module.parameters()))
     _set_counters(engine, counters)
 
 
 def counters(engine: Engine) -> dict[str, Any]:
     """The engine's plain numbers, as JSON: applied and skipped steps, fp16's loss scale."""
     runner = engine.deepspeed
-    scaler = runner.optimizer.loss_scaler
+    scaler = getattr(runner.optimizer, "loss_scaler", None)
     return {
         "num_applied_steps": engine.num_applied_steps,
         "num_skipped_steps": runner.skipped_steps,
@@ -123,30 +141,14 @@ def full_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 
     A collective: every rank iterates to the end and gets the same tensors.
     """
-    deepspeed = import_deepspeed()
-    for name, param in _named_parameters(engine):
-        if param.requires_grad:
-            yield name, deepspeed.utils.safe_get_full_fp32_param(param)
-        else:
-            with deepspeed.zero.GatheredParameters([param]):
-                whole = param.data.detach().float().clone()
-            yield name, whole
+    state = _state_of(engine)
+    for name, param in engine.module.named_parameters():
+        yield name, state.whole(param)
     yield from _buffers(engine)
 
 
-def require_partitioned(engine: Engine) -> None:
-    """Refuse what this room cannot take apart.
-
-    Raises:
-        ConfigError: The engine does not run ZeRO-3.
-    """
-    if engine.zero_stage != 3:
-        raise ConfigError(f"zero_optimization.stage={engine.zero_stage} has no checkpoints here; use a preset with stage 3")
-
-
-def _named_parameters(engine: Engine) -> Iterator[tuple[str, Any]]:
-    require_partitioned(engine)
-    yield from engine.module.named_parameters()
+def _state_of(engine: Engine) -> SplitState | FlatState:
+    return SplitState(engine.deepspeed) if engine.zero_stage == 3 else FlatState(engine.deepspeed)
 
 
 def _buffers(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
@@ -159,64 +161,31 @@ def _buffers(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
-def _fragment(param: nn.Parameter, moment: str | None) -> torch.Tensor:
-    utils = import_deepspeed().utils
-    tensor = utils.safe_get_local_fp32_param(param) if moment is None else utils.safe_get_local_optimizer_state(param, moment)
-    return tensor.view(-1)
-
-
-def _set_fragment(param: nn.Parameter, value: torch.Tensor, moment: str | None) -> None:
-    utils = import_deepspeed().utils
-    if moment is None:
-        utils.safe_set_local_fp32_param(param, value)
-    else:
-        utils.safe_set_local_optimizer_state(param, value, moment)
-
-
-def _padded(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    if tensor.numel() == size:
-        return tensor
-    result = tensor.new_zeros(size)
-    result[: tensor.numel()] = tensor
-    return result
-
-
 def _ensure_moments(engine: Engine) -> None:
     """Give every flat master its AdamW state, which torch makes at the first step only."""
-    optimizer = engine.deepspeed.optimizer
-    for master in optimizer.fp32_partitioned_groups_flat:
-        state = optimizer.optimizer.state[master]
+    optimizer = engine.deepspeed.optimizer.optimizer
+    for master in _state_of(engine).masters():
+        state = optimizer.state[master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(master)
 
 
-def _gather_again(engine: Engine) -> None:
-    """Drop every gathered copy of the old weights; those that DeepSpeed keeps whole are gathered anew."""
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    persistent = engine.deepspeed.optimizer.persistent_parameters
-    stale = [param for _, param in _named_parameters(engine) if param.ds_status == ZeroParamStatus.AVAILABLE]
-    if stale:
-        stale[0].partition(stale)
-    if persistent:
-        persistent[0].all_gather(persistent)
-
-
 def _set_counters(engine: Engine, values: dict[str, Any]) -> None:
     runner = engine.deepspeed
     optimizer, scheduler = runner.optimizer, runner.lr_scheduler
-    for master in optimizer.fp32_partitioned_groups_flat:
+    scaler = getattr(optimizer, "loss_scaler", None)
+    for master in _state_of(engine).masters():
         optimizer.optimizer.state[master]["step"].fill_(values["num_applied_steps"])
     runner.skipped_steps = values["num_skipped_steps"]
     runner.global_steps = values["num_steps"]
     runner.micro_steps = values["num_steps"] * engine.num_accumulation
     runner.global_samples = values["num_steps"] * runner.train_batch_size()
     for name, value in values["loss_scaler"].items():
-        if not hasattr(optimizer.loss_scaler, name):
+        if not hasattr(scaler, name):
             raise CheckpointError(f"the checkpoint's loss scaler has {name}={value!r}, this run's has none; keep engine.precision")
-        setattr(optimizer.loss_scaler, name, value)
+        setattr(scaler, name, value)
     scheduler.last_epoch = values["num_applied_steps"]
     rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -49,7 +49,7 @@ def deepspeed_config(engine: Engine, *, batch: Batching, optim: Optimizer, world
         accumulation: Micro-steps a step, already resolved (at least 1).
 
     Raises:
-        ConfigError: An unknown preset or key, a key that two of them set, or a value `"auto"`.
+        ConfigError: An unknown preset or key, a key that two of them set, a value `"auto"`, or a state that checkpoints cannot take apart.
     """
     preset = _leaves(load_preset(engine.preset))
     recipe = _leaves(_recipe_settings(engine, batch, optim, world_size=world_size, accumulation=accumulation))
@@ -61,6 +61,8 @@ def deepspeed_config(engine: Engine, *, batch: Batching, optim: Optimizer, world
     for key, value in merged.items():
         if value == "auto":
             raise ConfigError(f'{key}="auto" leaves the value to nobody; write the number')
+    _refuse_what_cannot_be_saved(merged)
+    _check_node_size(merged, world_size)
     return _nest(merged)
 
 
@@ -145,6 +147,28 @@ def _refuse_shared_key(key: str, value: Any, recipe: Mapping[str, Any]) -> None:
                 f"engine.overrides sets {key}={value!r} and the recipe sets {owned}={recipe[owned]!r}; remove the override: "
                 "batch, precision and clipping belong to [batch], engine.precision and [optim]"
             )
+
+
+def _refuse_what_cannot_be_saved(merged: Mapping[str, Any]) -> None:
+    """Better before a run than at its first checkpoint."""
+    stage = merged.get("zero_optimization.stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage={stage!r} has no checkpoints, the run would be lost; use a preset with stage 1, 2 or 3")
+    if merged.get("zero_optimization.offload_param.device") == "nvme":
+        raise ConfigError(
+            "zero_optimization.offload_param.device='nvme' has no checkpoints: weights must rest in memory; "
+            "use 'cpu', and offload_optimizer.device='nvme' for the optimizer's state, which is six times as large"
+        )
+    if merged.get("zero_optimization.round_robin_gradients"):
+        raise ConfigError("zero_optimization.round_robin_gradients=true deals slices in an order that checkpoints cannot tell; remove it")
+
+
+def _check_node_size(merged: Mapping[str, Any], world_size: int) -> None:
+    size = merged.get("zero_optimization.zero_hpz_partition_size", 1)
+    if not isinstance(size, int) or size < 1 or world_size % size:
+        raise ConfigError(
+            f"zero_optimization.zero_hpz_partition_size={size!r} does not divide {world_size} ranks; override it with the ranks of a node"
+        )
 
 
 def _check_override(key: str) -> None:

@@ -70,9 +70,6 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Tra
         )
         factor = lr_factor(recipe.schedule, recipe.train.steps)
         config = run_config(recipe, tokenizer.vocabulary)
-        stage = ds_config["zero_optimization"]["stage"]
-        if stage != 3:
-            raise ConfigError(f"zero_optimization.stage={stage} has no checkpoints, the run would be lost; use a preset with stage 3")
         if recipe.engine.precision == "fp16" and world.device.type == "cpu":
             raise ConfigError('engine.precision="fp16" does not train on the CPU; use bf16 or fp32')
     _seed(recipe, world)

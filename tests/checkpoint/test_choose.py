@@ -74,7 +74,8 @@ def test_who_holds_the_run_sets_damaged_ones_aside(folder, world):
     damage(folder / "step_00000030")
     newest_good(folder, world, hold=Hold())
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["step_00000010", "step_00000020", "step_00000030.damaged-1", "step_00000030.damaged-2"]
+    assert names == ["latest", "step_00000010", "step_00000020", "step_00000030.damaged-1", "step_00000030.damaged-2"]
+    assert (folder / "latest").resolve() == folder / "step_00000020"
     assert (folder / "step_00000030.damaged-1" / MANIFEST).is_file()
 
 

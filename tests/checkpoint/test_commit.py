@@ -11,7 +11,7 @@ from megamm.checkpoint.commit import Attempt, commit, sweep, write_files
 from megamm.checkpoint.fence import Fence
 from megamm.checkpoint.io import LOCAL
 from megamm.checkpoint.lock import LostRun
-from megamm.checkpoint.manifest import DATA_STATE, Manifest, committed, rank_file, verify
+from megamm.checkpoint.manifest import DATA_STATE, LEDGER, Manifest, committed, rank_file, verify
 from megamm.checkpoint.retain import retire
 from megamm.config.schema import Checkpointing
 from tests.support.checkpoints import shard_bytes, write_checkpoint
@@ -30,7 +30,7 @@ def save(folder, step, io=LOCAL, *, fence=1, number=1, check_owner=lambda: None)
     sweep(attempt, io)
     files = {}
     for rank in range(NUM_RANKS):
-        own = {rank_file(rank): [shard(rank, step)]} | ({DATA_STATE: [b'{"row":7}']} if rank == 0 else {})
+        own = {rank_file(rank): [shard(rank, step)]} | ({DATA_STATE: [b'{"row":7}'], LEDGER: [b""]} if rank == 0 else {})
         files |= write_files(attempt, own, io)
     manifest = Manifest(step=step, world_size=NUM_RANKS, files=files, parameters=(), engine={}, fence=Fence(fence))
     commit(attempt, manifest, io, check_owner)
@@ -79,7 +79,7 @@ def test_the_manifest_comes_after_everything_and_the_name_after_the_manifest(fol
         ("sync_folder", "copy"),
     ]
     written = [path for name, path in operations if name == "create"]
-    assert written == ["rank_00000.safetensors", DATA_STATE, "rank_00001.safetensors", "manifest.json"]
+    assert written == ["rank_00000.safetensors", DATA_STATE, LEDGER, "rank_00001.safetensors", "manifest.json"]
     assert [path for name, path in operations if name == "sync"] == written
 
 

@@ -48,6 +48,10 @@ class WatchedIo(Io):
         with self._around("rename", source):
             super().rename(source, target)
 
+    def point(self, link, name):
+        with self._around("point", link):
+            super().point(link, name)
+
     def remove_folder(self, path):
         with self._around("remove_folder", path):
             super().remove_folder(path)

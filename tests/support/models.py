@@ -21,6 +21,11 @@ NOTHING_STAYS_GATHERED = {
 
 def small_decoder(**changes: Any) -> Qwen3ForCausalLM:
     """About 50,000 parameters with sizes that two and three ranks do not divide evenly."""
+    return Qwen3ForCausalLM(small_decoder_config(**changes))
+
+
+def small_decoder_config(**changes: Any) -> Qwen3Config:
+    """What `small_decoder` is."""
     arguments: dict[str, Any] = {
         "vocab_size": 131,
         "hidden_size": 48,
@@ -32,13 +37,14 @@ def small_decoder(**changes: Any) -> Qwen3ForCausalLM:
         "tie_word_embeddings": True,
         "attention_dropout": 0.0,
     }
-    config = Qwen3Config(**(arguments | changes))
-    return Qwen3ForCausalLM(config)
+    return Qwen3Config(**(arguments | changes))
 
 
-def small_config(world_size: int, *, precision: str = "bf16", accumulation: int = 1, **overrides: Any) -> dict[str, Any]:
+def small_config(
+    world_size: int, *, preset: str = "zero3", precision: str = "bf16", accumulation: int = 1, **overrides: Any
+) -> dict[str, Any]:
     """The DeepSpeed config of a test: everything split, small buckets."""
-    engine = Engine(precision=precision, overrides=NOTHING_STAYS_GATHERED | overrides)  # type: ignore[arg-type]
+    engine = Engine(preset=preset, precision=precision, overrides=NOTHING_STAYS_GATHERED | overrides)  # type: ignore[arg-type]
     optim = Optimizer(max_grad_norm=1.0)
     return settings.deepspeed_config(engine, batch=Batching(), optim=optim, world_size=world_size, accumulation=accumulation)
 
@@ -75,7 +81,7 @@ def train(engine: runtime.Engine, rank: int, world_size: int, first: int, last: 
     """Steps `first` to `last - 1` on each rank's share of the global batch; returns this rank's losses."""
     losses = []
     for step in range(first, last):
-        rows = token_batch(step)[rank::world_size].split(-(-6 // world_size // engine.num_accumulation))
+        rows = token_batch(step)[rank::world_size].split(-(-(6 // world_size) // engine.num_accumulation))
         total = 0.0
         for row in rows:
             loss = engine(input_ids=row, labels=row, use_cache=False).loss * row.shape[0]
