@@ -18,20 +18,26 @@ from megamm.submit.script import directive_problems, syntax_problems
 from megamm.submit.space import check_space, existing
 from megamm.train.run_folder import RunFolder
 
+Check = Callable[[Plan], Iterator[Finding]]
 _SBATCH_SECONDS = 60.0
 _IN_USE = ("running", "starting", "stalled", "queued")
 
 
 def check(plan: Plan) -> Iterator[tuple[str, Finding]]:
-    """Run all checks; each is told under its name, and one that fails leaves the others their say."""
-    for name, one in CHECKS:
-        try:
-            for finding in one(plan):
-                yield name, finding
-        except MegaMMError as error:
-            yield name, problem(str(error))
-        except OSError as error:
-            yield name, problem(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    """Run all checks, and tell each finding under the name of its check."""
+    for name, one in CHECKS.items():
+        for finding in findings(one, plan):
+            yield name, finding
+
+
+def findings(one: Check, plan: Plan) -> Iterator[Finding]:
+    """What one check finds; where it fails itself that is a problem, and the others still have their say."""
+    try:
+        yield from one(plan)
+    except MegaMMError as error:
+        yield problem(str(error))
+    except OSError as error:
+        yield problem(f"{error.filename or 'input or output'}: {error.strerror or error}")
 
 
 def _check_scripts(plan: Plan) -> Iterator[Finding]:
@@ -98,12 +104,12 @@ def _check_sbatch(plan: Plan) -> Iterator[Finding]:
         yield problem(f"sbatch would refuse it: {said}") if answer.returncode else good(said)
 
 
-CHECKS: tuple[tuple[str, Callable[[Plan], Iterator[Finding]]], ...] = (
-    ("scripts", _check_scripts),
-    ("ranks", _check_ranks),
-    ("run", _check_run),
-    ("data", check_data),
-    ("space", check_space),
-    ("slurm", _check_sbatch),
-)
+CHECKS: dict[str, Check] = {
+    "scripts": _check_scripts,
+    "ranks": _check_ranks,
+    "run": _check_run,
+    "data": check_data,
+    "space": check_space,
+    "slurm": _check_sbatch,
+}
 """Name -> check, in the order in which they are told."""

@@ -36,9 +36,11 @@ def site_environment(path: Path | None) -> dict[str, str]:
     """
     if path is None:
         return {}
-    command = ["bash", "-c", 'set -ea; source "$1" >&2; env -0', "site", str(path.resolve())]
+    # With checkwinsize bash adds the size of a terminal.
+    program = 'shopt -u checkwinsize; set -ea; source "$1" >&2; env -0'
+    command = ["bash", "-c", program, "site", str(path.resolve())]
     try:
-        answer = subprocess.run(command, capture_output=True, check=False, timeout=_TIMEOUT_SECONDS)
+        answer = subprocess.run(command, env=dict(os.environ), capture_output=True, check=False, timeout=_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{path} did not end within {_TIMEOUT_SECONDS:.0f} s; it should only set variables") from None
     if answer.returncode:

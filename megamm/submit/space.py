@@ -39,19 +39,19 @@ def check_space(plan: Plan) -> Iterator[Finding]:
     num_files = num_kept * (plan.world_sizes[-1] + _FILES_BESIDE_RANKS)
     # Some file systems count no inodes and say 0 of 0.
     if system.f_files and num_files > num_free_inodes:
-        yield problem(f"{folder} has {num_free_inodes:,} inodes left, {num_kept} checkpoints take {num_files:,}; name a --run elsewhere")
+        yield problem(f"{folder} has {num_free_inodes:,} inodes left, {num_kept:,} checkpoints take {num_files:,}; name a --run elsewhere")
     if size is None:
         yield note(f"{num_bytes(free_bytes)} free on {folder}; what a checkpoint takes is not known: {source}")
         return
     wanted = max(0, num_kept * size - _held_bytes(plan.run / "checkpoints"))
-    text = f"{num_kept} checkpoints of {num_bytes(size)} ({source}), {num_bytes(free_bytes)} free on {folder}"
+    text = f"{num_kept:,} checkpoints of {num_bytes(size)} ({source}), {num_bytes(free_bytes)} free on {folder}"
     if wanted > free_bytes:
         yield problem(f"{text}: {num_bytes(wanted - free_bytes)} short; make room, lower checkpoint.keep_last, or name a --run elsewhere")
     else:
         yield good(text)
     num_forever = plan.recipe.train.steps // settings.keep_every if settings.keep_every else 0
     if num_forever and wanted <= free_bytes < wanted + num_forever * size:
-        yield note(f"checkpoint.keep_every={settings.keep_every} keeps {num_forever} more for ever: {num_bytes(num_forever * size)}")
+        yield note(f"checkpoint.keep_every={settings.keep_every} keeps {num_forever:,} more for ever: {num_bytes(num_forever * size)}")
 
 
 def _checkpoint_bytes(plan: Plan) -> tuple[int | None, str]:
