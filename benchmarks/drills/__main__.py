@@ -27,7 +27,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 apply_defaults()
 
 from benchmarks import results  # noqa: E402
-from benchmarks.drills import chains, damage, foreign, kills, owners, pickles, table  # noqa: E402
+from benchmarks.drills import chains, damage, disks, foreign, kills, owners, pickles, table  # noqa: E402
 from benchmarks.drills.drill import Drill, Size, Tally  # noqa: E402
 from benchmarks.drills.table import Outcome  # noqa: E402
 
@@ -36,6 +36,7 @@ MODULES = {
     "damage": damage,
     "foreign": foreign,
     "owners": owners,
+    "disks": disks,
     "pickles": pickles,
     "chains": chains,
 }
