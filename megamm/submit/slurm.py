@@ -84,15 +84,18 @@ def _at(table: Any, key: str) -> str:
 
 def _submit(plan: Plan, folder: Path) -> Submission:
     made = [path for path in (plan.run, plan.run / "logs", folder.parent) if not path.exists()]
+    is_taken = False
     try:
         # Slurm opens the job's output before its first command, and makes no folder for it.
         (plan.run / "logs").mkdir(parents=True, exist_ok=True)
         folder.parent.mkdir(exist_ok=True)
         commit = take_snapshot(plan, folder)
+        is_taken = True
         command, environment = plan.command(folder, recipe_word(plan, folder)), plan.environment(folder)
         job_id = _sbatch(command, environment)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_taken:
+            shutil.rmtree(folder, ignore_errors=True)
         for path in reversed(made):
             # Only what is empty: a job that started meanwhile may have written there.
             with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ RUN/submissions/0001/submission.json                     the job's number, its c
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamm.config import recipe_names, to_dict
+from megamm.core.errors import ConfigError
 from megamm.core.files import write_json, write_text
 from megamm.status.submissions import FOLDER
 from megamm.submit.job import Plan
 
-_PARTS = ("megamm", "slurm", "launchers", "ds_configs")
+PARTS = ("megamm", "slurm", "launchers", "ds_configs")
+"""Folders of a checkout that a job needs."""
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
 
 
@@ -44,8 +47,8 @@ def commit_of(home: Path) -> Commit:
     name = _git(home, "rev-parse", "HEAD").strip()
     if not name:
         return Commit()
-    patch = _git(home, "diff", "--binary", "HEAD", "--", *_PARTS)
-    new = _git(home, "ls-files", "--others", "--exclude-standard", "--", *_PARTS)
+    patch = _git(home, "diff", "--binary", "HEAD", "--", *PARTS)
+    new = _git(home, "ls-files", "--others", "--exclude-standard", "--", *PARTS)
     return Commit(name, patch, bool(patch or new.strip()))
 
 
@@ -65,12 +68,12 @@ def take_snapshot(plan: Plan, folder: Path) -> Commit:
     """Fill `folder`, which appears whole or not at all.
 
     Raises:
-        FileExistsError: Somebody submitted the same run at the same moment.
+        ConfigError: Somebody submitted the same run at the same moment.
     """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     commit = commit_of(plan.home)
     try:
-        for part in _PARTS:
+        for part in PARTS:
             shutil.copytree(plan.home / part, draft / part, ignore=_LEFT_OUT)
         if plan.site is not None:
             shutil.copyfile(plan.site, draft / "slurm" / "site.env")
@@ -79,10 +82,19 @@ def take_snapshot(plan: Plan, folder: Path) -> Commit:
         if commit.patch:
             write_text(draft / "code.patch", commit.patch)
         write_json(draft / "config.json", to_dict(plan.recipe))
-        draft.rename(folder)
+        _rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return commit
+
+
+def _rename(draft: Path, folder: Path) -> None:
+    try:
+        draft.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        raise ConfigError(f"{folder} was made by another submission of the same run at this moment; see `megamm status`") from None
 
 
 def _is_shipped(plan: Plan) -> bool:

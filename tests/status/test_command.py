@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from megamm.config import to_dict
+from megamm.status.run_status import read_status
 from tests.status.conftest import metrics_line
 from tests.support.recipes import write_recipe
 from tests.support.runs import make_data, recipe_over
@@ -66,6 +67,7 @@ def test_watching_goes_on_until_it_is_interrupted(run):
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(900)
 def test_a_real_run_killed_and_gone_on_with(tmp_path):
     make_data(tmp_path / "data")
     write_recipe(tmp_path / "small.toml", to_dict(recipe_over(tmp_path / "data", "--checkpoint.every=2", "--train.steps=400")))
@@ -73,18 +75,18 @@ def test_a_real_run_killed_and_gone_on_with(tmp_path):
     command = [sys.executable, "-m", "megamm.cli", "pretrain", "small.toml", "--run", str(run)]
 
     def status() -> dict:
-        answer = megamm("status", "--json", str(run))
-        return json.loads(answer.stdout) if answer.returncode == 0 else {}
+        (one,) = read_status([run])
+        return one.to_json()
 
     def wait_until(holds, process) -> dict:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 400
         while not (holds(told := status())):
             assert process.poll() is None and time.monotonic() < end, told
             time.sleep(0.2)
         return told
 
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as first:
-        told = wait_until(lambda one: one.get("checkpoint") and one["checkpoint"]["step"] >= 2, first)
+        told = wait_until(lambda one: one["checkpoint"] and one["checkpoint"]["step"] >= 2, first)
         assert told["state"] == "running" and told["num_ranks"] == 1 and told["seconds_left"] > 0
         assert told["step"] >= 2 and told["num_tokens"] > 0 and [rank["pid"] for rank in told["ranks"]] == [first.pid]
         psutil.Process(first.pid).kill()
@@ -92,10 +94,12 @@ def test_a_real_run_killed_and_gone_on_with(tmp_path):
     told = status()
     assert told["state"] == "dead" and "its process is gone" in told["why"] and told["seconds_left"] is None
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as second:
-        wait_until(lambda one: one.get("state") == "running" and one["num_restarts"] == 1, second)
+        wait_until(lambda one: one["state"] == "running" and one["num_restarts"] == 1, second)
         second.send_signal(signal.SIGTERM)
         _, errors = second.communicate(timeout=120)
         assert second.returncode == 0, errors[-2000:]
     told = status()
     assert told["state"] == "interrupted" and "SIGTERM" in told["why"]
     assert told["checkpoint"]["step"] == told["step"] == told["interrupted"]["step"] and told["ranks"] == []
+    answer = megamm("status", str(run.parent))
+    assert "interrupted (after step" in answer.stdout and answer.returncode == 0, answer.stderr
