@@ -122,7 +122,9 @@ def report(arguments: Arguments) -> None:
 
 def trace_arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
-    parser.add_argument("--step", type=int, required=True, help="number of the step, from 1, as metrics.jsonl counts")
+    steps = parser.add_mutually_exclusive_group(required=True)
+    steps.add_argument("--step", type=int, help="number of the step, from 1, as metrics.jsonl counts")
+    steps.add_argument("--data-step", type=int, metavar="STEP", help="the same counted over the whole plan, what was left out included")
     parser.add_argument("--world-size", type=int, default=None, help="deal the step to so many ranks (default: as many as the run had)")
     parser.add_argument("--rank", type=int, default=None, help="list rows and samples of this rank only")
     parser.add_argument("--json", action="store_true", help="everything as JSON")
@@ -131,7 +133,8 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
 def trace(arguments: Arguments) -> None:
     from megamm.train.trace import trace_step
 
-    trace = trace_step(arguments.run, arguments.step, world_size=arguments.world_size)
+    of_data = arguments.step is None
+    trace = trace_step(arguments.run, arguments.data_step if of_data else arguments.step, world_size=arguments.world_size, of_data=of_data)
     if arguments.rank is not None:
         trace = trace.of_rank(arguments.rank)
     print(json.dumps(trace.to_json(), indent=2) if arguments.json else "\n".join(trace.lines()))

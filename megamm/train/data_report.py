@@ -13,13 +13,16 @@ from megamm.core.names import kind_of_message
 from megamm.core.tables import aligned
 from megamm.data.ledger import Skipped, merge
 from megamm.data.planning.state import DataChange, LoaderState
+from megamm.data.planning.stretch import Stretch
+from megamm.train.rewinds import decisions
 from megamm.train.run_folder import RunFolder
 from megamm.train.skipped import read_skipped
+from megamm.train.unapplied import read_unapplied, told
 
 
 @dataclass(frozen=True)
 class SkipReport:
-    """Every sample that a run skipped.
+    """Every sample that a run skipped, stretches of data that it left out, and updates that were not applied.
 
     Attributes:
         run: The run folder.
@@ -27,6 +30,8 @@ class SkipReport:
         entries: By position, each position once.
         steps: Position -> step that lacks the sample, for what was skipped since the run last started.
         changes: Other data or settings that were accepted, oldest first, by that checkpoint; each gave up what its window still had.
+        stretches: Data that were left out, by that checkpoint and by what the run decided since.
+        unapplied: Lines of `unapplied.jsonl`, by step of data.
     """
 
     run: Path
@@ -34,6 +39,8 @@ class SkipReport:
     entries: list[Skipped]
     steps: dict[int, int]
     changes: tuple[DataChange, ...]
+    stretches: tuple[Stretch, ...]
+    unapplied: list[dict[str, Any]]
 
     def counts(self) -> list[tuple[str, str, int]]:
         """(dataset, reason, samples), the most frequent first; reasons that differ in names and numbers only count as one."""
@@ -47,17 +54,20 @@ class SkipReport:
             "checkpoint_step": self.step,
             "counts": [{"dataset": dataset, "reason": reason, "samples": num} for dataset, reason, num in self.counts()],
             "changes": [asdict(change) for change in self.changes],
+            "stretches": [stretch.to_json() for stretch in self.stretches],
+            "unapplied": self.unapplied,
             "entries": [{**entry.to_json(), "step": self.steps.get(entry.position)} for entry in self.entries],
         }
 
     def lines(self, *, max_entries: int | None = None) -> list[str]:
-        """For people: counts, then entries; before them a line for each accepted change of the data.
+        """For people: counts, then entries; before them a line for each accepted change, stretch and update.
 
         Args:
             max_entries: Show the last so many entries; None for all.
         """
         source = f"checkpoint {self.step} and what came since" if self.step is not None else "no checkpoint yet, only what came so far"
-        summary = [f"{self.run}: {len(self.entries):,} samples skipped ({source})", *map(str, self.changes)]
+        events = [*map(str, self.changes), *map(str, self.stretches), *map(told, self.unapplied)]
+        summary = [f"{self.run}: {len(self.entries):,} samples skipped ({source})", *events]
         if not self.entries:
             return summary
         shown = self.entries if max_entries is None else self.entries[-max_entries:] if max_entries else []
@@ -83,9 +93,18 @@ def read_report(run: Path) -> SkipReport:
     folder = RunFolder(run)
     if not folder.is_run():
         raise ConfigError(f"{run} holds no run; name a run folder that `megamm pretrain` wrote")
-    step, saved, changes = _newest_record(folder.checkpoints)
+    step, saved, state = _newest_record(folder.checkpoints)
     noted = read_skipped(folder.logs)
-    return SkipReport(run, step, merge([*saved, *(one.entry for one in noted)]), {one.entry.position: one.step for one in noted}, changes)
+    known = state.stretches if state else ()
+    return SkipReport(
+        run,
+        step,
+        merge([*saved, *(one.entry for one in noted)]),
+        {one.entry.position: one.step for one in noted},
+        state.changes if state else (),
+        (*known, *(one for one in decisions(run) if one not in known)),
+        read_unapplied(run),
+    )
 
 
 def reason_class(entry: Skipped) -> str:
@@ -93,16 +112,16 @@ def reason_class(entry: Skipped) -> str:
     return kind_of_message(entry.reason, entry.key, entry.shard)
 
 
-def _newest_record(checkpoints: Path) -> tuple[int | None, list[Skipped], tuple[DataChange, ...]]:
-    """Step, ledger and accepted changes of the newest checkpoint whose record of the data is whole; its weights are not read."""
+def _newest_record(checkpoints: Path) -> tuple[int | None, list[Skipped], LoaderState | None]:
+    """Step, ledger and state of the newest checkpoint whose record of the data is whole; its weights are not read."""
     for step, folder in reversed(committed(checkpoints)):
         try:
             files = read_manifest(folder).files
             for name in (LEDGER, DATA_STATE):
                 check_file(folder, name, files[name])
             ledger = [Skipped.from_json(entry) for entry in read_ledger(folder)]
-            return step, ledger, LoaderState.from_json(read_data_state(folder)).changes
+            return step, ledger, LoaderState.from_json(read_data_state(folder))
         except (CheckpointError, OSError):
             # Damaged, or removed by a newer one while we read: an older one is next.
             continue
-    return None, [], ()
+    return None, [], None

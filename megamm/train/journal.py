@@ -15,7 +15,6 @@ from megamm.telemetry.metrics import MetricsLog, Value
 from megamm.train.positions import PositionLog, Scale
 from megamm.train.run_folder import RunFolder
 from megamm.train.skipped import SkippedLog, cut_back_skipped
-from megamm.train.unapplied import cut_back_unapplied
 
 
 class Journal:
@@ -58,7 +57,6 @@ class Journal:
         with distributed.fail_together():
             if self._world.is_main:
                 cut_back_skipped(self._run.logs, start.step)
-                cut_back_unapplied(self._run.path, start)
                 recipe = self._recipe
                 metrics = MetricsLog(self._run.path, recipe.telemetry, resumed_step=start.step, recipe=to_dict(recipe))
                 self._main = metrics, Bar(start.step, recipe.train.steps), PositionLog(self._run.path, start, self._scale)

@@ -31,7 +31,7 @@ from megamm.train.run_folder import RunFolder
 from megamm.train.spikes import SpikeWatch, Trouble
 from megamm.train.step import GlobalCounts, StepResult, count, held_out_loss, train_step
 from megamm.train.time_limit import TimeLimit
-from megamm.train.unapplied import record_unapplied
+from megamm.train.unapplied import own_part, record
 
 _log = get_logger("train")
 
@@ -213,7 +213,10 @@ def _judge(run: Run, batch: StepData, result: StepResult) -> Trouble | None:
         MegaMMError: Too many updates were not applied, and the run may not go back.
     """
     if result.not_applied not in ("", "overflow"):
-        record_unapplied(run.folder.path, batch, result, run.world)
+        parts = distributed.gather_json(own_part(batch, result))
+        with distributed.fail_together():
+            if run.world.is_main:
+                record(run.folder.path, batch, result, parts)
     trouble = run.watch.see(run.step, loss=result.loss, grad_norm=result.grad_norm, not_applied=result.not_applied)
     if trouble is None or run.data.recipe.spike.rewind:
         return trouble

@@ -69,12 +69,13 @@ def sample_keys_digest(keys: Iterable[str]) -> str:
     return digest_text("\n".join(keys))
 
 
-def find_place(run: Path, step: int) -> Place:
+def find_place(run: Path, step: int, *, of_data: bool = False) -> Place:
     """The last place before a step that the run's table knows.
 
     Args:
         run: The run folder.
         step: Number of a step, from 1.
+        of_data: It is counted over the whole plan, what the run left out included.
 
     Raises:
         DataError: There is no table, or it begins later.
@@ -82,7 +83,7 @@ def find_place(run: Path, step: int) -> Place:
     lines = read_json_lines(run / FILE)
     if not lines:
         raise DataError(f"{run} has no {FILE}; name a run folder that `megamm pretrain` wrote")
-    before = [line for line in lines if line["step"] < step]
+    before = [line for line in lines if line["num_steps" if of_data else "step"] < step]
     if not before:
         raise DataError(
             f"{run / FILE} begins after step {lines[0]['step']}: ask for a later step, or ask the run that this one went on from"

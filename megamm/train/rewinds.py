@@ -7,8 +7,8 @@ adds what came after, so a run that is killed between a decision and its next ch
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.io import LOCAL, Io
 from megamm.checkpoint.manifest import aside, committed, read_data_state
 from megamm.core.errors import CheckpointError, DataError
@@ -16,6 +16,9 @@ from megamm.core.files import read_json, write_json
 from megamm.core.logging import get_logger
 from megamm.data.planning.state import LoaderState
 from megamm.data.planning.stretch import Stretch
+
+if TYPE_CHECKING:
+    from megamm.checkpoint.hold import Hold
 
 FILE = "rewinds.json"
 _log = get_logger("train")

@@ -131,7 +131,8 @@ class SpikeWatch:
         self._num_unapplied_total += 1
         if self._num_unapplied <= self._max_unapplied:
             return None
-        reason = f"{self._num_unapplied} updates in a row were not applied, the last because its {why} is not finite"
+        updates = "the update was" if self._num_unapplied == 1 else f"{self._num_unapplied} updates in a row were"
+        reason = f"{updates} not applied, because the {why} is not finite"
         return Trouble(self._first_step, f"{_steps(self._first_step, step)}: {reason}", is_spike=False)
 
     def _excess(self, loss: float, grad_norm: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megamm.tokenizers.text import TextTokenizer
 from megamm.train.data_report import read_report
 from megamm.train.positions import Scale, find_place, sample_keys_digest
 from megamm.train.run_folder import RunFolder
+from megamm.train.unapplied import read_unapplied, told
 
 _SAMPLE_COLUMNS = ("rank", "micro_step", "row", "position", "dataset", "key", "shard", "epoch", "tokens", "patches", "frames", "skipped")
 _SIZE_COLUMNS = ("samples", "tokens", "patches", "frames", "cost")
@@ -84,6 +85,7 @@ class StepTrace:
         samples: In the same order, those that no row holds last.
         sample_keys: Digest of the keys as `metrics.jsonl` logs it.
         logged: What `metrics.jsonl` says of this step.
+        unapplied: The line of `unapplied.jsonl`, where its update was not applied.
     """
 
     step: int
@@ -92,6 +94,7 @@ class StepTrace:
     samples: list[TracedSample]
     sample_keys: str
     logged: dict[str, Any]
+    unapplied: dict[str, Any] | None
 
     def of_rank(self, rank: int) -> StepTrace:
         """The same step with the rows and samples of one rank.
@@ -102,7 +105,7 @@ class StepTrace:
         if not 0 <= rank < self.scale.world_size:
             raise ConfigError(f"--rank {rank}: the step is dealt to {self.scale.world_size} ranks, the first is 0")
         rows, samples = ([one for one in of_all if one.rank == rank] for of_all in (self.rows, self.samples))
-        return StepTrace(self.step, self.scale, rows, samples, self.sample_keys, self.logged)  # type: ignore[arg-type]
+        return StepTrace(self.step, self.scale, rows, samples, self.sample_keys, self.logged, self.unapplied)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
@@ -120,6 +123,7 @@ class StepTrace:
         samples = [["-" if cell is None else str(cell) for cell in row] for row in samples]
         return [
             f"step {self.step}: {', '.join([dealt, *numbers, keys])}",
+            *([told(self.unapplied)] if self.unapplied else []),
             "",
             *aligned(("rank", "rows", *_SIZE_COLUMNS, "skipped"), list(self._by_rank())),
             "",
@@ -135,13 +139,14 @@ class StepTrace:
             yield rank, len(own), *(sum(getattr(row, name) for row in own) for name in _SIZE_COLUMNS), num_skipped
 
 
-def trace_step(run: Path, step: int, *, world_size: int | None = None) -> StepTrace:
+def trace_step(run: Path, step: int, *, world_size: int | None = None, of_data: bool = False) -> StepTrace:
     """The samples of a step, planned again from the place that the run noted before it.
 
     Args:
         run: The run folder.
         step: Number of the step, from 1; it need not have been run yet.
         world_size: Deal the rows to so many ranks; None for as many as the run had.
+        of_data: The step is counted over the whole plan; so are those found that the run left out.
 
     Raises:
         ConfigError: No run, no such step, or rows that cannot be dealt to so many ranks.
@@ -149,15 +154,16 @@ def trace_step(run: Path, step: int, *, world_size: int | None = None) -> StepTr
     """
     folder = RunFolder(run)
     recipe = load_resolved(folder.config)
-    if not 1 <= step <= recipe.train.steps:
+    if not 1 <= step <= recipe.train.steps and not (of_data and step > 0):
         raise ConfigError(f"--step {step} is not a step of {run}: they are 1 to {recipe.train.steps}")
     if world_size is not None and world_size < 1:
         raise ConfigError(f"--world-size {world_size}: give at least 1 rank")
-    place = find_place(run, step)
+    place = find_place(run, step, of_data=of_data)
     tokenizer = TextTokenizer.load(folder.tokenizer)
     plan = DataPlan.open(recipe.data, recipe.batch, model=recipe.model, tokenizer=tokenizer, seed=recipe.seed)
-    planned = plan.next_step(LoaderState.from_position_json(place.position, plan.identity))
-    while planned.state.step < step:
+    state = LoaderState.from_position_json(place.position, plan.identity)
+    planned = plan.next_step(replace(state, stretches=()) if of_data else state)
+    while (planned.state.plan.num_steps if of_data else planned.state.step) < step:
         planned = plan.next_step(planned.state)
     scale = place.scale
     if world_size is not None and world_size != scale.world_size:
@@ -165,9 +171,14 @@ def trace_step(run: Path, step: int, *, world_size: int | None = None) -> StepTr
     reasons = {entry.position: entry.reason for entry in read_report(run).entries}
     names = _Names(plan)
     rows, samples = _deal(planned, names, scale, reasons)
-    keys = (f"{sample.dataset}/{names.of(sample)[1]}" for row in planned.rows for sample in row.samples)
-    logged = next((line for line in read_json_lines(run / "metrics.jsonl") if line["step"] == step and "loss" in line), {})
-    return StepTrace(step, scale, rows, samples, sample_keys_digest(keys), logged)
+    keys = sample_keys_digest(f"{sample.dataset}/{names.of(sample)[1]}" for row in planned.rows for sample in row.samples)
+    logged = {} if of_data else _logged(run, step)
+    unapplied = next((line for line in read_unapplied(run) if line["data_step"] == planned.state.plan.num_steps), None)
+    return StepTrace(step, scale, rows, samples, keys, logged, unapplied)
+
+
+def _logged(run: Path, step: int) -> dict[str, Any]:
+    return next((line for line in read_json_lines(run / "metrics.jsonl") if line["step"] == step and "loss" in line), {})
 
 
 class _Names:

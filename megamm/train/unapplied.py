@@ -1,6 +1,7 @@
 """Updates that were not applied: a line each, with the samples of the step, so that somebody can look at them or keep them out.
 
-`RUN/unapplied.jsonl`. A run that goes back keeps the lines of the data that it leaves out: they say why.
+`RUN/unapplied.jsonl`, which is never cut back: a run that resumes or goes back may not meet these samples again, and a line says why.
+Reading it needs no torch.
 """
 
 from __future__ import annotations
@@ -8,32 +9,32 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megamm.core.files import write_text
 from megamm.core.json_lines import JsonLines, read_json_lines
-from megamm.data.loading.loader import StepData
-from megamm.data.planning.state import LoaderState
-from megamm.engine import distributed
-from megamm.engine.distributed import World
-from megamm.train.step import StepResult
+
+if TYPE_CHECKING:
+    from megamm.data.loading.loader import StepData
+    from megamm.train.step import StepResult
 
 FILE = "unapplied.jsonl"
 
 
-def record_unapplied(run: Path, batch: StepData, result: StepResult, world: World) -> None:
-    """Note a step whose update was not applied; every rank calls it.
+def own_part(batch: StepData, result: StepResult) -> dict[str, Any]:
+    """What one rank knows of a step whose update was not applied, as plain JSON values."""
+    samples = [asdict(one) for one in batch.own_samples()]
+    return {"loss": _plain(result.own_loss), "suspects": list(result.suspects), "samples": samples}
+
+
+def record(run: Path, batch: StepData, result: StepResult, parts: list[dict[str, Any]]) -> None:
+    """Note a step whose update was not applied; one process calls it.
 
     Args:
         run: The run folder.
-        batch: This rank's part of the step.
+        batch: The step.
         result: What became of it.
-        world: The ranks.
+        parts: `own_part` of each rank.
     """
-    own = {"loss": result.own_loss, "suspects": list(result.suspects), "samples": [asdict(one) for one in batch.own_samples()]}
-    parts = distributed.gather_json(_plain(own))
-    if not world.is_main:
-        return
     lines = JsonLines(run / FILE)
     lines.write(
         {
@@ -51,26 +52,19 @@ def record_unapplied(run: Path, batch: StepData, result: StepResult, world: Worl
 
 
 def read_unapplied(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run, in the order in which they were written."""
-    return read_json_lines(run / FILE)
+    """The lines of a run by step of data; where a run met some data twice, what it wrote last."""
+    return [line for _, line in sorted({line["data_step"]: line for line in read_json_lines(run / FILE)}.items())]
 
 
-def cut_back_unapplied(run: Path, state: LoaderState) -> None:
-    """Drop what a run that goes on from `state` will meet again; one process calls it."""
-    path = run / FILE
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line, facts in zip(lines, read_json_lines(path), strict=False) if _is_past(facts["data_step"], state)]
-    write_text(path, "".join(kept))
+def told(line: dict[str, Any]) -> str:
+    """A line for people: what was not finite, on which ranks, and which samples are to blame."""
+    ranks = [str(rank) for rank, loss in enumerate(line["losses"]) if isinstance(loss, str)]
+    where = f" on rank {', '.join(ranks)}" if ranks else ""
+    keys = line["suspects"]
+    blame = f"samples: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}" if keys else f"one of its {len(line['samples'])} samples"
+    return f"update of step {line['step']} not applied (data of step {line['data_step']}): {line['reason']} not finite{where}; {blame}"
 
 
-def _is_past(data_step: int, state: LoaderState) -> bool:
-    return data_step <= state.plan.num_steps or any(data_step in stretch for stretch in state.stretches)
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: float) -> float | str:
     """JSON knows no NaN and no infinity: they become words, as in `metrics.jsonl`."""
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return value if math.isfinite(value) else str(value)

@@ -77,7 +77,7 @@ def test_updates_that_are_not_applied_end_the_patience_of_their_own_bound():
     assert see(watch, 18, not_applied="gradient", grad_norm=math.inf) is None
     trouble = see(watch, 19, math.nan, math.inf, "loss")
     assert trouble is not None and not trouble.is_spike and trouble.first_step == 17
-    assert trouble.reason == "steps 17 to 19: 3 updates in a row were not applied, the last because its loss is not finite"
+    assert trouble.reason == "steps 17 to 19: 3 updates in a row were not applied, because the loss is not finite"
     assert watch.totals() == {"unapplied_updates": 3, "overflows": 0}
 
 
