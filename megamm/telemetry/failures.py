@@ -65,10 +65,13 @@ class FailureLog:
 
     def _record(self, error: Exception) -> None:
         text = "".join(traceback.format_exception(error))
-        if not isinstance(error, MegaMMError):
+        is_ours = isinstance(error, MegaMMError)
+        lost_peer = not is_ours and any(words in str(error) for words in _LOST_PEER)
+        if not is_ours:
             # First of all where somebody sees it: the disk may be what is broken.
+            shown = f" lost another rank, whose own record says why: {error}" if lost_peer else f":\n{text}"
             with contextlib.suppress(OSError, ValueError):
-                print(f"rank {self._who.rank}:\n{text}", file=sys.stderr, flush=True)
+                print(f"rank {self._who.rank}{shown}", file=sys.stderr, flush=True)
         if not (self._run / "config.json").is_file():
             return
         place = self._where.place
@@ -80,7 +83,7 @@ class FailureLog:
             "kind": type(error).__name__,
             "message": " ".join(str(error).split()),
             "traceback": text,
-            "lost_peer": not isinstance(error, MegaMMError) and any(words in str(error) for words in _LOST_PEER),
+            "lost_peer": lost_peer,
             "samples": self._samples(),
         }
         _write(self._run, f"start_{self._who.start:05d}.rank_{self._who.rank:05d}.json", facts)

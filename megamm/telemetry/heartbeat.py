@@ -20,8 +20,7 @@ from megamm.telemetry.whereabouts import Place, Who
 
 _FOLDER = "heartbeats"
 _NOTICE = "stalled"
-_MAX_CALLS = 6
-_COLLECTIVES = "torch.distributed.distributed_c10d"
+_MAX_CALLS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +83,23 @@ def beat(who: Who, place: Place, count: int, *, num_collectives: int, is_stalled
 
 
 def doing() -> str:
-    """The calls that the main thread is in: the innermost one, the collective if there is one, and megamm's own, innermost first."""
+    """What the main thread is in, innermost first: up to three calls of other packages, collectives among them, and three of megamm."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    calls: list[str] = []
-    innermost = True
-    while frame is not None and len(calls) < _MAX_CALLS:
-        module = frame.f_globals.get("__name__", "")
-        # Of the group's own module the outermost call is the one with a name that people know.
-        is_collective = module == _COLLECTIVES and _module(frame.f_back) != _COLLECTIVES
-        if innermost or is_collective or module.startswith("megamm."):
-            calls.append(f"{frame.f_code.co_name} ({module.removeprefix('megamm.')}:{frame.f_lineno})")
-        innermost, frame = False, frame.f_back
-    return " < ".join(calls)
+    outer: list[str] = []
+    own: list[str] = []
+    while frame is not None and len(own) < _MAX_CALLS:
+        module = _module(frame)
+        call = f"{frame.f_code.co_name} ({module.removeprefix('megamm.')}:{frame.f_lineno})"
+        if module.startswith("megamm."):
+            own.append(call)
+        elif not own and len(outer) < _MAX_CALLS and not module.startswith("torch.nn"):
+            outer.append(call)
+        frame = frame.f_back
+    return " < ".join(outer + own)
 
 
-def _module(frame: FrameType | None) -> str:
-    return "" if frame is None else frame.f_globals.get("__name__", "")
+def _module(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")
 
 
 class Heartbeats:

@@ -39,6 +39,7 @@ _BEATS = 12
 _RANKS_A_SECOND = 100
 _MIN_GATHER_SECONDS = 3.0
 _REPORT_SECONDS = 20.0
+_NAMED_RANKS = 8
 
 
 def allowance(stall_seconds: float, place: Place, longest_step_seconds: float) -> float:
@@ -212,12 +213,11 @@ class StallWatch:
             time.sleep(self._look_seconds)
 
     def _tell(self, beats: list[Beat], silent: list[int]) -> None:
-        known = {one.rank for one in beats}
-        missing = [rank for rank in range(self._who.world_size) if rank not in known]
-        message = f"rank {self._who.rank}: {self._message}" + _found(silent, missing)
+        found = findings(beats, silent, self._who.world_size)
+        message = f"rank {self._who.rank}: {self._message}" + (f"; {found}" if found else "")
         _say("\n".join([f"the run has stalled: {message}", *table(beats, silent), f"stacks: {self._run / 'logs'}/stall.rank_*.txt"]))
         place = {"step": self._where.place.step, "phase": self._where.place.phase}
-        record_stall(self._run, self._who, place, message=message, beats=beats, silent=[*silent, *missing])
+        record_stall(self._run, self._who, place, message=message, beats=beats, silent=silent)
 
     def _say_stacks(self, why: str) -> None:
         _say(f"rank {self._who.rank}: {why}; the stacks of this rank:")
@@ -248,13 +248,23 @@ def table(beats: list[Beat], silent: list[int]) -> list[str]:
     return aligned(("rank", "host", "state", "step", "phase", "collectives", "sample", "in"), rows)
 
 
-def _found(silent: list[int], missing: list[int]) -> str:
+def findings(beats: list[Beat], silent: list[int], world_size: int) -> str:
+    """Which ranks are silent, and which are where, for the one line that is read first."""
     parts = []
     if silent:
-        parts.append(f"rank {', '.join(map(str, silent))} is silent: stopped, or gone")
-    if missing:
-        parts.append(f"rank {', '.join(map(str, missing))} was never heard")
-    return "".join(f"; {part}" for part in parts)
+        parts.append(f"rank {_numbers(silent)} is silent: stopped, or gone")
+    if missing := sorted(set(range(world_size)) - {one.rank for one in beats}):
+        parts.append(f"rank {_numbers(missing)} was never heard")
+    places: dict[str, list[int]] = {}
+    for one in beats:
+        places.setdefault(f"{one.phase} of step {one.step}", []).append(one.rank)
+    if len(places) > 1:
+        parts += [f"rank {_numbers(ranks)} in {place}" for place, ranks in sorted(places.items(), key=lambda item: len(item[1]))]
+    return "; ".join(parts)
+
+
+def _numbers(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:_NAMED_RANKS])) + (f" and {len(ranks) - _NAMED_RANKS} more" if len(ranks) > _NAMED_RANKS else "")
 
 
 def _dump_stacks(file: IO[str]) -> None:
