@@ -107,10 +107,11 @@ def _runs_below(folder: Path, depth: int) -> list[Path]:
         if is_run(folder):
             return [folder]
         inside = [Path(entry) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    except PermissionError:
-        return [folder]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        # Gone since it was listed.
         return []
+    except OSError:
+        return [folder]
     return [run for one in inside for run in _runs_below(one, depth - 1)] if depth else []
 
 

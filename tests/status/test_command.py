@@ -1,7 +1,6 @@
 """`megamm status` as it is called: on a login node without torch, for programs, again and again, and on a real run."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,20 +13,15 @@ import pytest
 from megamm.config import to_dict
 from megamm.status.run_status import read_status
 from tests.status.conftest import metrics_line
+from tests.support.login_node import login_node
 from tests.support.recipes import write_recipe
 from tests.support.runs import make_data, recipe_over
-
-BLOCKED = 'raise ImportError("there is no {0} on a login node")\n'
 
 
 @pytest.fixture
 def without_torch(tmp_path: Path) -> dict[str, str]:
-    """An environment in which torch, transformers and deepspeed cannot be imported."""
-    folder = tmp_path / "blocked"
-    folder.mkdir()
-    for name in ("torch", "transformers", "deepspeed"):
-        (folder / f"{name}.py").write_text(BLOCKED.format(name))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    """The environment of a login node."""
+    return login_node(tmp_path / "blocked")
 
 
 def megamm(*words: str, **options) -> subprocess.CompletedProcess:

@@ -14,7 +14,7 @@ def test_a_task_a_gpu_whoever_says_how_many(plan, tmp_path, monkeypatch):
     site.write_text("SBATCH_GPUS_PER_NODE=h100:4\nSBATCH_PARTITION=gpu\n")
     monkeypatch.setenv("MEGAMM_SITE", str(site))
     planned = plan(sbatch=("--nodes=2-3",))
-    assert list(planned.world_sizes) == [8, 12] and option_in(planned.options.words, "ntasks-per-node") == "4"
+    assert list(planned.world_sizes) == [8, 12]
     # What somebody says comes last, where it wins.
     assert plan(sbatch=("--ntasks-per-node=1",)).options.num_tasks_a_node == 1
 
@@ -45,7 +45,7 @@ def test_the_command_line_to_the_letter(plan, tmp_path):
     planned = plan("--optim.lr", "1e-3", arguments=("--resume", "never"), run=tmp_path / "100%")
     command = planned.command(tmp_path / "home", "r.toml")
     assert command == [
-        *["sbatch", "--parsable", "--job-name=100%", f"--output={tmp_path}/100%%/logs/job-%j.out", "--ntasks-per-node=2"],
+        *["sbatch", "--parsable", "--job-name=100%", f"--output={tmp_path}/100%%/logs/job-%j.out"],
         *["--nodes=2", "--gpus-per-node=2", f"{tmp_path}/home/slurm/pretrain.sh", "r.toml", "--run", f"{tmp_path}/100%"],
         *["--resume", "never", "--optim.lr", "1e-3"],
     ]
