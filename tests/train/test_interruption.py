@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from megamm.train.interruption import StopRequest
+from megamm.train.interruption import StopRequest, wants_restart
 
 
 def test_signals_are_remembered_and_handlers_given_back(tmp_path):
@@ -52,3 +52,17 @@ def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path):
             assert stop.reason is None
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_time_that_is_over_asks_and_a_stop_file_comes_first(tmp_path):
+    assert StopRequest(tmp_path / "STOP", max_seconds=1000).reason is None
+    over = StopRequest(tmp_path / "STOP", max_seconds=1e-9)
+    assert over.reason == "max_seconds"
+    (tmp_path / "STOP").touch()
+    assert over.reason == "STOP file"
+
+
+def test_a_scheduler_ends_runs_that_are_to_be_started_again_and_people_do_not():
+    again = {"SIGTERM", "SIGUSR1", "time limit of job 12"}
+    rest = {"SIGINT", "STOP file", "stop_after", "max_seconds"}
+    assert {reason for reason in again | rest if wants_restart(reason)} == again

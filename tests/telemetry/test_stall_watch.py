@@ -1,0 +1,222 @@
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megamm.telemetry import heartbeat
+from megamm.telemetry.heartbeat import Heartbeats, beat, doing, read_beats
+from megamm.telemetry.stall_watch import Stillness, allowance, findings, table
+from megamm.telemetry.whereabouts import Place, Whereabouts, Who
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Sample:
+    dataset: str = "speech"
+    shard: str = "train-00003.tar"
+    key: str = "s017"
+    micro_step: int = 0
+    row: int = 0
+
+
+def place(phase="train", step=7, *, is_first=False, samples=()):
+    return Place(phase, step, time.monotonic(), is_first, lambda: samples)
+
+
+def beat_of(rank, *, phase="train", step=7, is_stalled=True, **facts):
+    one = beat(Who(1, rank, 4), place(phase, step), 3, num_collectives=100, is_stalled=is_stalled)
+    return dataclasses.replace(one, **facts)
+
+
+@pytest.mark.parametrize(
+    ("stall_seconds", "longest", "where", "expected"),
+    [
+        (0.0, 0.0, place(), 600),
+        (0.0, 30.0, place(), 600),
+        (0.0, 90.0, place(), 900),
+        (0.0, 90.0, place("save"), 5400),
+        (0.0, 0.0, place(is_first=True), 1800),
+        (0.0, 0.0, place("start", is_first=True), 3600),
+        (0.0, 0.0, place("evaluate"), 1800),
+        # A number is what the person said, however long steps are.
+        (20.0, 90.0, place(), 20),
+        (20.0, 90.0, place("data", is_first=True), 60),
+    ],
+)
+def test_each_phase_has_its_allowance(stall_seconds, longest, where, expected):
+    assert allowance(stall_seconds, where, longest) == expected
+
+
+def test_time_in_which_nobody_looked_does_not_count():
+    stillness, at = Stillness(2.0), place()
+    assert [stillness.look(at, now) for now in (0.0, 1.0, 2.0)] == [0, 1, 2]
+    # The whole job was suspended for an hour.
+    assert stillness.look(at, 3602.0) == 4
+    # The same again is progress, and so is anything else.
+    assert stillness.look(place(), 3603.0) == 0
+
+
+@given(st.lists(st.floats(0, 100), max_size=20))
+def test_stillness_never_runs_ahead_of_the_clock(gaps):
+    stillness, at, now = Stillness(5.0), place(), 0.0
+    first = stillness.look(at, now)
+    for gap in gaps:
+        now += gap
+        assert 0 <= stillness.look(at, now) - first <= now + 1e-9
+
+
+def test_whereabouts_measure_steps_but_not_the_first_nor_what_comes_between(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    where = Whereabouts()
+    for step, (waits, trains, evaluates) in enumerate([(50, 100, 0), (1, 2, 30), (2, 2, 0)], start=1):
+        where.enter("data", step)
+        clock[0] += waits
+        where.enter("train", step)
+        clock[0] += trains
+        where.enter("evaluate", step)
+        clock[0] += evaluates / 2
+        where.enter("evaluate", step)
+        clock[0] += evaluates / 2
+        assert where.place.is_first_step is False
+        where.enter("save", step)
+        clock[0] += 1000
+        if step == 2:
+            assert where.evaluation_seconds == 30
+    assert where.longest_step_seconds == 4
+
+
+def test_a_beat_names_the_sample_when_it_takes_long():
+    fresh = beat(Who(2, 1, 4), place(samples=(Sample(),)), 0, num_collectives=9)
+    assert (fresh.shard, fresh.key) == ("", "")
+    told = beat(Who(2, 1, 4), place(samples=(Sample(),)), 0, num_collectives=9, is_stalled=True)
+    assert (told.start, told.rank, told.shard, told.key, told.num_collectives) == (2, 1, "train-00003.tar", "speech/s017", 9)
+
+
+def test_what_another_thread_sees_of_the_main_one():
+    seen = threading.Event()
+
+    def look():
+        end = time.monotonic() + 20
+        while time.monotonic() < end and not seen.is_set():
+            if "join (threading" in doing():
+                seen.set()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen.is_set()
+
+
+def test_heartbeats_are_read_whole_or_not_at_all(tmp_path):
+    heartbeats = Heartbeats(tmp_path)
+    assert read_beats(tmp_path) == []
+    ones = [beat_of(rank) for rank in (0, 1, 2)]
+    for one in ones:
+        heartbeats.write(one)
+    assert read_beats(tmp_path) == ones
+    (heartbeats.folder / "rank_00001.json").write_text('{"rank": 1')
+    (heartbeats.folder / "rank_00002.json").write_text("[]")
+    assert read_beats(tmp_path) == ones[:1]
+    heartbeats.tell()
+    assert heartbeats.is_told()
+    heartbeats.clear()
+    assert not heartbeats.is_told() and read_beats(tmp_path) == []
+    heartbeats.write(ones[0])
+    heartbeats.remove(0)
+    assert not heartbeats.folder.exists()
+
+
+def test_a_beat_costs_little(tmp_path):
+    """A thousandth of ten seconds, which is how often it comes, on a disk that is busy; a step pays for its notes alone."""
+    heartbeats, where = Heartbeats(tmp_path), Whereabouts()
+    begin = time.perf_counter()
+    for number in range(20):
+        heartbeats.write(beat(Who(1, 0, 1), where.place, number, num_collectives=0))
+    assert (time.perf_counter() - begin) / 20 < 0.01
+    begin = time.perf_counter()
+    for step in range(1000):
+        where.enter("data", step)
+        where.enter("train", step)
+    assert (time.perf_counter() - begin) / 1000 < 0.001
+
+
+def test_findings_name_the_silent_the_missing_and_who_is_elsewhere():
+    beats = [beat_of(0), beat_of(1, phase="data"), beat_of(2, is_stalled=False)]
+    assert findings(beats, [2], 4) == (
+        "rank 2 is silent: stopped, or gone; rank 3 was never heard; rank 1 in data of step 7; rank 0, 2 in train of step 7"
+    )
+    assert findings([beat_of(rank) for rank in range(4)], [], 4) == ""
+    many = findings([beat_of(rank, is_stalled=False) for rank in range(40)], list(range(40)), 40)
+    assert many == "rank 0, 1, 2, 3, 4, 5, 6, 7 and 32 more is silent: stopped, or gone"
+    lines = table(beats, [2])
+    assert len(lines) == 4 and "silent for 0 s" in lines[3] and "reports" in lines[1]
+
+
+_HANGING = """
+    import sys, threading, time
+    from pathlib import Path
+    from megamm.telemetry.stall_watch import StallWatch
+    from megamm.telemetry.whereabouts import Whereabouts, Who
+
+    run, begun = Path(sys.argv[1]), sys.argv[2] == "begun"
+    (run / "logs").mkdir()
+    if begun:
+        (run / "config.json").touch()
+    where = Whereabouts()
+    where.enter("data", 1)
+    where.enter("train", 1)
+    where.enter("data", 2)
+    if sys.argv[3] == "broken":
+        (run / "heartbeats").touch()
+    with StallWatch(run, Who(1, 0, 1), where, stall_seconds=0.5, num_collectives=lambda: 0):
+        threading.Event().wait()
+"""
+
+
+def hanging(run, *words):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_HANGING), str(run), *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("begun", "state"), [("begun", "well"), ("begun", "broken"), ("new", "well")])
+def test_a_process_ends_whatever_its_folder_is_like(tmp_path, begun, state):
+    ended = hanging(tmp_path, begun, state)
+    assert ended.returncode == 1 and "no progress for" in ended.stderr, ended.stderr
+    assert "data of step 2" in ended.stderr
+    stacks = tmp_path / "logs" / "stall.rank_00000.txt"
+    if (begun, state) == ("begun", "well"):
+        assert "most recent call first" in stacks.read_text() and (tmp_path / "errors" / "start_00001.stall.json").is_file()
+    else:
+        # Where they cannot, or must not, be written they are shown.
+        assert "most recent call first" in ended.stderr
+    if begun == "new":
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["logs"]
+
+
+def test_a_rank_that_leaves_takes_its_heartbeat_along(tmp_path):
+    from megamm.telemetry.stall_watch import StallWatch
+
+    (tmp_path / "config.json").touch()
+    with StallWatch(tmp_path, Who(1, 0, 1), Whereabouts(), stall_seconds=60, num_collectives=lambda: 0):
+        end = time.monotonic() + 20
+        while not read_beats(tmp_path) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(read_beats(tmp_path)) == 1
+    assert not (tmp_path / "heartbeats").exists() and heartbeat.read_beats(tmp_path) == []
