@@ -73,4 +73,4 @@ def _kill(ground: Ground, unbroken: Unbroken, boundary: dict[str, Any], *, launc
     return [f"{run}: {problem}" for problem in problems]
 
 
-DRILLS = (Drill("SIGKILL of a rank at boundaries of a save, training with the engine", kills, needs_engine=True),)
+DRILLS = (Drill("with the engine: SIGKILL of a rank at boundaries of a save", kills, needs_engine=True),)

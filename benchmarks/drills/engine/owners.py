@@ -55,4 +55,4 @@ def _compare(ground: Ground, run: str) -> list[str]:
     return problems + [f"{name} was left" for name in left_in(ground.path(run) / "checkpoints")]
 
 
-DRILLS = (Drill("a second job on a run that trains", two_jobs, needs_engine=True),)
+DRILLS = (Drill("with the engine: a second job on a run that trains", two_jobs, needs_engine=True),)

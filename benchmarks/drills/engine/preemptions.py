@@ -92,4 +92,4 @@ def _compare(ground: Ground, num_steps: int) -> list[str]:
     return problems + [f"{name} was left" for name in left_in(run / "checkpoints")]
 
 
-DRILLS = (Drill("preemptions of one run in a row, through the launcher", preemptions, needs_engine=True),)
+DRILLS = (Drill("with the engine: preemptions in a row, through the launcher", preemptions, needs_engine=True),)

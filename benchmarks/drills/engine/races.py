@@ -38,4 +38,4 @@ def _num_overtaken(run: Path) -> int:
     return sum(line["step"] > line["checkpoint/step"] for line in lines)
 
 
-DRILLS = (Drill("saves that race the optimizer", races, needs_engine=True),)
+DRILLS = (Drill("with the engine: saves that race the optimizer", races, needs_engine=True),)

@@ -201,4 +201,4 @@ def _last_step_of(ground: Ground, run: str) -> int:
     return last_step
 
 
-DRILLS = (Drill("minutes of random faults, training with the engine", storm, needs_engine=True),)
+DRILLS = (Drill("with the engine: minutes of random faults", storm, needs_engine=True),)
