@@ -46,8 +46,9 @@ begin_job() {
     fi
     # The code beside this file runs, whatever else the environment has installed.
     export PYTHONPATH=$MEGAMM_HOME${PYTHONPATH:+:$PYTHONPATH}
-    # srun does not inherit it since Slurm 22.05.
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    # srun does not inherit the first since Slurm 22.05, and takes one of the two.
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}
+    unset SLURM_CPUS_PER_GPU
     # Warnings name the cause of most failures; more than that floods the logs of many ranks.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     if [ -n "${MEGAMM_INTERFACE:-}" ]; then
@@ -83,6 +84,18 @@ rendezvous() {
     MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     export MASTER_ADDR=${MASTER_ADDR:-$first}
     export MASTER_PORT=$((15000 + (SLURM_JOB_ID * 4 + restart % 2 * 2 + $1) % 16000))
+}
+
+# Options of srun, into `tasks`, for one task a GPU on all nodes that this start has.
+a_task_a_gpu() {
+    local gpus=${SLURM_GPUS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+    # A type may stand before the number.
+    gpus=${gpus##*:}
+    if [ "$gpus" != "${SLURM_NTASKS_PER_NODE:-$gpus}" ]; then
+        refuse "--gpus-per-node=$gpus with --ntasks-per-node=$SLURM_NTASKS_PER_NODE: one task a GPU, so leave --ntasks-per-node out"
+    fi
+    # shellcheck disable=SC2034  # for whoever asked
+    tasks=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * gpus))" --ntasks-per-node="$gpus")
 }
 
 # The last value of an option among words, as `--run DIR` or `--run=DIR`.

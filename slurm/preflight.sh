@@ -2,8 +2,7 @@
 #SBATCH --job-name=megamm-preflight
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-gpu=8
 #SBATCH --time=00:20:00
 #SBATCH --output=%x-%j.out
 # Check nodes without training on them, one task a GPU: bad ones are named, and the job fails. Arguments go to `megamm preflight`:
@@ -19,6 +18,7 @@ begin_job
 
 folder=$PWD/preflight-$SLURM_JOB_ID
 mkdir -p "$folder/logs" || exit 1
-check_nodes "$folder" --output="$folder/logs/task-%t.log" -- "$@" && exit 0
+a_task_a_gpu
+check_nodes "$folder" "${tasks[@]}" --output="$folder/logs/task-%t.log" -- "$@" && exit 0
 say "bad: ${bad_nodes:-the checks themselves}; see $folder/logs"
 exit 1

@@ -2,8 +2,7 @@
 #SBATCH --job-name=megamm-pretrain
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-gpu=8
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
@@ -12,7 +11,8 @@
 # Pretrain, one task a GPU, through as many jobs' worth of time as it takes: the job requeues itself until the run is done.
 # Options before the script go to sbatch, arguments after it to `megamm pretrain`:
 #   sbatch --nodes 16 slurm/pretrain.sh 7b --run /shared/runs/7b --optim.lr 2e-4
-# A job that waits goes on with fewer nodes after: scontrol update JobId=123 NumNodes=8 NumTasks=64 NumCPUs=512
+# With a range, --nodes 12-16, it goes on with as many of them as there are. (No --ntasks-per-node: Slurm would remember the tasks of the
+# first start, and wait for nodes for all of them.)
 # Exit codes: 0 the run is done; 75 it is not, and somebody has to look; 2 it cannot be started so.
 set -uo pipefail
 
@@ -31,12 +31,6 @@ if [ -z "$run" ]; then
     run=$PWD/runs/${name%.toml}
     arguments+=(--run "$run")
 fi
-gpus=${SLURM_GPUS_PER_NODE:-}
-gpus=${gpus##*:}
-if [ -n "$gpus" ] && [ "$gpus" != "${SLURM_NTASKS_PER_NODE:-1}" ]; then
-    refuse "--gpus-per-node=$gpus with --ntasks-per-node=${SLURM_NTASKS_PER_NODE:-1}: one task a GPU, so give both the same number"
-fi
-
 if [ -e "$run/DONE" ]; then
     say "$run is done"
     exit 0
@@ -101,8 +95,7 @@ count_fruitless "$run/.last_checkpoint" "$begin,without:$excluded"
 rm -f "$run/INTERRUPTED"
 last_error=$(newest_error)
 
-# Said anew at each start: somebody may have given the waiting job another number of nodes, of which SLURM_NTASKS knows nothing.
-tasks=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))")
+a_task_a_gpu
 log=$run/logs/job-%j-restart-$restart
 
 several=0

@@ -140,8 +140,6 @@ def _own_words(options: Options, run: Path, name: str, site: dict[str, str]) -> 
     if option_in(options.words, "output") is None:
         # Percent signs are patterns to sbatch.
         words.append(f"--output={str(run / 'logs').replace('%', '%%')}/job-%j.out")
-    if options.num_gpus_a_node and option_in(options.words, "ntasks-per-node") is None:
-        words.append(f"--ntasks-per-node={options.num_gpus_a_node}")
     exported = options.get("export")
     if exported is not None and "ALL" not in exported.split(","):
         # The site lets no variables through but those that are named.

@@ -84,12 +84,12 @@ class Options:
 
     @property
     def num_tasks_a_node(self) -> int:
-        """Tasks a node, each a rank.
+        """Tasks a node, each a rank: one a GPU unless somebody says otherwise.
 
         Raises:
             ConfigError: It is not a number.
         """
-        text = self.get("ntasks-per-node") or "1"
+        text = self.get("ntasks-per-node") or str(self.num_gpus_a_node or 1)
         if not text.isdecimal() or not int(text):
             raise ConfigError(f"--ntasks-per-node={text} is not a number of tasks; one task is a rank, give one a GPU")
         return int(text)

@@ -169,4 +169,4 @@ def test_the_environment_of_each_start_is_kept_without_secrets(job):
 
 def test_unequal_gpus_and_tasks_are_refused(job):
     code, errors = job.finish("exit 0", SLURM_GPUS_PER_NODE="a100:8", SLURM_NTASKS_PER_NODE="4")
-    assert code == 2 and "--gpus-per-node=8 with --ntasks-per-node=4" in errors
+    assert code == 2 and "--gpus-per-node=8 with --ntasks-per-node=4: one task a GPU" in errors

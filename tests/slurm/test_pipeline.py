@@ -69,25 +69,30 @@ def _write_raw_files(raw: Path) -> None:
 def test_raw_files_become_an_export(cluster: Cluster, tmp_path: Path):
     chain = Chain(cluster, tmp_path)
     raw, data, export, one = tmp_path / "raw", tmp_path / "data", tmp_path / "export", ("--cpus-per-task=1", "--mem=1000")
+    two = ("--nodes=1-2", "--gpus-per-node=2", "--cpus-per-gpu=1", "--mem=1000")
     jobs = chain.submit(
         *(*one, "--array=0-1", "prepare", "image_folder", f"{raw}/pictures", "--output", f"{data}/pictures"),
         *("--test-share", "0.2", "--max-samples-per-shard", "5", "--"),
         *(*one, "--array=0-1", "prepare", "text", f"{raw}/texts", "--output", f"{data}/texts", "--max-samples-per-shard", "10", "--"),
         *(*one, "tokenize", str(chain.recipe), "--"),
-        *(*one, "--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2", "pretrain", str(chain.recipe), "--run", str(chain.run), "--"),
+        *(*two, "pretrain", str(chain.recipe), "--run", str(chain.run), "--"),
         *(*one, "evaluate", str(chain.run), "--"),
         *(*one, "export", str(chain.run), "--output", str(export)),
     )
     assert [stage for _, stage in jobs] == ["prepare", "prepare", "tokenize", "pretrain", "evaluate", "export"]
     (pretrain,) = [number for number, stage in jobs if stage == "pretrain"]
 
-    # The time limit comes near, twice; each time the job is given another number of nodes while it waits.
-    for num_nodes in (1, 2):
-        chain.wait_for_steps(chain.num_steps() + 8)
-        cluster.run("scancel", "--signal=USR1", "--batch", str(pretrain))
-        cluster.wait_for(pretrain, "PENDING", "COMPLETED", "FAILED")
-        words = (f"NumTasks={2 * num_nodes}", f"NumCPUs={2 * num_nodes}", f"NumNodes={num_nodes}")
-        cluster.run("scontrol", "update", f"JobId={pretrain}", *words)
+    # The time limit comes near, and when the job could start again somebody has one of the nodes.
+    chain.wait_for_steps(8)
+    cluster.run("scancel", "--signal=USR1", "--batch", str(pretrain))
+    cluster.wait_for(pretrain, "PENDING", "COMPLETED", "FAILED")
+    other = cluster.submit("--nodes=1", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1000")
+    cluster.wait_for(other, "RUNNING")
+    # It comes near again, and the node is free again.
+    chain.wait_for_steps(chain.num_steps() + 8)
+    cluster.run("scancel", "--signal=USR1", "--batch", str(pretrain))
+    cluster.wait_for(pretrain, "PENDING", "COMPLETED", "FAILED")
+    cluster.run("scancel", str(other))
     waiting = {stage: cluster.job(number) for number, stage in jobs[4:]}
     assert {job["JobState"] for job in waiting.values()} == {"PENDING"}, waiting
 

@@ -18,7 +18,7 @@ from tests.support.slurm.cluster import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-WORDS = ["--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@5"]
+WORDS = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1", "--signal=B:USR1@5"]
 NUM_STEPS = 10
 
 

@@ -13,7 +13,8 @@ from tests.support.slurm.cluster import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 SLURM = Path(__file__).resolve().parents[2] / "slurm"
-ONE = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--mem=500")
+ONE = ("--cpus-per-task=1", "--mem=500")
+GPU = ("--nodes=1", "--gpus-per-node=1", "--cpus-per-gpu=1", "--mem=500")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -79,7 +80,7 @@ def test_what_waits_for_a_job_goes_on_waiting_when_that_is_requeued(site: Site):
     settings.write_text("SBATCH_PARTITION=${SBATCH_PARTITION:-graceful}\n")
     site.variables["MEGAMM_SITE"] = str(settings)
     run = str(site.run)
-    stages = (*ONE, "pretrain", "tiny", "--run", run, "--optim.lr", "2e-4", "--", *ONE, "evaluate", run, "--", *ONE, "export", run)
+    stages = (*GPU, "pretrain", "tiny", "--run", run, "--optim.lr", "2e-4", "--", *ONE, "evaluate", run, "--", *ONE, "export", run)
     jobs = site.pipeline(*stages, "--output", f"{site.folder}/out")
     assert site.cluster.job(jobs[0])["Partition"] == "graceful"
     site.cluster.wait_for(jobs[1], "PENDING")
@@ -95,7 +96,7 @@ def test_what_waits_for_a_job_goes_on_waiting_when_that_is_requeued(site: Site):
 def test_what_waits_for_a_run_that_was_told_to_rest_is_cancelled(site: Site):
     site.program("""echo '{"reason": "STOP file", "requeue": false, "step": 5}' >"$RUN/INTERRUPTED" """)
     run = str(site.run)
-    jobs = site.pipeline(*ONE, "pretrain", "tiny", "--run", run, "--", *ONE, "evaluate", run)
+    jobs = site.pipeline(*GPU, "pretrain", "tiny", "--run", run, "--", *ONE, "evaluate", run)
     assert site.ends(*jobs) == ["FAILED", "CANCELLED"]
     assert site.cluster.job(jobs[0])["ExitCode"] == "75:0"
 
@@ -114,7 +115,7 @@ def test_a_cancelled_job_stays_cancelled(site: Site):
 touch "$FOLDER/up"
 trap 'echo "{\\"reason\\": \\"SIGTERM\\", \\"requeue\\": true, \\"step\\": 5}" >"$RUN/INTERRUPTED"; exit 0' TERM USR1
 while :; do sleep 0.1; done""")
-    job = site.sbatch(*ONE, "pretrain.sh", "tiny", "--run", str(site.run))
+    job = site.sbatch(*GPU, "pretrain.sh", "tiny", "--run", str(site.run))
     while not (site.folder / "up").exists():
         time.sleep(0.05)
     site.cluster.run("scancel", str(job))
@@ -172,7 +173,7 @@ def test_a_bad_node_is_named_and_left_out(tmp_path: Path):
         site.program('NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)\n' + CHECKS)
         bad = cluster.nodes[0]
         site.variables |= {"BAD": bad, "MEGAMM_PREFLIGHT": "1"}
-        two = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--mem=500")
+        two = ("--nodes=2", *GPU[1:])
         job = site.sbatch(*two, "pretrain.sh", "tiny", "--run", str(site.run))
         assert site.ends(job) == ["COMPLETED"], site.read("pretrain.sh.out")
         job = cluster.job(job)
@@ -186,7 +187,7 @@ def test_a_bad_node_is_named_and_left_out(tmp_path: Path):
         assert f"bad: {bad};" in site.read("preflight.sh.out")
 
         # Where every node is bad the checks may be wrong: nothing is left out.
-        one = site.sbatch(*ONE, f"--nodelist={bad}", "pretrain.sh", "tiny", "--run", str(tmp_path / "other"))
+        one = site.sbatch(*GPU, f"--nodelist={bad}", "pretrain.sh", "tiny", "--run", str(tmp_path / "other"))
         assert site.ends(one) == ["FAILED"]
         assert cluster.job(one)["Restarts"] == "0" and "every node failed its checks" in site.read("pretrain.sh.out")
 

@@ -36,7 +36,7 @@ class Login:
         return self.cluster.run(sys.executable, "-m", "megamm.cli", *words, env=environment, check=False, timeout=300)
 
     def submit(self, *words: str):
-        own = ("--run", str(self.run), "--nodes=1", "--gpus-per-node=2", "--sbatch=--cpus-per-task=1 --hold")
+        own = ("--run", str(self.run), "--nodes=1", "--gpus-per-node=2", "--sbatch=--cpus-per-gpu=1 --hold")
         return self.megamm("submit", "slurm", "pretrain", str(self.recipe), *own, *words)
 
     def queue(self) -> list[str]:

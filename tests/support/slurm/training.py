@@ -23,7 +23,7 @@ SCRIPT = CHECKOUT / "slurm" / "pretrain.sh"
 NUM_STEPS = 16
 SAVE_EVERY = 4
 PATIENCE_SECONDS = 300.0
-_WORDS = ("--cpus-per-task=1", "--mem=4000", "--time=30", "--signal=B:USR1@10")
+_WORDS = ("--cpus-per-gpu=1", "--mem=4000", "--time=30", "--signal=B:USR1@10")
 _RECIPE = (
     f"--train.steps={NUM_STEPS}",
     f"--checkpoint.every={SAVE_EVERY}",
