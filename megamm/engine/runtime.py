@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from megamm.core.errors import MegaMMError
-from megamm.engine.distributed import import_deepspeed
+from megamm.engine.distributed import fail_together, import_deepspeed
+from megamm.engine.drive import check_drive
 
 
 class Engine:
@@ -134,7 +135,12 @@ def initialize(
         ds_config: From `settings.deepspeed_config`, the one that the model was built with.
         param_groups: What `torch.optim.AdamW` takes: `params`, `lr`, `betas`, `eps`, `weight_decay` each.
         lr_lambda: Number of applied steps -> factor on each group's `lr`.
+
+    Raises:
+        ConfigError: The optimizer's state belongs on a drive that is not there or cannot be used, on some rank.
     """
+    with fail_together():
+        check_drive(ds_config)
     deepspeed = import_deepspeed()
     optimizer = torch.optim.AdamW(param_groups, fused=True)
     engine, *_ = deepspeed.initialize(

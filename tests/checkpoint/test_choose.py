@@ -5,7 +5,7 @@ import pytest
 
 from megamm.checkpoint.choose import newest_good, require_good
 from megamm.checkpoint.hold import Hold
-from megamm.checkpoint.manifest import MANIFEST
+from megamm.checkpoint.manifest import FORMAT, MANIFEST, OtherFormat
 from megamm.core.errors import CheckpointError
 from tests.support.checkpoints import some_tensors, write_checkpoint
 from tests.support.faults import Broken
@@ -45,6 +45,18 @@ def test_none_is_left(folder, world):
     choice = newest_good(folder, world)
     assert choice.folder is None
     assert len(choice.damaged) == 3
+
+
+def test_another_versions_checkpoint_ends_the_start(folder, world, monkeypatch):
+    """Passed over, it would be set aside as damaged and its steps trained again."""
+    monkeypatch.setattr("megamm.checkpoint.manifest.FORMAT", FORMAT + 1)
+    newer = write_checkpoint(folder, 40, some_tensors())
+    monkeypatch.undo()
+    for refuse in (lambda: newest_good(folder, world, hold=Hold()), lambda: require_good(newer, world)):
+        with pytest.raises(OtherFormat, match=f"step_00000040 has format {FORMAT + 1}") as raised:
+            refuse()
+        assert raised.value.on_all_ranks
+    assert newer.is_dir()
 
 
 def test_a_folder_that_does_not_exist_has_none(tmp_path, world):

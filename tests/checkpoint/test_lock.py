@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megamm.checkpoint.fence import Fence, check_fence, newest_owner, starts
 from megamm.checkpoint.hold import hold_run
-from megamm.checkpoint.lock import LostRun, Owner, RunLock
+from megamm.checkpoint.lock import LostRun, Owner, RunLock, read_owner
 from megamm.checkpoint.seal import opened, sealed
 from megamm.core.errors import CheckpointError
 
@@ -148,6 +148,16 @@ def test_another_machines_sign_of_life_refuses(run):
     first.release()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_when_a_process_began_does_not_move_with_the_clock(run, hold_elsewhere):
+    """Counted from the boot: a time of day would differ once the clock was set, and a live owner look like another process."""
+    hold_elsewhere()
+    began = read_owner(run, 1).pid_started
+    assert 0 < began <= time.clock_gettime(time.CLOCK_BOOTTIME)
+    with pytest.raises(CheckpointError, match="in use by"):
+        acquire(run)
+
+
 def test_a_process_number_that_is_used_again_is_no_sign_of_life(run):
     first = acquire(run)
     change_owner(run, pid_started=1.0)
@@ -164,15 +174,19 @@ case "$*" in
     *--jobs=3*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1 ;;
     *--jobs=4*) echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1 ;;
     *--jobs=5*) echo PENDING ;;
+    *--jobs=7*) printf 'RUNNING\nCOMPLETED\nRUNNING\n' ;;
+    *--jobs=8*) printf 'FAILED\nCOMPLETED\n' ;;
 esac
 """
 
 
 @pytest.mark.parametrize(
-    ("job_id", "is_gone"), [("1", False), ("2", True), ("3", True), ("4", False), ("5", True), ("6", True)], ids=lambda value: str(value)
+    ("job_id", "is_gone"),
+    [("1", False), ("2", True), ("3", True), ("4", False), ("5", True), ("6", True), ("7", False), ("8", True)],
+    ids=lambda value: str(value),
 )
 def test_the_scheduler_is_asked_about_other_jobs(run, tmp_path, monkeypatch, job_id, is_gone):
-    """Gone: ended, forgotten, waiting to be started again. Not gone: running, or nobody answers."""
+    """Gone: ended, forgotten, waiting to be started again. Not gone: running, one of an array's tasks running, or nobody answers."""
     program = tmp_path / "programs" / "squeue"
     program.parent.mkdir()
     program.write_text(SQUEUE)

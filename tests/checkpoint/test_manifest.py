@@ -4,9 +4,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, committed, read_data_state, read_ledger, read_manifest, verify
+from megamm.checkpoint.manifest import (
+    DATA_STATE,
+    FORMAT,
+    LEDGER,
+    MANIFEST,
+    OtherFormat,
+    committed,
+    read_data_state,
+    read_ledger,
+    read_manifest,
+    verify,
+)
 from megamm.core.errors import CheckpointError
-from megamm.core.files import canonical_json
+from megamm.core.files import canonical_json, digest_text
 from tests.support.checkpoints import some_tensors, write_checkpoint
 
 
@@ -81,6 +92,41 @@ def test_a_manifest_edited_by_hand_is_refused(checkpoint):
     body["step"] = 101
     (checkpoint / MANIFEST).write_text(json.dumps(body))
     with pytest.raises(CheckpointError, match="digest"):
+        read_manifest(checkpoint)
+
+
+def rewrite(checkpoint, **changes):
+    """As another version, or somebody who knows how, would write it: sealed, None for what it does not have."""
+    body = {key: value for key, value in (json.loads((checkpoint / MANIFEST).read_text()) | changes).items() if value is not None}
+    body.pop("digest")
+    body["digest"] = digest_text(canonical_json(body))
+    (checkpoint / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+@pytest.mark.parametrize("number", [1, FORMAT - 1, FORMAT + 1, None])
+def test_another_format_is_refused_and_is_no_damage(checkpoint, number):
+    rewrite(checkpoint, format=number, software={"megamm": "9.9"})
+    with pytest.raises(OtherFormat, match=rf"has format {number}, megamm .* reads {FORMAT}; load it with megamm 9\.9"):
+        read_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_manifest_names_the_files_of_its_ranks_and_no_others(checkpoint, world_size):
+    rewrite(checkpoint, world_size=world_size)
+    with pytest.raises(CheckpointError, match=rf"of {world_size} ranks? is wrong about rank_0000[12]\.safetensors"):
+        read_manifest(checkpoint)
+
+
+def test_a_file_outside_of_the_checkpoint_is_never_looked_at(checkpoint):
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    rewrite(checkpoint, files=files | {"../secret": {"num_bytes": 1, "digest": "0"}})
+    with pytest.raises(CheckpointError, match=r"is wrong about \.\./secret"):
+        read_manifest(checkpoint)
+
+
+def test_a_manifest_without_an_end_of_brackets_is_refused(checkpoint):
+    (checkpoint / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="is damaged"):
         read_manifest(checkpoint)
 
 

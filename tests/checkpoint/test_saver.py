@@ -1,6 +1,7 @@
 """Saving behind training, with the real engine: nothing mixes two steps, and no failure ends or stalls what it need not."""
 
 import errno
+import re
 import time
 from pathlib import Path
 
@@ -102,6 +103,66 @@ def test_a_snapshot_never_mixes_two_steps(make_saver, engine, folder):
     read = load_file(path / "rank_00000.safetensors")
     assert [key for key in before if not torch.equal(read[key], before[key].reshape(-1))] == []
     assert (read_data_state(path), read_ledger(path)) == ({"row": [3]}, [{"key": "a"}])
+
+
+def test_training_races_a_save_and_loses_nothing(make_saver, engine, folder):
+    """Steps while every write waits: what is written is the state between the two steps, every time."""
+    saver = make_saver(slow(0.05))
+    for step in (1, 2, 3):
+        before = {key: tensor.reshape(-1).clone() for key, tensor in partitions.local_state(engine, rank=0)}
+        saver.save(Progress(step))
+        num_steps = 0
+        while saver.is_pending or not num_steps:
+            train(engine, 0, 1, num_steps, num_steps + 1)
+            saver.poll()
+            num_steps += 1
+        after = dict(partitions.local_state(engine, rank=0))
+        assert not any(torch.equal(after[key].reshape(-1), tensor) for key, tensor in before.items())
+        read = load_file(folder / f"step_0000000{step}" / "rank_00000.safetensors")
+        assert [key for key in before if not torch.equal(read[key], before[key])] == []
+
+
+def test_a_lease_is_renewed_while_a_save_is_written(make_saver, folder):
+    """A save that takes longer than the lease: a second job is refused all the while."""
+    lock = RunLock.acquire(folder.parent, lease_seconds=0.5)
+    saver = make_saver(slow(0.3), hold=Hold(Fence(lock.number), lock))
+    saver.save(Progress(1))
+    num_refused = 0
+    while saver.is_pending:
+        with pytest.raises(CheckpointError, match="in use by"):
+            RunLock.acquire(folder.parent, lease_seconds=0.5)
+        num_refused += 1
+        saver.poll()
+    assert num_refused
+    assert verify(folder / "step_00000001").fence.number == lock.number
+    lock.release()
+
+
+def test_latest_leads_to_what_was_read_back(make_saver, folder):
+    io = Rotten("rank_00000.safetensors")
+    saver = make_saver(io)
+    saver.save(Progress(1))
+    saver.finish()
+    assert verify(folder / "latest").step == 1
+    io.error_number = 0
+    saver.save(Progress(2))
+    poll_to_the_end(saver)
+    assert verify(folder / "latest").step == 1
+    io.error_number = None
+    saver.save(Progress(3))
+    saver.finish()
+    assert (folder / "latest").readlink() == Path("step_00000003")
+    (folder / "latest").unlink()
+    (folder / "latest").mkdir()
+    saver.save(Progress(4))
+    (outcome,) = saver.finish()
+    assert isinstance(outcome, Committed), "a convenience, no reason to fail"
+
+
+def test_the_memory_for_snapshots_is_told_at_the_start(make_saver, caplog):
+    with caplog.at_level("INFO", logger="megamm.checkpoint"):
+        make_saver()
+    assert re.search(r"rank 0 holds \d+\.\d\d GiB of host memory, \d+\.\d\d GiB of them for snapshots; the node has", caplog.text)
 
 
 def test_the_next_save_waits_for_the_last_and_reuses_its_memory(make_saver, folder):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamm.checkpoint.slicing import pieces, slice_bounds
+from megamm.checkpoint.slicing import pieces, pieces_of, slice_bounds
 
 sizes = st.integers(1, 400)
 ranks = st.integers(1, 17)
@@ -43,3 +43,18 @@ def test_the_writer_reads_its_own_slice_and_no_other(num_elements, num_ranks):
         start, stop = slice_bounds(num_elements, num_ranks, rank)
         expected = [(rank, 0, stop - start)] if stop > start else []
         assert pieces(start, stop, num_elements=num_elements, num_ranks=num_ranks) == expected
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.data())
+def test_uneven_slices_are_found_by_their_table(lengths, data):
+    """As ZeRO-2 cuts: each rank holds some stretch, beginning at any rank."""
+    tensor = torch.arange(sum(lengths))
+    ends = list(itertools.accumulate(lengths))
+    first_rank = data.draw(st.integers(0, 5))
+    slices = [[first_rank + index, end - length, end] for index, (length, end) in enumerate(zip(lengths, ends, strict=True))]
+    written = {rank: tensor[start:stop] for rank, start, stop in slices}
+    start = data.draw(st.integers(0, len(tensor)))
+    stop = data.draw(st.integers(start, len(tensor)))
+    parts = [written[rank][first:last] for rank, first, last in pieces_of(start, stop, slices)]
+    assert torch.equal(torch.cat([tensor[:0], *parts]), tensor[start:stop])
+    assert all(len(part) for part in parts)

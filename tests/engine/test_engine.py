@@ -277,7 +277,7 @@ def test_warm_start_refuses_other_names_and_shapes(built):
 
 
 def test_every_preset_trains_on_the_cpu():
-    """But that with a drive, which `test_nvme` trains."""
+    """But that with a drive, which `test_drive` trains."""
     presets = {name: {} for name in settings.preset_names() if name != "zero3_nvme"}
     presets["zero3_hpz"] = {"zero_optimization.zero_hpz_partition_size": 2}
     losses = run_ranks(train_each_preset, 2, presets)[0]
