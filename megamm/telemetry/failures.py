@@ -39,6 +39,7 @@ class FailureLog:
     The inner one is left before anything is closed, so that what closing raises does not take the cause's place.
 
     Attributes:
+        where: Where this rank is.
         told: The exception that was recorded, its traceback printed unless it is one of ours; its only state.
 
     Args:
@@ -49,7 +50,7 @@ class FailureLog:
     """
 
     def __init__(self, run: Path, who: Who, where: Whereabouts, *, ignored: tuple[type[Exception], ...] = ()):
-        self._run, self._who, self._where, self._ignored = run, who, where, ignored
+        self._run, self._who, self.where, self._ignored = run, who, where, ignored
         self.told: Exception | None = None
 
     def __enter__(self) -> FailureLog:
@@ -74,7 +75,7 @@ class FailureLog:
                 print(f"rank {self._who.rank}{shown}", file=sys.stderr, flush=True)
         if not (self._run / "config.json").is_file():
             return
-        place = self._where.place
+        place = self.where.place
         facts = {
             **self._who.to_json(),
             "time": time.time(),
@@ -90,7 +91,7 @@ class FailureLog:
 
     def _samples(self) -> list[dict[str, Any]]:
         try:
-            return [asdict(sample) for sample in self._where.place.samples()]
+            return [asdict(sample) for sample in self.where.place.samples()]
         except Exception as problem:
             print(f"rank {self._who.rank}: the samples in flight cannot be named: {problem}", file=sys.stderr, flush=True)
             return []

@@ -28,7 +28,7 @@ _log = get_logger("telemetry")
 _LEAST_STEP_SECONDS = 600.0
 _LONGEST_STEPS = 10.0
 # How many times as long as a step these may take.
-_FACTORS = {"start": 6.0, "save": 6.0, "leave": 6.0, "evaluate": 3.0}
+_FACTORS = {"start": 6.0, "save": 6.0, "rewind": 6.0, "leave": 6.0, "evaluate": 3.0}
 _FIRST_STEP_FACTOR = 3.0
 
 _MAX_LOOK_SECONDS = 1.0

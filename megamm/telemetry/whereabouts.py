@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Phase = Literal["start", "data", "train", "evaluate", "save", "leave"]
+Phase = Literal["start", "data", "train", "evaluate", "save", "rewind", "leave"]
 
 Samples = Callable[[], Sequence[Any]]
 """Names the samples at hand when it is called, as dataclasses with `dataset`, `shard`, `key`, `micro_step` and `row`."""

@@ -190,7 +190,10 @@ def _first_failure(own: str | None, run: Run) -> MegaMMError:
 
 def _wants_stop(run: Run) -> bool:
     """Whether something asks this rank to stop; what did first is kept, because it says whether the run is to be started again."""
-    run.stop_reason = run.stop_reason or run.stop.reason or (run.limit.reason(run.where) if run.limit else None)
+    if run.stop_reason is None:
+        run.stop_reason = run.stop.reason or (run.limit.reason(run.where) if run.limit else None)
+        if run.stop_reason is not None:
+            _log.info("step %d is the last one for now: %s", run.step + 1, run.stop_reason)
     return run.stop_reason is not None
 
 

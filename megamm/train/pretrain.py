@@ -68,18 +68,12 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
                 print(f"{path} is done (it holds DONE); start a new run with another --run", file=sys.stderr)
         else:
             with hold_run(path, world, lease_seconds=recipe.checkpoint.lease_seconds) as hold:
-                who = Who(hold.fence.number, world.rank, world.size, hold.fence.job_id, hold.fence.restart_count)
-                where = Whereabouts()
-                failures = FailureLog(path, who, where, ignored=(LostRun,))
-                with distributed.fail_together():
-                    if world.is_main:
-                        Heartbeats(path).clear()
-                watch = StallWatch(
-                    path, who, where, stall_seconds=recipe.telemetry.stall_seconds, num_collectives=distributed.num_collectives
-                )
+                watch, failures = _watch(path, recipe, world, hold)
                 with watch, failures:
-                    _train(recipe, run, world, hold, resume=resume, changes=changes, stop=stop, where=where, failures=failures)
+                    _train(recipe, run, world, hold, resume=resume, changes=changes, stop=stop, failures=failures)
     except MegaMMError:
+        # Threads of gloo that are cut off while the interpreter is taken apart are no news.
+        faulthandler.disable()
         raise
     except Exception as error:
         _leave_at_once(world, None if failures is not None and failures.told is error else error)
@@ -95,7 +89,6 @@ def _train(
     resume: str,
     changes: DataChanges,
     stop: StopRequest,
-    where: Whereabouts,
     failures: FailureLog,
 ) -> None:
     with distributed.fail_together():
@@ -138,7 +131,7 @@ def _train(
             watch=watch,
             stop=stop,
             limit=limit,
-            where=where,
+            where=failures.where,
             failures=failures,
             fingerprints=fingerprints,
             step=start.step,
@@ -148,6 +141,18 @@ def _train(
             num_skipped=Counter(entry.dataset for entry in start.ledger),
         )
     )
+
+
+def _watch(path: Path, recipe: Recipe, world: World, hold: Hold) -> tuple[StallWatch, FailureLog]:
+    """What watches this rank; signs of life of earlier starts are gone then."""
+    with distributed.fail_together():
+        if world.is_main:
+            Heartbeats(path).clear()
+    who = Who(hold.fence.number, world.rank, world.size, hold.fence.job_id, hold.fence.restart_count)
+    where = Whereabouts()
+    stall_seconds = recipe.telemetry.stall_seconds
+    watch = StallWatch(path, who, where, stall_seconds=stall_seconds, num_collectives=distributed.num_collectives)
+    return watch, FailureLog(path, who, where, ignored=(LostRun,))
 
 
 def _leave_at_once(world: World, untold: Exception | None) -> None:
