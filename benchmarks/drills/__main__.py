@@ -27,7 +27,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 apply_defaults()
 
 from benchmarks import results  # noqa: E402
-from benchmarks.drills import chains, damage, disks, foreign, kills, owners, pickles, table  # noqa: E402
+from benchmarks.drills import chains, damage, disks, foreign, full_disk, kills, owners, pickles, table  # noqa: E402
 from benchmarks.drills.drill import Drill, Size, Tally  # noqa: E402
 from benchmarks.drills.table import Outcome  # noqa: E402
 
@@ -37,6 +37,7 @@ MODULES = {
     "foreign": foreign,
     "owners": owners,
     "disks": disks,
+    "full_disk": full_disk,
     "pickles": pickles,
     "chains": chains,
 }

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from benchmarks.drills.drill import Drill, Size, Tally
 from benchmarks.drills.saving import names_in
-from benchmarks.drills.training import Trainer, judged_in_training
+from benchmarks.drills.training import Trainer, judged_in_training, next_works
 from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.io import Buffer
 from megamm.checkpoint.manifest import step_folder
-from megamm.checkpoint.saver import Committed, Failed, Saver
+from megamm.checkpoint.saver import Committed, Failed
 from megamm.core.errors import CheckpointError
 from tests.support.faults import Broken, WatchedIo
 
@@ -87,7 +87,7 @@ def _refuse(trainer: Trainer, run: Path, at: int, number: int, commit: int) -> s
             return f"counted as {second.num_in_a_row} in a row"
         if newest not in (first.step, second.step) or (isinstance(second, Committed) and newest != second.step):
             return f"{second}, step {newest} is the newest"
-        return _next_works(trainer, saver, run)
+        return next_works(trainer, saver, run)
 
 
 def refused_for_good(size: Size, folder: Path) -> Tally:
@@ -162,7 +162,7 @@ def _stall(trainer: Trainer, run: Path, at: int) -> str:
         outcomes += saver.finish()
         if [type(outcome) for outcome in outcomes] != [Committed] or trainer.newest(run / "checkpoints") != step:
             return f"{outcomes}, step {trainer.newest(run / 'checkpoints')} is the newest"
-        return _next_works(trainer, saver, run)
+        return next_works(trainer, saver, run)
 
 
 def rotten(size: Size, folder: Path) -> Tally:
@@ -199,16 +199,7 @@ def _rot(trainer: Trainer, run: Path, at: int, change: Callable[[bytes], bytes])
             return f"left in the folder: {names_in(run)}"
         if trainer.newest(folder) != first.step:
             return f"step {trainer.newest(folder)} is the newest"
-        return _next_works(trainer, saver, run)
-
-
-def _next_works(trainer: Trainer, saver: Saver, run: Path) -> str:
-    """What is wrong with the save after a fault: it commits, counts from nought, and leaves what it replaces nowhere."""
-    outcome = trainer.save(saver)
-    if not isinstance(outcome, Committed) or trainer.newest(run / "checkpoints") != outcome.step:
-        return f"the next save: {outcome}"
-    left = [name for name in names_in(run) if name != step_folder(outcome.step) and ".damaged-" not in name]
-    return f"left in the folder: {left}" if left else ""
+        return next_works(trainer, saver, run)
 
 
 def _operations(trainer: Trainer, run: Path) -> list[tuple[str, str]]:

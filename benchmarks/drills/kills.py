@@ -166,7 +166,7 @@ def _share(tries: Sequence, size: Size) -> Sequence:
 def _copy(template: Path) -> Iterator[Path]:
     """A copy to do harm to."""
     run = template.with_name("run")
-    shutil.copytree(template, run)
+    shutil.copytree(template, run, symlinks=True)
     try:
         yield run
     finally:

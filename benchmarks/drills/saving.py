@@ -27,7 +27,7 @@ from megamm.checkpoint.manifest import (
     read_ledger,
     read_manifest,
 )
-from megamm.checkpoint.retain import LATEST, retire
+from megamm.checkpoint.retain import LATEST, point_latest, retire
 from megamm.checkpoint.shards import ShardLayout, Spec, tensor_bytes
 from megamm.checkpoint.slicing import slice_bounds
 from megamm.config.schema import Checkpointing
@@ -108,6 +108,7 @@ def save_together(run: Path, state: State, world: World, hold: Hold, *, io: Io =
     gather_json(None)
     if world.is_main:
         hold.check()
+        point_latest(attempt.folder, attempt.final.name, io)
         retire(attempt.folder, state.step, Checkpointing(keep_last=keep_last), io)
     gather_json(None)
 

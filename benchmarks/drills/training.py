@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.drills.ranks import judged
+from benchmarks.drills.saving import names_in
 from megamm.checkpoint.choose import newest_good
 from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.io import LOCAL, Io
-from megamm.checkpoint.manifest import read_manifest
+from megamm.checkpoint.manifest import read_manifest, step_folder
 from megamm.checkpoint.saver import Committed, Failed, Saver
 from megamm.config.schema import Checkpointing
 from megamm.engine import distributed
@@ -68,3 +69,12 @@ def _judge(judge: Callable[[Trainer], list[str]]) -> list[str]:
         return judge(Trainer(engine, world))
     finally:
         engine.close()
+
+
+def next_works(trainer: Trainer, saver: Saver, run: Path) -> str:
+    """What is wrong with the save after a fault: it commits, counts from nought, and leaves what it replaces nowhere."""
+    outcome = trainer.save(saver)
+    if not isinstance(outcome, Committed) or trainer.newest(run / "checkpoints") != outcome.step:
+        return f"the next save: {outcome}"
+    left = [name for name in names_in(run) if name != step_folder(outcome.step) and ".damaged-" not in name]
+    return f"left in the folder: {left}" if left else ""
