@@ -9,10 +9,11 @@ if [ "$#" -lt 1 ]; then
 fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
+# Without the -- it takes --run for one of its own options.
 exec torchrun \
     --nnodes "${NUM_NODES:-1}" \
     --nproc-per-node "${GPUS:-1}" \
     --rdzv-backend c10d \
     --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29400}" \
     --rdzv-id "${RUN_ID:-megamm}" \
-    --no-python "$here/node.sh" "$@"
+    --no-python -- "$here/node.sh" "$@"

@@ -75,7 +75,7 @@ leave_out() {
     if [ -n "$asked" ]; then
         requeue
     elif [ "${#bad[@]}" -eq 0 ]; then
-        say "the checks of the nodes failed; see $run/logs/job-$SLURM_JOB_ID-restart-$restart-preflight-*.log (MEGAMM_PREFLIGHT=0 goes without)"
+        say "the checks of the nodes failed; see $run/logs/job-$SLURM_JOB_ID-restart-$restart-preflight-*.log"
     elif [ "${#bad[@]}" -ge "$SLURM_JOB_NUM_NODES" ]; then
         say "every node failed its checks, so the nodes may not be to blame; see $run/logs/preflight.json"
     else
@@ -98,8 +98,7 @@ last_error=$(newest_error)
 a_task_a_gpu
 log=$run/logs/job-%j-restart-$restart
 
-several=0
-if [ "${MEGAMM_PREFLIGHT:-$several}" = 1 ]; then
+if [ "${MEGAMM_PREFLIGHT:-0}" = 1 ]; then
     overrides_of "${arguments[@]}"
     if ! check_nodes "$run" "${tasks[@]}" --output="$log-preflight-%t.log" -- "$recipe" --run "$run" "${overrides[@]}"; then
         leave_out "$bad_nodes"

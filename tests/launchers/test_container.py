@@ -113,6 +113,10 @@ def test_a_site_that_is_not_there_is_refused(job: Job):
     assert result.returncode == 2 and "MEGAMM_SITE=/nowhere/site.env is not there" in result.stderr
 
 
+def test_the_example_of_a_site_can_be_read_as_it_is(job: Job):
+    assert job.run(MEGAMM_SITE=str(CHECKOUT / "slurm" / "site.env.example")).stdout.splitlines()[-1] == "megamm evaluate runs/a"
+
+
 def test_a_checkout_that_is_not_there_is_named(job: Job):
     result = job.run(MEGAMM_HOME="/nowhere")
     assert result.returncode == 2 and "/nowhere/slurm/common.sh" in result.stderr

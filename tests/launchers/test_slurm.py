@@ -37,7 +37,9 @@ class Job:
         path.write_text(text)
         path.chmod(0o755)
 
-    def start(self, srun: str, *, restart: int = 0, state: str = "RUNNING", number: int = 77, **more: str) -> subprocess.Popen:
+    def start(
+        self, srun: str, *words: str, restart: int = 0, state: str = "RUNNING", number: int = 77, **more: str
+    ) -> subprocess.Popen[str]:
         self._program("srun", f"#!/bin/bash\n{srun}\n")
         variables = {
             "PATH": f"{self._programs}:{os.environ['PATH']}",
@@ -52,10 +54,12 @@ class Job:
             "RUN": str(self.run),
             **more,
         }
-        return subprocess.Popen([SCRIPT, "tiny", "--run", str(self.run)], env=variables, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [SCRIPT, *(words or ("tiny", "--run", str(self.run)))], env=variables, cwd=self.run.parent, stderr=subprocess.PIPE, text=True
+        )
 
-    def finish(self, srun: str, **options) -> tuple[int, str]:
-        process = self.start(srun, **options)
+    def finish(self, srun: str, *words: str, **options) -> tuple[int, str]:
+        process = self.start(srun, *words, **options)
         _, errors = process.communicate(timeout=20)
         return process.returncode, errors
 
@@ -165,6 +169,20 @@ def test_the_environment_of_each_start_is_kept_without_secrets(job):
     text = (job.run / "logs" / "job-77-restart-2.env").read_text()
     assert "aaa" not in text
     assert "EXTRA=two\\ words\n" in text and "http_proxy=http://***@proxy:3128\n" in text
+
+
+def test_words_reach_the_run_and_its_folder_has_the_recipes_name(job):
+    show = """printf '%s\\n' "${@:$#-4}" >words"""
+    assert job.finish(show, "recipes/7b.toml", "--optim.lr", "2e-4", "two words")[0] == 75
+    folder = job.run.parent
+    assert (folder / "words").read_text().splitlines() == ["--optim.lr", "2e-4", "two words", "--run", f"{folder}/runs/7b"]
+
+
+def test_one_task_a_gpu_on_as_many_nodes_as_this_start_has(job):
+    show = """printf '%s\\n' "$@" >"$RUN/words" """
+    job.finish(show, SLURM_JOB_NUM_NODES="3", SLURM_GPUS_PER_NODE="a100:8", SLURM_NTASKS="16")
+    words = (job.run / "words").read_text().splitlines()
+    assert {"--nodes=3", "--ntasks=24", "--ntasks-per-node=8"} <= set(words)
 
 
 def test_unequal_gpus_and_tasks_are_refused(job):
