@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megamm.status.submissions import FILE, Submission
 from megamm.status.units import several
 from megamm.submit.checks import check
 from megamm.submit.job import Plan, Request, plan_job
-from megamm.submit.snapshot import commit_of, next_folder, recipe_word, take_snapshot
+from megamm.submit.snapshot import Commit, commit_of, next_folder, recipe_word, take_snapshot
 from megamm.train.run_folder import differences
 
 _TIMEOUT_SECONDS = 120.0
@@ -83,60 +83,65 @@ def _at(table: Any, key: str) -> str:
 
 
 def _submit(plan: Plan, folder: Path) -> Submission:
-    made = [path for path in (plan.run, plan.run / "logs", folder.parent) if not path.exists()]
-    is_taken = False
-    try:
+    logs = plan.run / "logs"
+    with contextlib.ExitStack() as undo:
+        for path in (*reversed(plan.run.parents), plan.run, logs, folder.parent):
+            if not path.exists():
+                undo.callback(_remove_if_empty, path)
         # Slurm opens the job's output before its first command, and makes no folder for it.
-        (plan.run / "logs").mkdir(parents=True, exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
         folder.parent.mkdir(exist_ok=True)
         commit = take_snapshot(plan, folder)
-        is_taken = True
-        command, environment = plan.command(folder, recipe_word(plan, folder)), plan.environment(folder)
-        job_id = _sbatch(command, environment)
-    except BaseException:
-        if is_taken:
-            shutil.rmtree(folder, ignore_errors=True)
-        for path in reversed(made):
-            # Only what is empty: a job that started meanwhile may have written there.
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-    submission = Submission(
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        submission = _record(plan, folder, commit)
+        write_json(folder / FILE, asdict(submission))
+        try:
+            job_id = _sbatch(submission)
+        except subprocess.TimeoutExpired:
+            undo.pop_all()
+            waited = f"sbatch did not answer within {_TIMEOUT_SECONDS:.0f} s and may have taken the job"
+            raise ConfigError(f"{waited}: look at `squeue --me`; what it would run is in {folder}") from None
+        # From here on there is a job, which needs all of it.
+        undo.pop_all()
+    submission = replace(submission, job_id=job_id)
+    write_json(folder / FILE, asdict(submission))
+    return submission
+
+
+def _record(plan: Plan, folder: Path, commit: Commit) -> Submission:
+    return Submission(
         target="slurm",
-        job_id=job_id,
+        job_id="",
         submitted_at=time.strftime("%Y-%m-%d %H:%M:%S"),
         submitted_by=getpass.getuser(),
-        command=command,
-        environment=environment,
+        command=plan.command(folder, recipe_word(plan, folder)),
+        environment=plan.environment(folder),
         num_nodes=plan.options.num_nodes[1],
         num_ranks=plan.world_sizes[-1],
         commit=commit.name,
         is_modified=commit.is_modified,
     )
-    write_json(folder / FILE, asdict(submission))
-    return submission
 
 
-def _sbatch(command: list[str], environment: dict[str, str]) -> str:
-    """Submit.
-
-    Returns:
-        The job's number.
+def _sbatch(submission: Submission) -> str:
+    """Submit; the job's number.
 
     Raises:
         ConfigError: sbatch refused it, or cannot be called.
     """
+    environment = {**os.environ, **submission.environment}
     try:
-        answer = subprocess.run(
-            command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS
-        )
+        answer = subprocess.run(submission.command, env=environment, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS)
     except FileNotFoundError:
         raise ConfigError("sbatch is not on PATH; submit from a node of the cluster") from None
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"sbatch did not answer within {_TIMEOUT_SECONDS:.0f} s; look at `squeue --me` whether it took the job") from None
     if answer.returncode:
         raise ConfigError(f"sbatch refused the job: {' '.join(answer.stderr.split())}")
     return answer.stdout.strip().partition(";")[0]
+
+
+def _remove_if_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def _next_steps(plan: Plan, submission: Submission) -> Iterator[str]:
