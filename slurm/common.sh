@@ -40,6 +40,7 @@ begin_job() {
     job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-$SLURM_JOB_ID}
     restart=${SLURM_RESTART_COUNT:-0}
+    MEGAMM_HOME=$(cd "$MEGAMM_HOME" && pwd)
     load_site
     if [ -n "${MEGAMM_MODULES:-}" ]; then
         load_modules
@@ -139,7 +140,7 @@ dump_environment() {
             *TOKEN* | *KEY* | *SECRET* | *PASS* | *CREDENTIAL* | *JWT*) value='***' ;;
         esac
         printf '%s=%q\n' "$name" "$value"
-        # Proxies and registries carry user:password@ in their addresses.
+    # Proxies and registries carry user:password@ in their addresses.
     done < <(env -0 | sort -z) | sed -E 's#://[^/@]+@#://***@#g' >"$1"
 }
 
@@ -155,12 +156,13 @@ launch() {
     done
     shift
     container
-    # Plugins that cannot bind print a complaint for every step.
-    if scontrol show config 2>/dev/null | grep -Eq '^TaskPlugin .*(affinity|cgroup)'; then
+    # Plugins that cannot bind print a complaint for every step. (grep reads to the end: a pipe that breaks would count as a no.)
+    if scontrol show config 2>/dev/null | grep -E '^TaskPlugin .*(affinity|cgroup)' >/dev/null; then
         options+=("--cpu-bind=${MEGAMM_CPU_BIND:-cores}")
     fi
-    # A task that dies takes the others along at once: without it they wait for it, and the job burns its time.
-    srun --kill-on-bad-exit=1 --wait=60 "${options[@]}" "${inside[@]}" "$MEGAMM_HOME/launchers/node.sh" "$@" &
+    # A task that fails takes the others along at once, one that is done those that are not some minutes later: without it they might wait
+    # for each other until the job's time is up.
+    srun --kill-on-bad-exit=1 --wait=300 "${options[@]}" "${inside[@]}" "$MEGAMM_HOME/launchers/node.sh" "$@" &
     step=$!
     [ -z "$asked" ] || pass_signal
     # A trap runs only between commands, so srun is in the background and the shell waits for it again after each signal.
@@ -183,7 +185,7 @@ pass_signal() {
 # shellcheck disable=SC2154  # both belong to launch
 container() {
     [ -n "${MEGAMM_CONTAINER:-}" ] || return 0
-    local mounts=$MEGAMM_HOME:$MEGAMM_HOME,$PWD:$PWD program
+    local mounts=$MEGAMM_HOME:$MEGAMM_HOME,$PWD:$PWD folder program
     for folder in "${run:-}" "${MEGAMM_SCRATCH:-}" "${MEGAMM_VENV:-}"; do
         [ -z "$folder" ] || mounts+=,$(realpath "$folder"):$(realpath "$folder")
     done
@@ -193,7 +195,7 @@ container() {
             refuse "MEGAMM_CONTAINER=$MEGAMM_CONTAINER needs apptainer, which is not on PATH; load it with MEGAMM_MODULES"
         inside=("$program" exec --nv --bind "$mounts" --pwd "$PWD" "$MEGAMM_CONTAINER")
     else
-        srun --help | grep -q -- --container-image ||
+        srun --help | grep -e --container-image >/dev/null ||
             refuse "MEGAMM_CONTAINER=$MEGAMM_CONTAINER needs pyxis, which this srun does not have; name a .sif for apptainer"
         options+=("--container-image=$MEGAMM_CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
     fi

@@ -11,13 +11,13 @@ SCONTROL = """#!/bin/sh
 case "$1 $2" in
     "show hostnames") echo node0 ;;
     "show node") echo "NodeName=node0 NodeAddr=127.0.0.1" ;;
-    "show config") echo "TaskPlugin              = task/affinity,task/cgroup" ;;
+    "show config") echo "TaskPlugin              = task/affinity,task/cgroup"; seq 50000 ;;
     "show job") echo "JobId=77 JobState=RUNNING ExcNodeList=(null)" ;;
 esac
 """
-# As srun does: its own options, then the command. The command runs, so that what is inside is seen as well.
+# Both say much, as the real ones do: more than a pipe holds. As srun does: its own options, then the command. The command runs, so that what is inside is seen as well.
 SRUN = """#!/bin/bash
-if [ "$1" = --help ]; then echo "$HELP"; exit; fi
+if [ "$1" = --help ]; then echo "$HELP"; seq 50000; exit; fi
 while [[ $1 == -* ]]; do echo "srun $1"; shift; done
 exec "$@"
 """
