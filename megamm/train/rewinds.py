@@ -72,7 +72,7 @@ def _is_abandoned(folder: Path, left_out: tuple[Stretch, ...]) -> bool:
     """Whether a checkpoint was trained on data that the run later decided to leave out."""
     try:
         state = LoaderState.from_json(read_data_state(folder))
-    except (OSError, ValueError, DataError):
+    except (CheckpointError, DataError):
         # Damaged: whoever chooses a checkpoint finds out and says so.
         return False
     unknown = [one for one in left_out if one.plan == state.fingerprint and one not in state.stretches]
