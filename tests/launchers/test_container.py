@@ -15,7 +15,8 @@ case "$1 $2" in
     "show job") echo "JobId=77 JobState=RUNNING ExcNodeList=(null)" ;;
 esac
 """
-# Both say much, as the real ones do: more than a pipe holds. As srun does: its own options, then the command. The command runs, so that what is inside is seen as well.
+# Slurm's programs say much, more than a pipe holds. srun takes its own options, then the command; that runs, so that what is inside is
+# seen as well.
 SRUN = """#!/bin/bash
 if [ "$1" = --help ]; then echo "$HELP"; seq 50000; exit; fi
 while [[ $1 == -* ]]; do echo "srun $1"; shift; done

@@ -13,6 +13,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPT = str(CHECKOUT / "slurm" / "pretrain.sh")
 
 SCONTROL = """#!/bin/sh
+[ ! -e "$RUN/away" ] || { rm "$RUN/away"; exit 1; }
 case "$1 $2" in
     "show hostnames") echo node0 ;;
     "show node") echo "NodeName=node0 NodeAddr=127.0.0.1 NodeHostName=node0" ;;
@@ -123,6 +124,12 @@ def test_what_only_somebody_can_mend_is_not_tried_again(job):
 def test_a_cancelled_job_stays_cancelled(job):
     assert job.finish(interrupted("SIGTERM"), state="COMPLETING")[0] == 75
     assert job.num_requeues == 0
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(job):
+    code, errors = job.finish('touch "$RUN/away"; ' + interrupted())
+    assert code == 75 and job.num_requeues == 1
+    assert "no requeue at attempt 1 (the controller says nothing)" in errors
 
 
 def test_the_third_restart_without_a_checkpoint_gives_up(job):
