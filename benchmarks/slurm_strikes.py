@@ -77,7 +77,7 @@ class Yard:
 
     def train(self, cluster: Cluster, run: Path, *words: str) -> Training:
         """Submit a run."""
-        return Training(cluster, self.material, run, f"--gpus-per-node={self.num_tasks}", f"--ntasks-per-node={self.num_tasks}", *words)
+        return Training(cluster, self.material, run, f"--gpus-per-node={self.num_tasks}", *words)
 
 
 class Strike:
@@ -109,15 +109,16 @@ class Strike:
 
     def resumed(self) -> None:
         """Return when a step was trained after it."""
-        reached = 0
+        reached, step = 0, None
 
-        def start() -> int | None:
-            nonlocal reached
-            # Before somebody goes on, who drops the lines of what is not in a checkpoint.
-            reached = max(reached, *self.training.steps)
-            return self.training.next_start(self._owner)
+        def has_gone_on() -> bool:
+            nonlocal reached, step
+            # Before the next one drops the lines of steps that no checkpoint holds.
+            reached = max([reached, *self.training.steps])
+            step = self.training.next_start(self._owner)
+            return step is not None
 
-        step = self.training.wait(lambda: (one := start()) is not None and [one], "another start")[0]
+        self.training.wait(has_gone_on, "another start")
         self.training.wait_for_step(step + 1)
         self._resumed = time.monotonic() - self._struck, max(0, reached - step)
 

@@ -88,9 +88,9 @@ class Training:
         """Submit `slurm/pretrain.sh`; `words` are options of sbatch: nodes, tasks and GPUs a node at least."""
         self.cluster, self.run = cluster, run
         settings = {"MEGAMM_HOME": str(CHECKOUT), "MEGAMM_VENV": sys.prefix, "MEGAMM_PREFLIGHT": "0", "OMP_NUM_THREADS": "1"}
-        output = f"--output={run.parent}/{run.name}-%j.out"
-        command = (*_WORDS, *words, output, str(SCRIPT), str(material.recipe), "--run", str(run))
-        self.job = cluster.submit(*command, env=settings, cwd=str(material.folder))
+        place = (f"--chdir={material.folder}", f"--output={run.parent}/{run.name}-%j.out")
+        command = (*_WORDS, *words, *place, str(SCRIPT), str(material.recipe), "--run", str(run))
+        self.job = cluster.submit(*command, env=settings)
 
     @property
     def steps(self) -> dict[int, dict[str, Any]]:
