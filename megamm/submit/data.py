@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from megamm.config import Dataset
@@ -12,6 +13,7 @@ from megamm.data.samples.datasets import find_shards
 from megamm.data.samples.lengths import ONE_SPEED, lengths_key, lengths_path
 from megamm.data.samples.mapping import SampleForm
 from megamm.data.shards.places import Shard, is_url, sidecar_path
+from megamm.status.units import several
 from megamm.submit.finding import Finding, good, note, problem
 from megamm.submit.job import Plan
 from megamm.tokenizers.text import TextTokenizer
@@ -29,37 +31,43 @@ def check_data(plan: Plan) -> Iterator[Finding]:
     except ConfigError as error:
         yield problem(str(error))
     held_out = recipe.data.held_out if recipe.evaluation.every else {}
+    num_unplanned = 0
     for name, dataset, is_trained in [*((*one, True) for one in recipe.data.train.items()), *((*one, False) for one in held_out.items())]:
-        yield from _check_dataset(plan, name, dataset, tokenizer, is_trained=is_trained)
+        if is_url(dataset.shards):
+            yield note(f"{name}: {dataset.shards.partition('?')[0]} is not looked at from here")
+            continue
+        found = _look(plan, name, dataset, tokenizer, is_trained=is_trained)
+        title = f"{name}{'' if is_trained else ' (held out)'}"
+        if found.unindexed:
+            more = f" and {len(found.unindexed) - 1:,} more" if len(found.unindexed) > 1 else ""
+            yield problem(f"{title}: {found.unindexed[0]}{more} has no index; run `megamm data index` on it")
+        else:
+            yield good(f"{title}: {several(found.num_shards, 'shard')}")
+        num_unplanned += found.num_unplanned
+    if num_unplanned:
+        shards = f"{num_unplanned:,} shards have" if num_unplanned > 1 else "1 shard has"
+        yield note(f"{shards} no planned lengths: the job makes them while its GPUs wait; `megamm data plan-lengths` makes them before")
 
 
-def _check_dataset(plan: Plan, name: str, dataset: Dataset, tokenizer: TextTokenizer | None, *, is_trained: bool) -> Iterator[Finding]:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    num_shards: int
+    unindexed: list[Shard]
+    num_unplanned: int
+
+
+def _look(plan: Plan, name: str, dataset: Dataset, tokenizer: TextTokenizer | None, *, is_trained: bool) -> _Found:
+    """Which sidecars a dataset of local shards has; lengths belong to a tokenizer, and without one nothing is said of them."""
     data = plan.recipe.data
-    title = name if is_trained else f"{name} (held out)"
     form = SampleForm.of(name, dataset, data)
-    if is_url(dataset.shards):
-        yield note(f"{title}: {dataset.shards.partition('?')[0]} is not looked at from here")
-        return
-    tars = find_shards(name, dataset, Path(data.root), reading=data.reading)
-    present = _Listing()
-    if unindexed := [tar for tar in tars if not present(sidecar_path(tar, ".index"))]:
-        more = f" and {len(unindexed) - 1} more" if len(unindexed) > 1 else ""
-        yield problem(f"{title}: {unindexed[0]}{more} has no index; run `megamm data index` on it")
-        return
-    yield good(f"{title}: shards: {len(tars):,}")
-    if tokenizer is not None:
+    tars, present = find_shards(name, dataset, Path(data.root), reading=data.reading), _Listing()
+    unindexed = [tar for tar in tars if not present(sidecar_path(tar, ".index"))]
+    num_unplanned = 0
+    if tokenizer is not None and not unindexed:
         speeds = dataset.augment.audio_speeds if is_trained else ONE_SPEED
         key = lengths_key(tokenizer, MediaRules.of(plan.recipe.model, data), form=form, speeds=speeds)
-        yield from _check_lengths(title, tars, key, present)
-
-
-def _check_lengths(title: str, tars: Sequence[Shard], key: str, present: _Listing) -> Iterator[Finding]:
-    unplanned = [tar for tar in tars if not present(lengths_path(tar, key))]
-    if unplanned:
-        yield note(
-            f"{title}: {len(unplanned):,} of {len(tars):,} shards have no planned lengths: the job makes them while its GPUs wait; "
-            "`megamm data plan-lengths` makes them before"
-        )
+        num_unplanned = sum(not present(lengths_path(tar, key)) for tar in tars)
+    return _Found(len(tars), unindexed, num_unplanned)
 
 
 class _Listing:
