@@ -259,7 +259,8 @@ def _go_back(run: Run, batch: StepData, trouble: Trouble) -> None:
     run.ledger = list(start.ledger) if run.world.is_main else []
     run.num_skipped = Counter(entry.dataset for entry in start.ledger)
     run.watch.restore(start.watch)
-    run.loader = run.data.loader(start.data_state, run.world, start.ledger)
+    with distributed.fail_together():
+        run.loader = run.data.loader(start.data_state, run.world, start.ledger)
 
 
 def _evaluate(run: Run) -> None:

@@ -63,6 +63,7 @@ def go_back(
         first, last = plan.next_step(there).state.plan.num_steps, state.plan.num_steps
         onward = plan.leave_out(there, first, last, reason=trouble.reason, from_step=state.step, to_step=saved.step)
         if world.is_main:
+            hold.check()
             decide(run.path, onward.stretches[-1])
             set_aside_abandoned(run.path, hold)
     if world.is_main:
