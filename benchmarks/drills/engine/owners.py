@@ -38,8 +38,10 @@ def two_jobs(size: Size, folder: Path) -> Tally:
 def _intrude(ground: Ground, run: str, called: str, first: ForkedJob, num_ranks: int) -> list[str]:
     trained = len(numbers(ground.path(run)))
     with ground.fork(run, num_ranks=num_ranks) as second:
-        statuses = second.wait()
-        words = second.last_words()
+        second.until(lambda: first.is_over, "the second job was not refused")
+        if first.is_over:
+            return [f"the first job ended: {first.last_words()}"]
+        statuses, words = second.wait(), second.last_words()
     expected = f"is in use by {called} on {platform.node()}, pid {first.ranks()[0]}"
     problems = [f"the second job ended with {statuses}: {words}"] * (0 in statuses)
     problems += [f"the second job was not told {expected!r} but {words!r}"] * (expected not in words)

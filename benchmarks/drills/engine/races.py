@@ -12,8 +12,8 @@ from megamm.core.json_lines import read_json_lines
 
 _SAVES: dict[Size, int] = {"quick": 5, "normal": 60, "full": 300}
 _EVERY = 4
-_WRITE_SECONDS = 0.15
-"""A shard takes several writes; steps take a tenth of a second."""
+_SLOW_SECONDS = 0.3
+"""Of the copying of a snapshot, and at most of each of several writes; steps take a tenth of a second."""
 
 
 def races(size: Size, folder: Path) -> Tally:
@@ -21,7 +21,7 @@ def races(size: Size, folder: Path) -> Tally:
     num_steps = _SAVES[size] * _EVERY
     with Ground(folder, f"--train.steps={num_steps}") as ground:
         unbroken = Unbroken.train(ground)
-        slow = {"name": "slow", "seconds": _WRITE_SECONDS}
+        slow = {"name": "slow", "seconds": _SLOW_SECONDS}
         ground.train("raced", f"--checkpoint.every={_EVERY}", "--checkpoint.keep_last=1000000", fault=slow)
         run = ground.path("raced")
         found = {step: "; ".join(unbroken.problems_of_checkpoint(step, path)) for step, path in committed(run / "checkpoints")}

@@ -8,14 +8,17 @@ import os
 import random
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megamm import cli
 from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.io import Io
 from megamm.checkpoint.saver import Saver
+from megamm.checkpoint.snapshot import Snapshot
 from megamm.config.schema import Checkpointing
 from megamm.core.json_lines import JsonLines
 from megamm.train import pretrain
@@ -49,9 +52,21 @@ def noted(rank: int, *, folder: str) -> None:
 
 
 def slow(rank: int, *, seconds: float) -> None:
-    """Every write of a save takes up to that long, another time on every rank."""
+    """Every write of a save takes up to that long, another time on every rank, and so does all copying of its snapshot."""
     draw = random.Random(rank)
     _save_through(WatchedIo(lambda number, name, path: time.sleep(draw.uniform(0, seconds)) if name == "write" else None))
+    take = Snapshot.take
+
+    def take_slowly(self: Snapshot, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        everything = list(tensors)
+        take(self, (_after(seconds / len(everything), one) for one in everything))
+
+    Snapshot.take = take_slowly
+
+
+def _after(seconds: float, value: Any) -> Any:
+    time.sleep(seconds)
+    return value
 
 
 def flaky(rank: int, *, share: float, stall_seconds: float, seed: int) -> None:
