@@ -27,7 +27,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 apply_defaults()
 
 from benchmarks import results  # noqa: E402
-from benchmarks.drills import chains, damage, disks, foreign, full_disk, kills, owners, pickles, table  # noqa: E402
+from benchmarks.drills import chains, damage, disks, engine, foreign, full_disk, kills, owners, pickles, table  # noqa: E402
 from benchmarks.drills.drill import Drill, Size, Tally  # noqa: E402
 from benchmarks.drills.table import Outcome  # noqa: E402
 
@@ -40,6 +40,7 @@ MODULES = {
     "full_disk": full_disk,
     "pickles": pickles,
     "chains": chains,
+    "engine": engine,
 }
 """Every module of drills, in the order of the table."""
 DRILLS = {drill.fault: drill for module in MODULES.values() for drill in module.DRILLS}
@@ -71,8 +72,12 @@ def chosen(only: Sequence[str] | None) -> list[Drill]:
     """The drills of some modules, or whose faults hold some words; all without any."""
     if not only:
         return list(DRILLS.values())
+    modules, words = [name for name in only if name in MODULES], [name for name in only if name not in MODULES]
     return [
-        drill for name, module in MODULES.items() for drill in module.DRILLS if name in only or any(words in drill.fault for words in only)
+        drill
+        for name, module in MODULES.items()
+        for drill in module.DRILLS
+        if name in modules or any(word in drill.fault for word in words)
     ]
 
 
