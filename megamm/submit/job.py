@@ -51,7 +51,7 @@ class Plan:
     Attributes:
         request: What was asked for.
         recipe: With overrides, and as the run's archive has it where the run exists.
-        stated: What `recipe` differs from by these words: the recipe, or the run's archive.
+        stated: Without overrides: the recipe, or the run's archive.
         run: The run folder, absolute.
         home: The checkout that is snapshotted.
         site: The site's settings; None where there are none.

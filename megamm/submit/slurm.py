@@ -60,7 +60,7 @@ def _rehearsal(plan: Plan, folder: Path) -> Iterator[str]:
     yield ""
     yield f"code       {plan.home}, commit {commit.name or 'unknown'}{', modified' if commit.is_modified else ''}"
     yield f"snapshot   {folder}"
-    yield "settings that differ from the recipe" if plan.stated == plan.recipe or not plan.run.is_dir() else "settings that change"
+    yield f"settings that differ from {'those of the run' if (plan.run / 'config.json').is_file() else 'the recipe'}"
     changed = [f"  {line}" for line in _changes(plan)]
     yield from changed or ["  none"]
     yield "environment"
