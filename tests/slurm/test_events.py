@@ -3,6 +3,8 @@
 `python -m benchmarks.slurm_events` has all of them, with two ranks a node.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from benchmarks.slurm_events import EVENTS, LOSS_TOLERANCE, Event
 from benchmarks.slurm_strikes import Yard
 from tests.support.slurm.cluster import Cluster
+from tests.support.slurm.unbroken import compare
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -30,3 +33,18 @@ def test_a_run_outlives(event: Event, yard: Yard, tmp_path: Path):
     assert seen.num_unequal_tensors in (0, None), "another number of ranks cannot be bit-equal, the same must be"
     assert seen.loss_difference is not None and seen.loss_difference <= LOSS_TOLERANCE
     assert seen.resume_seconds is not None
+
+
+@pytest.mark.parametrize("damage", ["lost", "repeated", "exchanged"])
+def test_a_step_of_other_samples_is_seen(yard: Yard, tmp_path: Path, damage: str):
+    unbroken = yard.unbroken(2)
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    third = next(number for number, line in enumerate(lines) if line["step"] == 3 and "loss" in line)
+    replacement = {"lost": [], "repeated": [lines[third]] * 2, "exchanged": [{**lines[third], "sample_keys": "0" * 32}]}
+    lines[third : third + 1] = replacement[damage]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compare(unbroken, unbroken).num_samples == 0
+    difference = compare(run, unbroken)
+    assert difference.num_samples > 0 and difference.num_tensors == 0
