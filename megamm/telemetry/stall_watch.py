@@ -38,7 +38,8 @@ _BEATS = 12
 # A server of files answers some hundred requests a second beside all else, however many ranks there are.
 _RANKS_A_SECOND = 100
 _MIN_GATHER_SECONDS = 3.0
-_REPORT_SECONDS = 20.0
+# Gathering, waiting for the rank that tells, and as long again for the files of both.
+_REPORTS = 3
 _NAMED_RANKS = 8
 
 
@@ -130,7 +131,7 @@ class StallWatch:
     def _keep_clock(self) -> None:
         stillness = Stillness(2 * self._look_seconds)
         armed = -self._beat_seconds
-        while not self._stalled.wait(self._look_seconds):
+        while not self._stalled.is_set():
             now, place = time.monotonic(), self._where.place
             seconds = stillness.look(place, now)
             limit = allowance(self._stall_seconds, place, self._where.longest_step_seconds)
@@ -141,13 +142,14 @@ class StallWatch:
             if seconds > limit:
                 self._message = f"no progress for {seconds:.0f} s in {place.phase} of step {place.step}, {limit:.0f} s are allowed"
                 self._stalled.set()
+            self._stalled.wait(self._look_seconds)
         if not self._left.is_set():
             self._end()
 
     def _end(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         _say(f"rank {self._who.rank} has stalled: {self._message}; it is in {doing()}")
-        if not self._reported.wait(2 * self._gather_seconds + _REPORT_SECONDS):
+        if not self._reported.wait(_REPORTS * self._gather_seconds):
             self._say_stacks(f"{self._run} does not take the report")
         os._exit(1)
 
