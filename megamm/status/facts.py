@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megamm.checkpoint.fence import LOCK
 from megamm.core.errors import MegaMMError
 from megamm.core.files import read_json
 from megamm.status.liveness import Owning, read_owning
@@ -62,8 +63,8 @@ class Facts:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was started, or submitted, in this folder."""
-    return (folder / "config.json").is_file() or (folder / FOLDER).is_dir()
+    """Whether a run was started, is starting, or was submitted in this folder."""
+    return (folder / "config.json").is_file() or (folder / FOLDER).is_dir() or (folder / LOCK).is_dir()
 
 
 def read_facts(run: Path) -> Facts:

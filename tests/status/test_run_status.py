@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megamm.checkpoint.lock import RunLock
 from megamm.core.errors import ConfigError
 from megamm.core.files import write_json
 from megamm.status.run_status import find_runs, read_status
@@ -69,6 +70,17 @@ def test_files_that_are_something_else_are_noted(run):
     text = "\n".join(page(status))
     assert "metrics.jsonl cannot be read: Is a directory" in text and "00000001.owner" in text and "environment.json is not as" in text
     json.loads(json.dumps(status.to_json(), allow_nan=False))
+
+
+def test_a_run_that_begins_has_an_owner_and_nothing_else(tmp_path):
+    lock = RunLock.acquire(tmp_path / "runs" / "new", lease_seconds=60.0)
+    try:
+        (found,) = find_runs(tmp_path)
+        assert one(found).state == "starting"
+    finally:
+        lock.release()
+    with pytest.raises(ConfigError, match="holds no run"):
+        find_runs(tmp_path)
 
 
 def test_runs_are_found_below_a_folder_and_nothing_else_is_taken_for_one(run, tmp_path):
