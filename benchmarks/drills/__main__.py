@@ -27,12 +27,13 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 apply_defaults()
 
 from benchmarks import results  # noqa: E402
-from benchmarks.drills import chains, damage, disks, engine, foreign, full_disk, kills, owners, pickles, table  # noqa: E402
+from benchmarks.drills import chains, damage, disks, engine, foreign, full_disk, kills, owners, pickles, power, table  # noqa: E402
 from benchmarks.drills.drill import Drill, Size, Tally  # noqa: E402
 from benchmarks.drills.table import Outcome  # noqa: E402
 
 MODULES = {
     "kills": kills,
+    "power": power,
     "damage": damage,
     "foreign": foreign,
     "owners": owners,

@@ -33,8 +33,14 @@ class Io:
         os.fsync(file.fileno())
 
     def make_folder(self, path: Path) -> None:
-        """Make a folder and its parents, where another rank did not."""
+        """Make a folder and its parents, where another rank did not; wait until the names of the parents are on the disk.
+
+        The folder's own name is its maker's to sync, once it has the one that counts.
+        """
+        missing = [folder for folder in path.parents if not folder.is_dir()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            self.sync_folder(folder.parent)
 
     def sync_folder(self, path: Path) -> None:
         """Wait until the names in a folder are on the disk."""

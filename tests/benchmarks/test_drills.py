@@ -19,7 +19,7 @@ from benchmarks.drills.table import Outcome
 from megamm.core.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("kills", "damage", "foreign", "owners", "disks", "full_disk", "pickles", "chains")
+OWN = ("kills", "power", "damage", "foreign", "owners", "disks", "full_disk", "pickles", "chains")
 OWN_FAULTS = [drill.fault for name in OWN for drill in MODULES[name].DRILLS]
 
 

@@ -83,6 +83,18 @@ def test_the_manifest_comes_after_everything_and_the_name_after_the_manifest(fol
     assert [path for name, path in operations if name == "sync"] == written
 
 
+def test_the_first_save_of_a_run_syncs_the_names_of_its_folders(tmp_path):
+    """Else a power cut takes the folder of all checkpoints, whatever was synced in it."""
+    operations = []
+    save(tmp_path / "runs" / "mine" / "checkpoints", 10, recording(operations))
+    assert operations[:4] == [
+        ("make_folder", ".step_00000010.1-1.tmp"),
+        ("sync_folder", "mine"),
+        ("sync_folder", "runs"),
+        ("sync_folder", tmp_path.name),
+    ]
+
+
 def test_a_kill_at_any_operation_leaves_whole_checkpoints_and_nothing_else(folder):
     """Before, in the middle of, and after each operation of a save and of the deletion that follows it."""
     num_operations = len(operations_of_a_save(folder))
