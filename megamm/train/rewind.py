@@ -47,9 +47,8 @@ def go_back(
     Raises:
         MegaMMError: The run went back often enough, or has no good checkpoint from before the trouble (on every rank).
     """
-    num_before = sum(stretch.is_rewind for stretch in state.stretches)
-    if num_before >= max_rewinds:
-        raise _together(f"{trouble.reason}; the run went back {num_before} times already, spike.max_rewinds is {max_rewinds}: {_ADVICE}")
+    if sum(stretch.is_rewind for stretch in state.stretches) >= max_rewinds:
+        raise _together(f"{trouble.reason}; spike.max_rewinds={max_rewinds} is used up: {_ADVICE}")
     folder = newest_good(run.checkpoints, world, hold=hold, before=trouble.first_step).folder
     if folder is None:
         raise _together(
