@@ -24,13 +24,21 @@ def check_drive(ds_config: dict[str, Any]) -> None:
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder; set zero_optimization.offload_optimizer.nvme_path in engine.overrides to one on a drive")
     import_deepspeed()
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    builder = AsyncIOBuilder()
+    # Asked first: loading compiles other things for a minute before it finds that libaio is not there.
+    if not installed_ops.get(builder.NAME) and not builder.is_compatible(verbose=False):
+        raise _refusal("libaio's headers or a compiler are missing")
     try:
-        AsyncIOBuilder().load(verbose=False)
+        builder.load(verbose=False)
     except (RuntimeError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"offload_optimizer.device='nvme' needs DeepSpeed's async_io, which cannot be had here ({reason}); install libaio's headers "
-            "and a compiler, or use the preset zero3_offload"
-        ) from error
+        raise _refusal(str(error).splitlines()[0]) from error
+
+
+def _refusal(reason: str) -> ConfigError:
+    return ConfigError(
+        f"offload_optimizer.device='nvme' needs DeepSpeed's async_io, which cannot be had here ({reason}); install libaio-dev and a "
+        "compiler, or use the preset zero3_offload"
+    )

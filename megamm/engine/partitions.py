@@ -128,11 +128,13 @@ def counters(engine: Engine) -> dict[str, Any]:
     """The engine's plain numbers, as JSON: applied and skipped steps, fp16's loss scale."""
     runner = engine.deepspeed
     scaler = getattr(runner.optimizer, "loss_scaler", None)
+    # Scales that never change are a setting, and not every stage has one.
+    names = [name for name in _LOSS_SCALER_STATE if hasattr(scaler, name)] if getattr(scaler, "dynamic", False) else []
     return {
         "num_applied_steps": engine.num_applied_steps,
         "num_skipped_steps": runner.skipped_steps,
         "num_steps": runner.global_steps,
-        "loss_scaler": {name: getattr(scaler, name) for name in _LOSS_SCALER_STATE if hasattr(scaler, name)},
+        "loss_scaler": {name: getattr(scaler, name) for name in names},
     }
 
 

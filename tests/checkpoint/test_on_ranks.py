@@ -247,9 +247,9 @@ def test_other_numbers_of_ranks_hold_the_same_state(unbroken, by_others, variant
         assert read_manifest(path).engine == read_manifest(folder / variant / "run" / "step_00000003").engine
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "zero1"])
 def test_a_reshard_writes_what_other_numbers_of_ranks_write(unbroken, by_others, variant, tmp_path):
-    """Tensor by tensor in every rank's file; only the random states are the ranks' own."""
+    """Tensor by tensor in every rank's file; only the random states are the ranks' own, and how three ranks of ZeRO-2 cut."""
     folder, _ = unbroken
     for num_ranks in by_others:
         ours = reshard(folder / variant / "run" / "step_00000003", tmp_path / str(num_ranks), num_ranks)

@@ -73,7 +73,9 @@ def test_a_drive_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.skipif(not missing() or ctypes.util.find_library("aio") is not None, reason="this machine can build it")
 def test_a_machine_without_asynchronous_files_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"needs DeepSpeed's async_io, .*; install libaio's headers and a compiler, or use"):
+    with pytest.raises(
+        ConfigError, match=r"needs DeepSpeed's async_io, .*; install libaio-dev and a compiler, or use the preset zero3_offload"
+    ):
         check_drive(config_of(tmp_path))
 
 
