@@ -23,7 +23,7 @@ STATES = {
     "unreadable": "its folder cannot be read",
 }
 """What each state means."""
-_SILENT_SECONDS = 60.0
+_LONG_SECONDS = 60.0
 
 Jobs = Mapping[str, Job] | None
 
@@ -59,7 +59,7 @@ def silent_ranks(facts: Facts) -> list[str]:
     return [
         f"rank {beat.rank} on {beat.host} is silent for {duration(newest - beat.time)} (step {beat.step}, {beat.phase})"
         for beat in facts.beats
-        if newest - beat.time > _SILENT_SECONDS
+        if newest - beat.time > _LONG_SECONDS
     ]
 
 
@@ -75,7 +75,15 @@ def _of_living(facts: Facts, owning: Owning) -> tuple[str, str]:
         return "stalled", failure["message"]
     if any(beat.is_stalled for beat in facts.beats):
         return "stalled", _where(facts)
-    return ("running" if owning.has_begun else "starting"), _where(facts)
+    if owning.has_begun:
+        # A beat is some seconds old: what passes quickly has passed.
+        return "running", _where(facts) if _seconds_at_it(facts) > _LONG_SECONDS else ""
+    return "starting", _where(facts)
+
+
+def _seconds_at_it(facts: Facts) -> float:
+    """How long the rank that is longest in its phase has been there."""
+    return max((beat.phase_seconds + max(0.0, time.time() - beat.time) for beat in facts.beats), default=0.0)
 
 
 def _where(facts: Facts) -> str:
@@ -83,8 +91,7 @@ def _where(facts: Facts) -> str:
     if not facts.beats:
         return ""
     beat = max(facts.beats, key=lambda one: one.phase_seconds)
-    since = beat.phase_seconds + max(0.0, time.time() - beat.time)
-    return f"step {beat.step}, {beat.phase} for {duration(since)}"
+    return f"step {beat.step}, {beat.phase} for {duration(_seconds_at_it(facts))}"
 
 
 def _ended(facts: Facts, jobs: Jobs) -> tuple[str, str]:

@@ -57,8 +57,10 @@ def test_an_owner_that_lives(run):
         assert state(run)[0] == "starting"
         lock.started_at(0)
         Heartbeats(run).write(beat(1))
+        assert state(run) == ("running", "")
+        Heartbeats(run).write(beat(1, phase="evaluate", phase_seconds=90.0))
         found, why = state(run)
-        assert found == "running" and why.startswith("step 7, train for ")
+        assert found == "running" and why.startswith("step 7, evaluate for 1 min 30 s")
         # What an earlier start left behind tells nothing of this one.
         Heartbeats(run).write(beat(0, rank=1, is_stalled=True))
         assert state(run)[0] == "running"
