@@ -71,8 +71,9 @@ def _has_ended(owning: Owning, jobs: Jobs) -> bool:
 
 def _of_living(facts: Facts, owning: Owning) -> tuple[str, str]:
     failure = facts.failure
-    if failure and failure["start"] == owning.number and failure["kind"] == "Stall":
-        return "stalled", failure["message"]
+    if failure and failure["start"] == owning.number:
+        # A rank has left already, and takes the others along; the lease may outlast them by a little.
+        return ("stalled", failure["message"]) if failure["kind"] == "Stall" else _how_it_ended(facts)
     if any(beat.is_stalled for beat in facts.beats):
         return "stalled", _where(facts)
     if owning.has_begun:

@@ -82,6 +82,13 @@ def test_an_owner_that_left_without_a_word(run, owned):
     assert state(run)[0] == "failed"
 
 
+def test_an_error_tells_before_the_lease_runs_out(run, owned):
+    failure(run, owned.number, 1)
+    assert state(run) == ("failed", "at step 8")
+    failure(run, owned.number, 0, kind="Stall", message="nothing moved", time=1.0)
+    assert state(run) == ("stalled", "nothing moved")
+
+
 def test_an_error_of_the_last_start_and_one_of_an_earlier_one(run):
     first = RunLock.acquire(run, lease_seconds=60.0)
     first.started_at(0)
