@@ -118,9 +118,11 @@ def _ended(facts: Facts, jobs: Jobs) -> tuple[str, str]:
 def _how_it_ended(facts: Facts) -> tuple[str, str]:
     """By its marker or its newest record of an error; two empty texts where there is neither."""
     started = facts.owning.owner.starts[-1][0] if facts.owning and facts.owning.owner.starts else 0
-    if facts.interrupted is not None:
+    failed_at = facts.failure["start"] if facts.failure else -1
+    # A start that failed before it began to train leaves the marker of the one before it where it is.
+    if facts.interrupted is not None and failed_at <= started:
         return "interrupted", f"after step {facts.interrupted.get('step', '?')}: {facts.interrupted.get('reason', 'no reason given')}"
-    if facts.failure and facts.failure["start"] >= started:
+    if facts.failure and failed_at >= started:
         return "failed", f"at step {facts.failure.get('step', '?')}"
     return "", ""
 

@@ -101,6 +101,11 @@ def test_an_error_of_the_last_start_and_one_of_an_earlier_one(run):
     second.release()
     write_json(run / "INTERRUPTED", {"step": 9, "reason": "SIGUSR1"})
     assert state(run)[0] == "interrupted"
+    # The next one found its data gone before it took the marker away.
+    third = RunLock.acquire(run, lease_seconds=60.0)
+    failure(run, 3, 0, step=9)
+    third.release()
+    assert state(run) == ("failed", "at step 9")
 
 
 def test_an_owner_that_was_killed_is_dead_at_once_where_it_ran_here(run, die):
