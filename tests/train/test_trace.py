@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, Manifest, step_folder
+from megamm.checkpoint.manifest import DATA_STATE, LEDGER, MANIFEST, Manifest, rank_file, step_folder
 from megamm.checkpoint.shards import write_file
 from megamm.cli import main
 from megamm.config import to_dict
@@ -158,9 +158,8 @@ def test_report_says_a_line_of_each_accepted_change_and_what_it_gave_up(run, tmp
     state = plans[2].resume(between, accept_change=True)
     folder = copy / "checkpoints" / step_folder(1)
     folder.mkdir(parents=True)
-    files = {
-        name: write_file(folder / name, [text]) for name, text in ((DATA_STATE, canonical_json(state.to_json()).encode()), (LEDGER, b""))
-    }
+    texts = {DATA_STATE: canonical_json(state.to_json()).encode(), LEDGER: b"", rank_file(0): b"", rank_file(1): b""}
+    files = {name: write_file(folder / name, [text]) for name, text in texts.items()}
     manifest = Manifest(step=1, world_size=2, files=files, parameters=(), engine={})
     write_file(folder / MANIFEST, [manifest.to_text().encode()])
     report = read_report(copy)
