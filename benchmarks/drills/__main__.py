@@ -85,12 +85,15 @@ def chosen(only: Sequence[str] | None) -> list[Drill]:
 def run_all(drills: Sequence[Drill], size: Size, command: str, *, folder: Path, only: Sequence[str]) -> dict[str, Outcome]:
     """Run drills one after the other and write the table after each; those of `only` go into the table that is there."""
     quick = size == "quick"
-    rows, before = table.read(table.path_of(quick=quick, folder=folder)) if only else ({}, "")
+    path = table.path_of(quick=quick, folder=folder)
+    rows, before = table.read(path) if only else ({}, "")
     again = f"--only {' '.join(map(repr, only))}"
     done = (f"{before}, then {again}" if before else f"{command} {again}") if only else command
     folder.mkdir(parents=True, exist_ok=True)
     for number, drill in enumerate(drills, start=1):
-        rows[drill.fault] = outcome = run_one(drill, size)
+        outcome = run_one(drill, size)
+        # As it is by now: another one may run other drills beside this one.
+        rows = (table.read(path)[0] if only else rows) | {drill.fault: outcome}
         rows = {fault: rows[fault] for fault in DRILLS if fault in rows}
         tally = outcome.tally
         print(f"{drill.fault}: {tally.tries} tries, {tally.lost} lost, {outcome.seconds:.1f} s {tally.note}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import megamm
 from megamm.checkpoint.fence import Fence, check_fence
+from megamm.checkpoint.seal import opened, sealed
 from megamm.core.errors import CheckpointError
 from megamm.core.files import canonical_json, digest_file, digest_text
 
@@ -80,7 +81,7 @@ class Manifest:
 
     def to_text(self) -> str:
         """JSON with a digest of itself, so that a flipped bit in the manifest is found as well."""
-        return _sealed({"format": FORMAT, **dataclasses.asdict(self)})
+        return sealed({"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def rank_file(rank: int) -> str:
@@ -141,13 +142,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {folder} has no {MANIFEST}: it was never committed; use another one")
     try:
-        text = path.read_bytes().decode("utf-8")
-        body = json.loads(text)
-        body.pop("digest")
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        body = opened(path.read_bytes())
+    except ValueError as error:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({error}); use another one") from None
-    if text != _sealed(body):
-        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged (its digest does not match); use another one")
     if (number := body.pop("format", None)) != FORMAT:
         wrote = body.get("software", {}).get("megamm", "another version")
         raise OtherFormat(
@@ -162,10 +159,6 @@ def read_manifest(folder: Path) -> Manifest:
     if _step_of(folder.name) not in (None, body["step"]):
         raise CheckpointError(f"checkpoint {folder} is of step {body['step']}, by its {MANIFEST}; rename it {step_folder(body['step'])}")
     return Manifest(**body)
-
-
-def _sealed(body: dict[str, Any]) -> str:
-    return json.dumps(body | {"digest": digest_text(canonical_json(body))}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def check_file(folder: Path, name: str, facts: FileFacts, *, from_disk: bool = False) -> None:

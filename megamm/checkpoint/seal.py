@@ -20,7 +20,10 @@ def opened(data: bytes) -> dict[str, Any]:
         ValueError: It is not what `sealed` wrote, byte by byte.
     """
     text = data.decode("utf-8")
-    body = json.loads(text)
+    try:
+        body = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply: {error}") from None
     if not isinstance(body, dict) or "digest" not in body:
         raise ValueError("it holds no digest")
     body.pop("digest")
