@@ -57,12 +57,13 @@ def listing(found: list[Entry], *, verified: bool = False) -> list[str]:
     """A line an entry, for a terminal; `verified` as the entries were made."""
     good = "verified" if verified else "committed"
     return [
-        f"{entry.name:<32} {_ranks(entry.world_size):>11} {entry.num_bytes >> 20:>9,} MiB  {entry.committed_at}  {entry.problem or good}"
+        f"{entry.name:<32} {ranks(entry.world_size):>11} {entry.num_bytes >> 20:>9,} MiB  {entry.committed_at}  {entry.problem or good}"
         for entry in found
     ] or ["no checkpoints"]
 
 
-def _ranks(number: int) -> str:
+def ranks(number: int) -> str:
+    """`1 rank`, `2 ranks`."""
     return f"{number} rank{'' if number == 1 else 's'}"
 
 

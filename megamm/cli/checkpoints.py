@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megamm.cli.command import Arguments, run_argument
-from megamm.core.errors import ConfigError
+from megamm.core.errors import CheckpointError, ConfigError
 
 
 def argument(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +42,18 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def verify(arguments: Arguments) -> None:
     from megamm.checkpoint.manifest import verify
+    from megamm.checkpoint.operators import ranks
 
+    problems = []
     for folder in arguments.checkpoints:
-        manifest = verify(folder)
-        print(f"{folder}: {len(manifest.files)} files hold, step {manifest.step}, written by {manifest.world_size} ranks")
+        try:
+            manifest = verify(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            print(f"{folder}: {len(manifest.files)} files hold, step {manifest.step}, written by {ranks(manifest.world_size)}")
+    if problems:
+        raise CheckpointError("\n".join(problems))
 
 
 def prune_arguments(parser: argparse.ArgumentParser) -> None:

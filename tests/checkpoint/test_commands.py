@@ -32,6 +32,9 @@ def test_list_show_and_verify(run, capsys):
     assert len(said(capsys, "verify", *sorted(folder.iterdir()))) == 3
     (folder / "step_00000020" / "data_state.json").write_text("{}")
     assert "data_state.json" in said(capsys, "verify", *sorted(folder.iterdir()), code=1)
+    (folder / "step_00000030" / "ledger.jsonl").unlink()
+    problems = said(capsys, "verify", *sorted(folder.iterdir()), code=1)
+    assert len(problems.splitlines()) == 2 and "step_00000020" in problems and "step_00000030" in problems, "each is looked at"
     assert "data_state.json" in said(capsys, "list", run, "--verify")[1]
 
 
