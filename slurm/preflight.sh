@@ -7,7 +7,7 @@
 #SBATCH --output=%x-%j.out
 # Check nodes without training on them, one task a GPU: bad ones are named, and the job fails. Arguments go to `megamm preflight`:
 #   sbatch --nodes 16 slurm/preflight.sh 7b --run /shared/runs/7b
-# With MEGAMM_PREFLIGHT=1 pretrain.sh does the same first, and starts again without the bad ones.
+# With several nodes pretrain.sh does the same first, and starts again without the bad ones.
 set -uo pipefail
 
 # Slurm runs a copy of this file: the checkout is where MEGAMM_HOME says, or the folder that the job was submitted from.

@@ -98,7 +98,7 @@ last_error=$(newest_error)
 a_task_a_gpu
 log=$run/logs/job-%j-restart-$restart
 
-if [ "${MEGAMM_PREFLIGHT:-0}" = 1 ]; then
+if [ "${MEGAMM_PREFLIGHT:-$((SLURM_JOB_NUM_NODES > 1))}" = 1 ]; then
     overrides_of "${arguments[@]}"
     if ! check_nodes "$run" "${tasks[@]}" --output="$log-preflight-%t.log" -- "$recipe" --run "$run" "${overrides[@]}"; then
         leave_out "$bad_nodes"

@@ -49,6 +49,23 @@ def pretrain(arguments: Arguments) -> None:
         _leave_at_once()
 
 
+def preflight_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_argument(parser)
+    parser.add_argument("--run", type=Path, default=None, help="run folder, whose file system is measured (default: runs/RECIPE)")
+    parser.add_argument("--output", type=Path, default=Path("preflight.json"), metavar="FILE", help="report (default: preflight.json)")
+
+
+def preflight(arguments: Arguments) -> None:
+    from megamm.core.env import rank_info
+    from megamm.preflight.run import preflight, raise_if_bad
+
+    recipe = load(arguments)
+    verdict = preflight(recipe, arguments.run or Path("runs") / recipe.name, rank_info(), arguments.output)
+    raise_if_bad(verdict, arguments.output)
+    if "RANK" in os.environ:
+        _leave_at_once()
+
+
 def _steps(word: str) -> tuple[int, int]:
     first, dash, last = word.partition("-")
     if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):

@@ -503,6 +503,37 @@ class Telemetry:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Preflight:
+    """What `megamm preflight` wants of nodes. A floor of 0 wants nothing.
+
+    Attributes:
+        timeout_seconds: Longest time that a node may take to come, or to answer another one.
+        min_free_gib: Free space where the run folder and temporary files lie.
+        min_write_mib_per_second: Speed of writing and syncing there.
+        write_mib: Size of the file that is written for it.
+        min_shared_memory_gib: Free space of /dev/shm.
+        min_open_files: Files that a process may open.
+        max_clock_skew_seconds: Distance of a node's clock from the first node's: a run's lease goes by clocks.
+        min_speed_share: Speed of a matrix product on a rank, as a share of the median rank's.
+        link_mib: Size of the tensor that is added up over links.
+        min_link_mib_per_second: Bandwidth of an all-reduce on a node and between two.
+        min_link_share: The same as a share of the median.
+    """
+
+    timeout_seconds: Annotated[float, Field(ge=1)] = 120.0
+    min_free_gib: NonNegative = 1.0
+    min_write_mib_per_second: NonNegative = 10.0
+    write_mib: Positive = 64
+    min_shared_memory_gib: NonNegative = 0.1
+    min_open_files: NonNegative = 1024
+    max_clock_skew_seconds: NonNegative = 5.0
+    min_speed_share: NonNegative = 0.5
+    link_mib: Positive = 64
+    min_link_mib_per_second: NonNegative = 0.0
+    min_link_share: NonNegative = 0.3
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """One training run, whole."""
 
@@ -522,3 +553,4 @@ class Recipe:
     checkpoint: Checkpointing = Checkpointing()
     evaluation: Evaluation = Evaluation()
     telemetry: Telemetry = Telemetry()
+    preflight: Preflight = Preflight()

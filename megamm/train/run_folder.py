@@ -34,6 +34,7 @@ _MAY_CHANGE = (
     "engine.activation_checkpointing",
     "engine.overrides",
     "engine.preset",
+    "preflight.",
     "evaluation.",
     "loss.chunk_tokens",
     "spike.",

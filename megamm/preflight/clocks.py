@@ -1,0 +1,39 @@
+"""How far the nodes' clocks are apart: each asks the first node for the time, and halves the way there and back (Cristian 1989)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megamm.preflight.meeting import Meeting
+
+
+def measure_clocks(meeting: Meeting, askers: Sequence[int]) -> None:
+    """Do this task's part: ranks of `askers` post under `clock` by how many seconds the first node's clock is ahead of theirs.
+
+    Args:
+        meeting: All `askers` are in it.
+        askers: One rank a node, in order.
+    """
+    rank = meeting.info.rank
+    # Blocking reads instead of looking now and then: what is measured is how long an answer takes.
+    try:
+        if rank == 0:
+            for asker in askers:
+                meeting.store.set(f"clock-go/{asker}", "1")
+                if asker != 0:
+                    meeting.store.get(f"clock-ask/{asker}")
+                    meeting.store.set(f"clock-told/{asker}", repr(time.time()))
+            meeting.post("clock", 0.0)
+        elif rank in askers:
+            meeting.store.get(f"clock-go/{rank}")
+            asked = time.time()
+            meeting.store.set(f"clock-ask/{rank}", "1")
+            told = float(meeting.store.get(f"clock-told/{rank}"))
+            meeting.post("clock", told - (asked + time.time()) / 2)
+    except (dist.DistError, RuntimeError):
+        # A task that went away meanwhile is named by the next round.
+        pass
+    meeting.end_round()

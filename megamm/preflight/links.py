@@ -1,0 +1,100 @@
+"""How fast nodes add up tensors with each other: each node by itself, in pairs, and all together.
+
+Pairs come in rounds in which every node has one partner, so that a round tells of many links at once, and a slow node is slow with every
+partner that it has. Every group is made by itself, with an end to its waiting: a pair that cannot talk costs its round and no more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamm.core.env import RankInfo
+from megamm.preflight.meeting import Meeting
+
+_NUM_REDUCTIONS = 5
+_MAX_ROUNDS = 15
+
+
+def pair_rounds(num_nodes: int, max_rounds: int = _MAX_ROUNDS) -> list[list[tuple[int, int]]]:
+    """Rounds of disjoint pairs of nodes, by the circle method: after n - 1 rounds all have met.
+
+    Args:
+        num_nodes: n; where it is odd one node rests in each round.
+        max_rounds: As many rounds at most, spread over all.
+    """
+    circle: list[int | None] = [*range(num_nodes), *([None] if num_nodes % 2 else [])]
+    rounds = []
+    for _ in range(len(circle) - 1):
+        pairs = zip(circle[: len(circle) // 2], reversed(circle[len(circle) // 2 :]), strict=True)
+        rounds.append([tuple(sorted((one, other))) for one, other in pairs if one is not None and other is not None])
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+    step = max(1, len(rounds) // max_rounds)
+    return rounds[::step][:max_rounds]
+
+
+def measure_links(meeting: Meeting, ranks_of: dict[str, list[int]], num_bytes: int) -> None:
+    """Do this task's part of all rounds, and post under `links` what it saw: a name of the group -> bytes a second, or an error.
+
+    Args:
+        meeting: All tasks of `ranks_of` are in it.
+        ranks_of: Node -> its ranks.
+        num_bytes: What is added up.
+    """
+    nodes = list(ranks_of)
+    whole = [[tuple(range(len(nodes)))]] if len(nodes) > 2 else []
+    rounds = [[(number,) for number in range(len(nodes))], *pair_rounds(len(nodes)), *whole]
+    seen: dict[str, Any] = {}
+    for number, groups in enumerate(rounds):
+        for group in groups:
+            ranks = sorted(rank for member in group for rank in ranks_of[nodes[member]])
+            if meeting.info.rank in ranks and len(ranks) > 1:
+                seen[group_name([nodes[member] for member in group], len(nodes))] = _measure(meeting, f"group/{number}", ranks, num_bytes)
+        meeting.end_round()
+    meeting.post("links", seen)
+
+
+def group_name(members: list[str], num_nodes: int) -> str:
+    """How a group is called in the report."""
+    return "all" if len(members) == num_nodes and num_nodes > 2 else "+".join(members)
+
+
+def _measure(meeting: Meeting, prefix: str, ranks: list[int], num_bytes: int) -> dict[str, Any]:
+    """The bandwidth that this task sees of an all-reduce among some ranks: what each link carries, as nccl-tests count it."""
+    limit = timedelta(seconds=meeting.timeout_seconds)
+    try:
+        store = dist.PrefixStore(f"{prefix}/{ranks[0]}", meeting.store)
+        tensor = torch.ones(num_bytes // 4, device=_device(meeting.info))
+        group = _group(store, ranks.index(meeting.info.rank), len(ranks), limit, on_gpu=tensor.is_cuda)
+        seconds = []
+        for _ in range(_NUM_REDUCTIONS):
+            tensor.fill_(1)
+            start = time.perf_counter()
+            group.allreduce([tensor]).wait(limit)
+            if tensor.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            if not bool((tensor == len(ranks)).all()):
+                return {"error": f"{len(ranks)} ones add up to {float(tensor[tensor != len(ranks)][0])}"}
+    except (dist.DistError, RuntimeError) as error:
+        return {"error": str(error).strip().partition("\n")[0]}
+    # The first one opens connections.
+    typical = statistics.median(seconds[1:])
+    return {"bytes_per_second": 2 * (len(ranks) - 1) / len(ranks) * num_bytes / typical}
+
+
+def _group(store: dist.Store, rank: int, size: int, limit: timedelta, *, on_gpu: bool) -> Any:
+    if not on_gpu:
+        return dist.ProcessGroupGloo(store, rank, size, limit)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _device(info: RankInfo) -> torch.device:
+    return torch.device("cuda", info.local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,152 @@
+"""Where tasks meet before anything is known to work: a key-value store on the first node, every wait with an end.
+
+A collective waits for whoever does not come. A store can be asked who has come so far, so a node that hangs or is cut off is named
+instead of hanging the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megamm.core.env import RankInfo
+from megamm.core.errors import ConfigError, MegaMMError
+
+_LOOK_SECONDS = 0.05
+
+
+class Unreachable(MegaMMError):
+    """The task that keeps the store does not answer."""
+
+
+@dataclass
+class Meeting:
+    """This task among its peers.
+
+    Attributes:
+        info: Its rank, its rank on the node, the number of tasks.
+        store: What they share.
+        timeout_seconds: Longest time that anything may take.
+        num_rounds: Rounds that are over; every task counts the same ones.
+    """
+
+    info: RankInfo
+    store: dist.Store
+    timeout_seconds: float
+    num_rounds: int = field(default=0, init=False)
+
+    @classmethod
+    def join(cls, info: RankInfo, timeout_seconds: float) -> Meeting:
+        """Open the store on rank 0, or reach it.
+
+        Raises:
+            ConfigError: MASTER_ADDR or MASTER_PORT is not set, or the port is taken.
+            Unreachable: The store does not answer in time.
+        """
+        if info.world_size == 1:
+            return cls(info, dist.HashStore(), timeout_seconds)
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} not set for WORLD_SIZE={info.world_size}; start tasks through launchers/node.sh")
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        limit = timedelta(seconds=timeout_seconds)
+        try:
+            store = dist.TCPStore(host, port, is_master=info.rank == 0, timeout=limit, wait_for_workers=False)
+        except (dist.DistError, RuntimeError) as error:
+            if info.rank == 0:
+                raise ConfigError(f"MASTER_PORT={port} cannot be opened on this node: {_first_line(error)}") from None
+            raise Unreachable(f"{host}:{port} does not answer within {timeout_seconds:.0f} s: {_first_line(error)}") from None
+        return cls(info, store, timeout_seconds)
+
+    def post(self, name: str, value: Any) -> None:
+        """Say something under this rank's name.
+
+        Raises:
+            Unreachable: The store is gone.
+        """
+        self.put(f"{name}/{self.info.rank}", value)
+
+    def put(self, key: str, value: Any) -> None:
+        """Set a key for all.
+
+        Raises:
+            Unreachable: The store is gone.
+        """
+        try:
+            self.store.set(key, json.dumps(value))
+        except (dist.DistError, RuntimeError) as error:
+            raise Unreachable(f"the first node went away: {_first_line(error)}") from None
+
+    def ask(self, key: str, seconds: float) -> Any:
+        """A key's value; None where nobody set it in time.
+
+        Raises:
+            Unreachable: The store is gone.
+        """
+        end = time.monotonic() + seconds
+        try:
+            # Not `wait`: its time-outs are not told apart from a store that is gone.
+            while not self.store.check([key]):
+                if time.monotonic() > end:
+                    return None
+                time.sleep(_LOOK_SECONDS)
+            return json.loads(self.store.get(key))
+        except (dist.DistError, RuntimeError) as error:
+            raise Unreachable(f"the first node went away: {_first_line(error)}") from None
+
+    def gather(self, name: str, ranks: Sequence[int], seconds: float) -> dict[int, Any]:
+        """What ranks posted under a name, by rank; without those that did not in time, all together."""
+        end = time.monotonic() + seconds
+        found = {}
+        for rank in ranks:
+            value = self.ask(f"{name}/{rank}", max(0.0, end - time.monotonic()))
+            if value is not None:
+                found[rank] = value
+        return found
+
+    def end_round(self) -> None:
+        """Wait until every task is here, or for as long as one may take: a late task must not make the next round late as well."""
+        self.num_rounds += 1
+        key = f"round/{self.num_rounds}"
+        end = time.monotonic() + self.timeout_seconds
+        try:
+            num_here = self.store.add(key, 1)
+            while num_here < self.info.world_size and time.monotonic() < end:
+                time.sleep(_LOOK_SECONDS)
+                num_here = self.store.add(key, 0)
+        except (dist.DistError, RuntimeError) as error:
+            raise Unreachable(f"the first node went away: {_first_line(error)}") from None
+
+
+def node_name() -> str:
+    """Name of this node as the scheduler knows it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def planned_nodes() -> list[str]:
+    """Nodes of this job in the order of ranks; empty without a scheduler that says so."""
+    nodes, program = os.environ.get("SLURM_JOB_NODELIST", ""), shutil.which("scontrol")
+    if not nodes or program is None:
+        return []
+    answer = subprocess.run([program, "show", "hostnames", nodes], capture_output=True, text=True, check=False, timeout=30)
+    return answer.stdout.split() if answer.returncode == 0 else []
+
+
+def node_of(rank: int, world_size: int, nodes: Sequence[str]) -> str:
+    """Node that a rank belongs to: Slurm fills one after the other with equal numbers of tasks."""
+    if not nodes or world_size % len(nodes):
+        return f"the node of rank {rank}"
+    return nodes[rank // (world_size // len(nodes))]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
