@@ -9,11 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,7 +20,7 @@ import xxhash
 
 from benchmarks.drills.drill import Drill, Size, Tally
 from benchmarks.drills.ranks import judged
-from benchmarks.drills.saving import State, problem_with, save_alone, state_at
+from benchmarks.drills.saving import State, in_memory, problem_with, save_alone, state_at
 from megamm.checkpoint.load import Slices
 from megamm.checkpoint.manifest import read_data_state, read_ledger, verify
 from megamm.checkpoint.reshard import reshard
@@ -146,7 +143,7 @@ def _step_of(planned: list[str], delivered: list[str], skipped: list[tuple[int, 
 
 def _problem_of(stretches: Sequence[Stretch], unbroken: Sequence[Step], number: int) -> str:
     """What is wrong with a chain, empty for nothing."""
-    with _memory() as folder:
+    with in_memory() as folder:
         try:
             problem = _run(stretches, unbroken, folder, random.Random(number))
         except AssertionError as error:
@@ -213,17 +210,6 @@ def _updated(tensors: Tensors, delivered: Sequence[str], rank: int, num_ranks: i
 def _tokenizer(folder: Path) -> TextTokenizer:
     texts = [f"the {word} is number {number}" for number in range(100) for word in ("cat", "dog", "ship", "seven", "plain words")]
     return train(texts, Tokenizer(text_size=320, location_bins=0), folder / "tokenizer")
-
-
-@contextmanager
-def _memory() -> Iterator[Path]:
-    """A folder in memory where the system has one: thousands of syncs would measure the disk."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="chain-", dir=memory if memory.is_dir() else None))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 DRILLS = (

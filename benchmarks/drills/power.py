@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.drills.drill import Drill, Size, Tally
 from benchmarks.drills.ranks import judged
-from benchmarks.drills.saving import names_in, problem_with, save_alone, state_at
+from benchmarks.drills.saving import in_memory, names_in, problem_with, save_alone, state_at
 from megamm.checkpoint.choose import newest_good
 from megamm.checkpoint.fence import Fence
 from megamm.checkpoint.hold import Hold
@@ -147,19 +147,21 @@ class PoweredIo(Io):
 def cut_power(size: Size, folder: Path) -> Tally:
     """Cut it at every operation of a run's first save and of one that replaces another, and go on from what is left."""
 
-    def judge(world: World) -> list[str]:
+    def judge(world: World, memory: Path) -> list[str]:
         problems = []
         for begun in (0, 2):
-            whole = _count(folder / f"counted-{begun}", begun)
+            whole = _count(memory / f"counted-{begun}", begun)
             for at in range(whole + 1):
                 # What was saved must be there whatever is drawn, so it is drawn more often.
                 for draw in range(_DRAWS[size] * (8 if at == whole else 1)):
-                    run = folder / f"{begun}-{at}-{draw}"
+                    run = memory / f"{begun}-{at}-{draw}"
                     problem = _cut(run, begun, at, random.Random(f"{begun} {at} {draw}"), world, is_over=at == whole)
                     problems.append(problem and f"{begun} checkpoints, operation {at} of {whole}, draw {draw}: {problem}")
         return problems
 
-    return Tally.of(judged(judge), f"a run's first save, and one that replaces another; {_DRAWS[size]} draws of what was not synced, each")
+    with in_memory() as memory:
+        problems = judged(lambda world: judge(world, memory))
+    return Tally.of(problems, f"a run's first save, and one that replaces another; {_DRAWS[size]} draws of what was not synced, each")
 
 
 def _begin_run(run: Path, num_checkpoints: int) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,3 +148,14 @@ def problem_with(folder: Path, expected: State, *, num_ranks: int = 1) -> str:
 def names_in(run: Path) -> list[str]:
     """All that lies in the run's `checkpoints` folder, but the link to the latest."""
     return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name != LATEST)
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """A folder in memory where the system has one: thousands of syncs would measure the disk."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="drill-", dir=memory if memory.is_dir() else None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
