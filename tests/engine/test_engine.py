@@ -280,7 +280,7 @@ def test_every_preset_trains_on_the_cpu():
     """But that with a drive, which `test_drive` trains."""
     presets = {name: {} for name in settings.preset_names() if name != "zero3_nvme"}
     presets["zero3_hpz"] = {"zero_optimization.zero_hpz_partition_size": 2}
-    losses = run_ranks(train_each_preset, 2, presets)[0]
+    losses = run_ranks(train_each_preset, 2, presets, timeout_seconds=280)[0]
     assert len(losses) == 5
     for name in losses:
         assert losses[name] == pytest.approx(losses["zero3"], rel=1e-3), name
