@@ -32,11 +32,11 @@ def preflight(recipe: Recipe, run: Path, info: RankInfo, report: Path) -> Verdic
         report: JSON file: `bad_nodes`, `problems`, and below `nodes`, `clocks`, `links` what was measured.
 
     Returns:
-        The same verdict on every task that the first node still answers.
+        The same verdict on every task.
 
     Raises:
         ConfigError: Tasks cannot meet as the environment says.
-        MegaMMError: The first node does not answer; the report names it.
+        MegaMMError: The first node does not answer; the report names it as bad.
     """
     try:
         meeting = Meeting.join(info, recipe.preflight.timeout_seconds)
@@ -44,10 +44,9 @@ def preflight(recipe: Recipe, run: Path, info: RankInfo, report: Path) -> Verdic
     except Unreachable as error:
         # Rank 0 cannot tell, so whoever misses it does; all of them write the same.
         first = node_of(0, info.world_size, planned_nodes() or [os.environ.get("MASTER_ADDR", "")])
-        verdict = Verdict({first: [str(error)]})
         if not report.exists():
-            write_json(report, _report(verdict, {}, {}, {}))
-        return verdict
+            write_json(report, _report(Verdict({first: [str(error)]}), {}, {}, {}))
+        raise MegaMMError(f"{first}: {error}; {report} says so too") from None
 
 
 def _check(meeting: Meeting, recipe: Recipe, run: Path, report: Path) -> Verdict:
