@@ -50,7 +50,8 @@ def _boundaries(ground: Ground) -> list[dict[str, Any]]:
         last = next(one["number"] for one in operations if step_folder(_SAVED + _EVERY) in one["path"])
         for one in operations[first:last]:
             moments = ("before", "middle", "after") if one["name"] == "write" else ("before", "after")
-            boundaries += [{"name": "killed", "victim": rank, "at": one["number"], "moment": moment} for moment in moments]
+            at = one["number"] - first
+            boundaries += [{"name": "killed", "victim": rank, "step": _SAVED, "at": at, "moment": moment} for moment in moments]
     return boundaries
 
 

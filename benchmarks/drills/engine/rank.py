@@ -8,7 +8,8 @@ import os
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from megamm import cli
 from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.io import Io
+from megamm.checkpoint.manifest import step_folder
 from megamm.checkpoint.saver import Saver
 from megamm.checkpoint.snapshot import Snapshot
 from megamm.config.schema import Checkpointing
@@ -25,6 +27,7 @@ from megamm.train import pretrain
 from tests.support.faults import KilledIo, WatchedIo
 
 _ERRORS = (errno.EIO, errno.ENOSPC)
+_NOT_COUNTED = -2
 
 
 def run(words: Sequence[str], fault: Mapping[str, Any] | None) -> int:
@@ -39,10 +42,28 @@ def run(words: Sequence[str], fault: Mapping[str, Any] | None) -> int:
         return 1
 
 
-def killed(rank: int, *, victim: int, at: int, moment: str) -> None:
-    """The victim dies at operation `at` of its saves: `before`, in the `middle` of, or `after` it."""
+def killed(rank: int, *, victim: int, step: int, at: int, moment: str) -> None:
+    """The victim dies at operation `at` of the save of a step: `before`, in the `middle` of, or `after` it."""
     if rank == victim:
-        _save_through(KilledIo(at, moment))
+        _save_through(_KilledInSave(step, at, moment))
+
+
+class _KilledInSave(KilledIo):
+    """Counts from the first operation on a step: how many there are before it need not be the same each time."""
+
+    def __init__(self, step: int, at: int, moment: str):
+        super().__init__(at, moment)
+        self._step = step_folder(step)
+        self._is_there = False
+
+    @contextmanager
+    def _around(self, name: str, path: Path) -> Iterator[int]:
+        self._is_there = self._is_there or self._step in str(path)
+        if not self._is_there:
+            yield _NOT_COUNTED
+            return
+        with super()._around(name, path) as number:
+            yield number
 
 
 def noted(rank: int, *, folder: str) -> None:
