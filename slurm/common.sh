@@ -240,13 +240,14 @@ count_fruitless() {
 
 # Put this job back into the queue under its number, and end with it. Returns where it is not to run again, or cannot.
 requeue() {
-    local state try
+    local state restarts try
     trap '' TERM USR1
     for try in 1 2 3 4 5 6 7 8 9 10; do
-        state=$(job_field JobState)
-        case $state in
-            RUNNING) scontrol requeue "$job" && wait_for_the_end ;;
-            '') ;;
+        restarts=$(job_field Restarts) state=$(job_field JobState)
+        case $restarts:$state in
+            "$restart:RUNNING") scontrol requeue "$job" && wait_for_the_end ;;
+            :* | *:) ;;
+            # What was left behind a cut cable hears, once it is mended, of the next start, which is not to be disturbed.
             # Somebody cancelled it, and requeue would bring it back; or Slurm requeues it already.
             *) return ;;
         esac
@@ -269,7 +270,7 @@ end_with() {
 requeue_without() {
     local excluded
     trap '' TERM USR1
-    [ "$(job_field JobState)" = RUNNING ] || return
+    [ "$(job_field Restarts):$(job_field JobState)" = "$restart:RUNNING" ] || return
     excluded=$(job_field ExcNodeList)
     [ "$excluded" != "(null)" ] || excluded=""
     # Nodes of a running job cannot be changed, those of a held one can: Slurm ends this shell only KillWait seconds after its TERM.
