@@ -517,7 +517,7 @@ class Preflight:
         min_speed_share: Speed of a matrix product on a rank, as a share of the median rank's.
         link_mib: Size of the tensor that is added up over links.
         min_link_mib_per_second: Bandwidth of an all-reduce on a node and between two.
-        min_link_share: The same as a share of the median.
+        min_link_share: The same as a share of the upper quartile.
     """
 
     timeout_seconds: Annotated[float, Field(ge=1)] = 120.0

@@ -155,8 +155,7 @@ def blamed_for_links(settings: Preflight, nodes: list[str], links: Mapping[str, 
     alone = [speed for group, speed in speeds.items() if group in nodes]
     bad: dict[str, str] = {}
     for group, result in links.items():
-        usual = statistics.median(alone or [0.0]) if group in nodes else statistics.median(pairs or [0.0])
-        floor = max(settings.min_link_mib_per_second * _MIB, settings.min_link_share * usual)
+        floor = max(settings.min_link_mib_per_second * _MIB, settings.min_link_share * _usual(alone if group in nodes else pairs))
         if "error" in result:
             bad[group] = f"fails: {result['error']}"
         elif group != "all" and result["bytes_per_second"] < floor:
@@ -175,6 +174,11 @@ def blamed_for_links(settings: Preflight, nodes: list[str], links: Mapping[str, 
         # Every pair is well: nobody is to blame by himself.
         blamed = {node: f"all-reduce of all nodes {bad['all']}" for node in nodes}
     return blamed
+
+
+def _usual(speeds: list[float]) -> float:
+    """The upper quartile: of three nodes, one bad one spoils two pairs of three, and with them the median."""
+    return statistics.quantiles(speeds, n=4, method="inclusive")[2] if len(speeds) > 1 else sum(speeds)
 
 
 def _speed_elsewhere(node: str, speeds: Mapping[str, float]) -> float:

@@ -107,6 +107,11 @@ def test_a_bad_node_is_blamed_and_not_its_partners(kind):
     assert "a+c" in found["c"] and "and 2 more" in found["c"]
 
 
+def test_of_three_nodes_the_bad_one_is_found_though_two_pairs_of_three_are_slow():
+    links = {"a+b": link(1), "a+c": link(250), "b+c": link(1), "all": link(1)}
+    assert set(blamed_for_links(Preflight(), ["a", "b", "c"], links)) == {"b"}
+
+
 def test_one_bad_link_between_good_nodes_costs_one_of_them_and_says_that_it_may_be_the_other():
     found = blamed_for_links(Preflight(), list(NODES), all_pairs(1000, failed=("a+c",)))
     assert len(found) == 1 and "cannot be told" in next(iter(found.values()))

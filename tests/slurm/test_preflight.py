@@ -1,0 +1,46 @@
+"""The checks of nodes on a real Slurm: a node behind a slow cable is found by what its partners see of it, and left out."""
+
+from pathlib import Path
+
+import pytest
+
+from megamm.config import to_dict
+from megamm.core.files import read_json
+from tests.support.recipes import write_recipe
+from tests.support.runs import make_data, recipe_over
+from tests.support.slurm.cluster import Cluster
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+# Nodes share the cores of one machine, so their own speeds say nothing; cables differ by more than a hundred times.
+SHARES = {
+    "min_speed_share": 0,
+    "min_write_mib_per_second": 0,
+    "link_mib": 1,
+    "write_mib": 1,
+    "min_link_share": 0.05,
+    "timeout_seconds": 60,
+}
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("can_run_slurm")
+def test_a_node_behind_a_slow_cable_is_named_by_all_its_links(tmp_path: Path):
+    make_data(tmp_path, num_each=6)
+    recipe = recipe_over(tmp_path, *(f"--preflight.{name}={value}" for name, value in SHARES.items()))
+    write_recipe(tmp_path / "small.toml", to_dict(recipe))
+    with Cluster(3) as cluster:
+        slow = cluster.nodes[1]
+        device = cluster.run("ip", "-oneline", "route", "get", "10.77.0.1", node=slow).stdout.split(" dev ")[1].split()[0]
+        cluster.run("tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", "8mbit", "burst", "16kb", "latency", "1s", node=slow)
+        words = ("--nodes=3", "--gpus-per-node=1", "--cpus-per-gpu=1", "--mem=1500", f"--chdir={tmp_path}", f"--output={tmp_path}/out")
+        script = (str(CHECKOUT / "slurm" / "preflight.sh"), str(tmp_path / "small.toml"), "--run", str(tmp_path / "run"))
+        job = cluster.submit(*words, *script, env={"MEGAMM_HOME": str(CHECKOUT), "OMP_NUM_THREADS": "1"})
+        state = cluster.wait_for(job, *ENDED, timeout=400)["JobState"]
+        said = (tmp_path / "out").read_text()
+        assert state == "FAILED" and f"bad: {slow};" in said, said
+        report = read_json(tmp_path / f"preflight-{job}" / "logs" / "preflight.json")
+    assert set(report["bad_nodes"]) == {slow}
+    assert "MiB/s" in report["bad_nodes"][slow][0] and "and 1 more" in report["bad_nodes"][slow][0]
+    assert set(report["clocks"]) == set(cluster.nodes)
