@@ -66,17 +66,17 @@ def load_resolved(path: Path) -> Recipe:
 
 
 def resumed_recipe(archived: Path, recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """What a run goes on with: its archived recipe with this command's overrides, where there is one.
+    """What a run goes on with: its archived recipe with this command's overrides, once a checkpoint was committed.
 
     Args:
         archived: The run's `config.json`; it need not exist.
-        recipe: What the command names, overrides applied; taken where nothing is archived.
+        recipe: What the command names, overrides applied; taken where there is nothing to go on with.
         overrides: Of this command.
 
     Raises:
         ConfigError: The run is of a recipe of another name, or the archive cannot be read.
     """
-    if not archived.is_file():
+    if not archived.is_file() or not any((archived.parent / "checkpoints").glob("step_*")):
         return recipe
     table = read_json(archived)
     if table.get("name") != recipe.name:

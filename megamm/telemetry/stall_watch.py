@@ -169,7 +169,8 @@ class StallWatch:
                 if was_written:
                     _log.warning("the heartbeat of this rank was not written: %s", error)
                 was_written = False
-            self._stalled.wait(self._beat_seconds)
+            # A new run's folder comes to be a moment after its ranks.
+            self._stalled.wait(self._beat_seconds if self._num_beats else self._look_seconds)
         if not self._left.is_set():
             self._report()
             self._reported.set()

@@ -69,6 +69,10 @@ class RunFolder:
         """Whether a run was started here."""
         return self.config.is_file()
 
+    def has_checkpoints(self) -> bool:
+        """Whether anything was ever committed here, damaged or not."""
+        return any(self.checkpoints.glob("step_*"))
+
     def check(self, recipe: Recipe, *, resume: str = "auto", data_may_change: bool = False) -> None:
         """Refuse a folder that holds something else, a run of another recipe, or any run where `resume` is `never`.
 
@@ -89,6 +93,9 @@ class RunFolder:
             if self.path.exists() and any(entry.name not in own and not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; name an empty folder with --run")
             return
+        if not self.has_checkpoints():
+            # Its first start came to nothing: there is nothing to go on with, and the recipe may be mended.
+            return
         if resume == "never":
             raise ConfigError(f"{self.path} holds a run and --resume never would overwrite it; name an empty folder with --run")
         found = differences(to_dict(load_resolved(self.config)), to_dict(recipe))
@@ -102,6 +109,8 @@ class RunFolder:
     def archive(self, recipe: Recipe, ds_config: dict[str, Any]) -> None:
         """Write the resolved recipe, DeepSpeed's merged config, the environment and the tokenizer (rank 0 only)."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if not self.has_checkpoints() and Path(recipe.tokenizer.folder).is_dir():
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
         _copy_folder(Path(recipe.tokenizer.folder), self.tokenizer)
         write_json(self.path / "ds_config.json", ds_config)
         write_json(self.path / "environment.json", environment())

@@ -80,7 +80,7 @@ def test_a_real_run_killed_and_gone_on_with(tmp_path):
         return told
 
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as first:
-        told = wait_until(lambda one: one["checkpoint"] and one["checkpoint"]["step"] >= 2, first)
+        told = wait_until(lambda one: one["checkpoint"] and one["checkpoint"]["step"] >= 2 and one["ranks"], first)
         assert told["state"] == "running" and told["num_ranks"] == 1 and told["seconds_left"] > 0
         assert told["step"] >= 2 and told["num_tokens"] > 0 and [rank["pid"] for rank in told["ranks"]] == [first.pid]
         psutil.Process(first.pid).kill()

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megamm.config import load_recipe, to_dict
+from megamm.config import load_recipe, resumed_recipe, to_dict
 from megamm.core.errors import ConfigError
 from megamm.core.files import write_json
 from megamm.train.run_folder import RunFolder, differences, environment
@@ -11,6 +11,7 @@ from megamm.train.run_folder import RunFolder, differences, environment
 def started(path, overrides=()):
     path.mkdir(exist_ok=True)
     write_json(path / "config.json", to_dict(load_recipe("tiny", overrides)))
+    (path / "checkpoints" / "step_00000010").mkdir(parents=True)
     return RunFolder(path)
 
 
@@ -24,6 +25,15 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
 def test_logs_that_a_launcher_made_do_not_hinder_a_new_run(tmp_path):
     (tmp_path / "logs").mkdir()
     RunFolder(tmp_path).check(load_recipe("tiny"))
+
+
+def test_a_run_that_never_committed_anything_takes_a_mended_recipe(tmp_path):
+    folder = started(tmp_path)
+    (folder.checkpoints / "step_00000010").rmdir()
+    folder.check(load_recipe("tiny", ["--optim.lr=0.5"]))
+    folder.check(load_recipe("tiny"), resume="never")
+    mended = load_recipe("tiny", ["--optim.lr=0.5"])
+    assert resumed_recipe(folder.config, mended, ()) == mended
 
 
 def test_what_changes_the_computation_is_refused_by_name(tmp_path):
