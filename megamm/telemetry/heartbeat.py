@@ -21,6 +21,8 @@ from megamm.telemetry.whereabouts import Place, Who
 _FOLDER = "heartbeats"
 _NOTICE = "stalled"
 _MAX_CALLS = 3
+# Around every call of a module, and never what one waits for.
+_WRAPPERS = ("torch.nn", "deepspeed.utils.nvtx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def doing() -> str:
         call = f"{frame.f_code.co_name} ({module.removeprefix('megamm.')}:{frame.f_lineno})"
         if module.startswith("megamm."):
             own.append(call)
-        elif not own and len(outer) < _MAX_CALLS and not module.startswith("torch.nn"):
+        elif not own and len(outer) < _MAX_CALLS and not module.startswith(_WRAPPERS):
             outer.append(call)
         frame = frame.f_back
     return " < ".join(outer + own)
