@@ -5,28 +5,61 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import deque
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from megamm.core.files import write_text
+from megamm.core.logging import get_logger
+
+_log = get_logger("core")
 
 
 class JsonLines:
-    """Appends objects to a file, each flushed, so that another process reads it while it grows. State: the open file."""
+    """Appends objects to a file, each at once, so that another process reads it while it grows; it is there from the first object on.
+
+    No run should end for a line of a log: what a full or failing disk refuses is told once, kept, and written with a later object.
+
+    State: the open file, and what was refused.
+    """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._path = path
+        self._file: FileIO | None = None
+        self._waiting: deque[bytes] = deque()
+        self._is_refused = False
 
     def write(self, value: Mapping[str, Any]) -> None:
         """Append one object."""
-        self._file.write(_line(value))
-        self._file.flush()
+        self._waiting.append(_line(value).encode())
+        self._append()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what cannot be written by now is lost, with a warning."""
+        self._append()
+        if self._waiting:
+            _log.warning("%s lacks its last %d line(s)", self._path, len(self._waiting))
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _append(self) -> None:
+        try:
+            while self._waiting:
+                if self._file is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = FileIO(self._path, "ab")
+                # Unbuffered: a disk that fills up takes a part of a line, and the rest must follow it.
+                self._waiting[0] = self._waiting[0][self._file.write(self._waiting[0]) :]
+                if not self._waiting[0]:
+                    self._waiting.popleft()
+            self._is_refused = False
+        except OSError as error:
+            if not self._is_refused:
+                _log.warning("%s is not written for now: %s", self._path, error)
+            self._is_refused = True
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,9 @@ from megamm.config import Telemetry
 from megamm.core.errors import ConfigError
 from megamm.core.files import write_text
 from megamm.core.json_lines import JsonLines, cut_back
+from megamm.core.logging import get_logger
 
+_log = get_logger("telemetry")
 Value = float | int | str
 
 
@@ -44,8 +46,12 @@ class MetricsLog:
         self._lines.write({"step": step, "unix_seconds": round(time.time(), 3), **{name: _plain(value) for name, value in values.items()}})
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            try:
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
+            except OSError as error:
+                # Its thread has ended with the error, and takes no more.
+                self._lose_tensorboard(error)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
@@ -53,9 +59,16 @@ class MetricsLog:
         """Flush and close every sink."""
         self._lines.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except OSError as error:
+                self._lose_tensorboard(error)
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _lose_tensorboard(self, error: OSError) -> None:
+        _log.warning("TensorBoard gets no more numbers of this start, metrics.jsonl has them: %s", error)
+        self._tensorboard = None
 
 
 def _plain(value: Value) -> Value:

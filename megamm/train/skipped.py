@@ -26,19 +26,16 @@ class SkippedLog:
     """Appends to this rank's file, which exists once there is something in it. State: the open file."""
 
     def __init__(self, logs: Path, rank: int):
-        self._path = logs / f"skipped.rank_{rank:05d}.jsonl"
-        self._lines: JsonLines | None = None
+        self._lines = JsonLines(logs / f"skipped.rank_{rank:05d}.jsonl")
 
     def write(self, step: int, entries: Iterable[Skipped]) -> None:
         """Note what a step skipped."""
         for entry in entries:
-            self._lines = self._lines or JsonLines(self._path)
             self._lines.write({"step": step, **entry.to_json()})
 
     def close(self) -> None:
         """Close the file."""
-        if self._lines is not None:
-            self._lines.close()
+        self._lines.close()
 
 
 def read_skipped(logs: Path) -> list[SkippedAt]:

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,6 +47,20 @@ def test_tensorboard_forgets_the_points_that_are_written_again(tmp_path, resumed
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == kept
     assert events.Scalars("loss")[-1].value == 2.0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_takes_no_events_costs_tensorboard_alone(tmp_path, caplog):
+    log = MetricsLog(tmp_path, Telemetry(), resumed_step=0, recipe={})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.unlink()
+    events.mkdir()
+    with caplog.at_level(logging.WARNING, "megamm"):
+        for step in range(1, 200):
+            log.write(step, {"loss": 1.0})
+        log.close()
+    assert caplog.text.count("TensorBoard gets no more numbers") == 1
+    assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 199
 
 
 def test_wandb_offline_gets_the_same_numbers(tmp_path, monkeypatch):
