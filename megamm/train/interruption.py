@@ -75,8 +75,10 @@ class StopRequest:
     @property
     def reason(self) -> str | None:
         """What asks this rank to stop; None where nothing does. A STOP file comes first: whoever wrote it wants the run to rest."""
-        if self._stop_file.exists():
-            return STOP_FILE
+        # Storage that fails for a moment is nobody's wish to stop, and no reason to end.
+        with contextlib.suppress(OSError):
+            if self._stop_file.exists():
+                return STOP_FILE
         if self._signal is not None:
             return signal.Signals(self._signal).name
         return MAX_SECONDS if time.monotonic() >= self._end else None

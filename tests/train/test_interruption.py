@@ -22,6 +22,16 @@ def test_stop_file_asks_too(tmp_path):
         assert stop.reason == "STOP file"
 
 
+def test_a_stop_file_that_cannot_be_looked_for_is_none(tmp_path):
+    unreadable = tmp_path / ("s" * 300)
+    with pytest.raises(OSError, match="File name too long"):
+        unreadable.exists()
+    with StopRequest(unreadable) as stop:
+        assert stop.reason is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+
+
 @pytest.fixture
 def heard():
     """SIGINT as a terminal's programs have it; tests that run in the background inherit that it is ignored."""
