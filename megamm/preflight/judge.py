@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,13 +56,16 @@ def judge(
     nodes = {one["node"]: one for one in facts.values() if one["local_rank"] == 0}
     _judge_devices(nodes, facts, blame)
     _judge_floors(settings, nodes, blame)
+    # Not the first node's own time: where its clock is the wrong one, all others would be blamed.
+    usual = statistics.median_low(clocks.values()) if clocks else 0.0
     for node, seconds in clocks.items():
-        if abs(seconds) > settings.max_clock_skew_seconds:
-            blame(node, f"its clock is {seconds:+.2f} s off the first node's, {settings.max_clock_skew_seconds:g} s are borne")
+        if abs(seconds - usual) > settings.max_clock_skew_seconds:
+            blame(node, f"its clock is {usual - seconds:+.2f} s off the usual one, {settings.max_clock_skew_seconds:g} s are borne")
     for what in ("software", "recipe", "data"):
         _judge_equal(what, nodes, blame)
     _judge_speed(settings, facts, blame)
-    for node, why in blamed_for_links(settings, list(nodes), links).items():
+    known = {node for node, found in reasons.items() if found}
+    for node, why in blamed_for_links(settings, list(nodes), links, known=known).items():
         blame(node, why)
     return _of_reasons(reasons, {*nodes, *missing})
 
@@ -142,13 +145,14 @@ def _speed(result: Mapping[str, Any]) -> float:
     return result.get("bytes_per_second", -1.0)
 
 
-def blamed_for_links(settings: Preflight, nodes: list[str], links: Mapping[str, Any]) -> dict[str, str]:
+def blamed_for_links(settings: Preflight, nodes: list[str], links: Mapping[str, Any], *, known: Set[str] = frozenset()) -> dict[str, str]:
     """The fewest nodes that explain all bad links, found greedily: a bad node is bad with every partner, its partners with it alone.
 
     Args:
         settings: Floors of the bandwidth.
         nodes: All nodes.
         links: From `merged_links`.
+        known: Nodes that are bad anyway, and explain their links before any other does.
     """
     speeds = {group: result["bytes_per_second"] for group, result in links.items() if "bytes_per_second" in result}
     pairs = [speed for group, speed in speeds.items() if "+" in group]
@@ -165,12 +169,14 @@ def blamed_for_links(settings: Preflight, nodes: list[str], links: Mapping[str, 
     while open_links:
         counts = Counter(node for members in open_links.values() for node in members)
         most = max(counts.values())
-        node = min((node for node in counts if counts[node] == most), key=lambda node: (_speed_elsewhere(node, speeds), nodes.index(node)))
+        worst = known & counts.keys() or {node for node in counts if counts[node] == most}
+        node = min(worst, key=lambda node: (_speed_elsewhere(node, speeds), nodes.index(node)))
         mine = sorted(group for group, members in open_links.items() if node in members)
-        doubt = "; which of the two is to blame cannot be told" if most == 1 and len(open_links[mine[0]]) == 2 else ""
+        in_doubt = most == 1 and len(open_links[mine[0]]) == 2 and node not in known
+        doubt = "; which of the two is to blame cannot be told" if in_doubt else ""
         blamed[node] = f"all-reduce of {mine[0]} {bad[mine[0]]}" + (f", and {len(mine) - 1} more" if len(mine) > 1 else "") + doubt
         open_links = {group: members for group, members in open_links.items() if node not in members}
-    if "all" in bad and not blamed:
+    if "all" in bad and not blamed and not known:
         # Every pair is well: nobody is to blame by himself.
         blamed = {node: f"all-reduce of all nodes {bad['all']}" for node in nodes}
     return blamed

@@ -88,8 +88,14 @@ def test_what_most_nodes_have_wrong_is_no_nodes_fault():
 def test_clocks_and_tasks_that_are_missing():
     found = verdict(facts_of(NODES[:3]), clocks={"a": 0.0, "b": -7.0, "c": 0.2}, missing={"d": "2 of its tasks did not come within 9 s"})
     assert found.bad_nodes == {
-        "b": ["its clock is -7.00 s off the first node's, 5 s are borne"],
+        "b": ["its clock is +7.00 s off the usual one, 5 s are borne"],
         "d": ["2 of its tasks did not come within 9 s"],
+    }
+
+
+def test_a_first_node_whose_clock_is_wrong_is_named_and_not_all_others():
+    assert verdict(facts_of(), clocks={"a": 0.0, "b": 9.0, "c": 9.1, "d": 8.9}).bad_nodes == {
+        "a": ["its clock is +8.90 s off the usual one, 5 s are borne"]
     }
 
 
@@ -118,6 +124,14 @@ def test_one_bad_link_between_good_nodes_costs_one_of_them_and_says_that_it_may_
     # Its other links tell more.
     tells = all_pairs(1000, failed=("a+c",)) | {"b+c": link(500)}
     assert set(blamed_for_links(Preflight(), list(NODES), tells)) == {"c"}
+
+
+def test_links_of_a_node_that_is_bad_anyway_are_blamed_on_it():
+    links = {"a+b": {"error": "timed out"}}
+    found = verdict(facts_of(("a", "b")), links=links, missing={"b": "1 of its tasks went away"}).bad_nodes
+    assert found == {"b": ["1 of its tasks went away", "all-reduce of a+b fails: timed out"]}
+    together = all_pairs(1000) | {"all": {"error": "timed out"}}
+    assert set(verdict(facts_of(), links=together, missing={"d": "1 of its tasks went away"}).bad_nodes) == {"d"}
 
 
 def test_a_floor_for_all_links_and_slow_work_inside_of_a_node():
