@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from megamm.preflight.meeting import Meeting
+from megamm.preflight.meeting import Meeting, within
 
 
 def measure_clocks(meeting: Meeting, askers: Sequence[int]) -> None:
@@ -17,23 +18,25 @@ def measure_clocks(meeting: Meeting, askers: Sequence[int]) -> None:
         meeting: All `askers` are in it.
         askers: One rank a node, in order.
     """
+    # A task that went away meanwhile is named in the end.
+    with contextlib.suppress(dist.DistError, RuntimeError, TimeoutError):
+        within(meeting.timeout_seconds, _ask_or_tell, meeting, askers)
+    meeting.end_round()
+
+
+def _ask_or_tell(meeting: Meeting, askers: Sequence[int]) -> None:
     rank = meeting.info.rank
     # Blocking reads instead of looking now and then: what is measured is how long an answer takes.
-    try:
-        if rank == 0:
-            for asker in askers:
-                meeting.store.set(f"clock-go/{asker}", "1")
-                if asker != 0:
-                    meeting.store.get(f"clock-ask/{asker}")
-                    meeting.store.set(f"clock-told/{asker}", repr(time.time()))
-            meeting.post("clock", 0.0)
-        elif rank in askers:
-            meeting.store.get(f"clock-go/{rank}")
-            asked = time.time()
-            meeting.store.set(f"clock-ask/{rank}", "1")
-            told = float(meeting.store.get(f"clock-told/{rank}"))
-            meeting.post("clock", told - (asked + time.time()) / 2)
-    except (dist.DistError, RuntimeError):
-        # A task that went away meanwhile is named by the next round.
-        pass
-    meeting.end_round()
+    if rank == 0:
+        for asker in askers:
+            meeting.store.set(f"clock-go/{asker}", "1")
+            if asker != 0:
+                meeting.store.get(f"clock-ask/{asker}")
+                meeting.store.set(f"clock-told/{asker}", repr(time.time()))
+        meeting.post("clock", 0.0)
+    elif rank in askers:
+        meeting.store.get(f"clock-go/{rank}")
+        asked = time.time()
+        meeting.store.set(f"clock-ask/{rank}", "1")
+        told = float(meeting.store.get(f"clock-told/{rank}"))
+        meeting.post("clock", told - (asked + time.time()) / 2)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megamm.core.env import RankInfo
-from megamm.preflight.meeting import Meeting
+from megamm.preflight.meeting import Meeting, within
 
 _NUM_REDUCTIONS = 5
 _MAX_ROUNDS = 15
@@ -51,6 +51,8 @@ def measure_links(meeting: Meeting, ranks_of: dict[str, list[int]], num_bytes: i
     rounds = [[(number,) for number in range(len(nodes))], *pair_rounds(len(nodes)), *whole]
     seen: dict[str, Any] = {}
     for number, groups in enumerate(rounds):
+        if not meeting.is_whole:
+            break
         for group in groups:
             ranks = sorted(rank for member in group for rank in ranks_of[nodes[member]])
             if meeting.info.rank in ranks and len(ranks) > 1:
@@ -66,23 +68,27 @@ def group_name(members: list[str], num_nodes: int) -> str:
 
 def _measure(meeting: Meeting, prefix: str, ranks: list[int], num_bytes: int) -> dict[str, Any]:
     """The bandwidth that this task sees of an all-reduce among some ranks: what each link carries, as nccl-tests count it."""
-    limit = timedelta(seconds=meeting.timeout_seconds)
     try:
-        store = dist.PrefixStore(f"{prefix}/{ranks[0]}", meeting.store)
-        tensor = torch.ones(num_bytes // 4, device=_device(meeting.info))
-        group = _group(store, ranks.index(meeting.info.rank), len(ranks), limit, on_gpu=tensor.is_cuda)
-        seconds = []
-        for _ in range(_NUM_REDUCTIONS):
-            tensor.fill_(1)
-            start = time.perf_counter()
-            group.allreduce([tensor]).wait(limit)
-            if tensor.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            if not bool((tensor == len(ranks)).all()):
-                return {"error": f"{len(ranks)} ones add up to {float(tensor[tensor != len(ranks)][0])}"}
-    except (dist.DistError, RuntimeError) as error:
+        return within(1.5 * meeting.timeout_seconds, _all_reduce, meeting, prefix, ranks, num_bytes)
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
         return {"error": str(error).strip().partition("\n")[0]}
+
+
+def _all_reduce(meeting: Meeting, prefix: str, ranks: list[int], num_bytes: int) -> dict[str, Any]:
+    limit = timedelta(seconds=meeting.timeout_seconds)
+    store = dist.PrefixStore(f"{prefix}/{ranks[0]}", meeting.store)
+    tensor = torch.ones(num_bytes // 4, device=_device(meeting.info))
+    group = _group(store, ranks.index(meeting.info.rank), len(ranks), limit, on_gpu=tensor.is_cuda)
+    seconds = []
+    for _ in range(_NUM_REDUCTIONS):
+        tensor.fill_(1)
+        start = time.perf_counter()
+        group.allreduce([tensor]).wait(limit)
+        if tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)
+        seconds.append(time.perf_counter() - start)
+        if not bool((tensor == len(ranks)).all()):
+            return {"error": f"{len(ranks)} ones add up to {float(tensor[tensor != len(ranks)][0])}"}
     # The first one opens connections.
     typical = statistics.median(seconds[1:])
     return {"bytes_per_second": 2 * (len(ranks) - 1) / len(ranks) * num_bytes / typical}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -37,12 +39,14 @@ class Meeting:
         store: What they share.
         timeout_seconds: Longest time that anything may take.
         num_rounds: Rounds that are over; every task counts the same ones.
+        is_whole: No round has missed a task; every task says the same after the same round.
     """
 
     info: RankInfo
     store: dist.Store
     timeout_seconds: float
     num_rounds: int = field(default=0, init=False)
+    is_whole: bool = field(default=True, init=False)
 
     @classmethod
     def join(cls, info: RankInfo, timeout_seconds: float) -> Meeting:
@@ -81,10 +85,7 @@ class Meeting:
         Raises:
             Unreachable: The store is gone.
         """
-        try:
-            self.store.set(key, json.dumps(value))
-        except (dist.DistError, RuntimeError) as error:
-            raise Unreachable(f"the first node went away: {_first_line(error)}") from None
+        self._store("set", key, json.dumps(value))
 
     def ask(self, key: str, seconds: float) -> Any:
         """A key's value; None where nobody set it in time.
@@ -93,15 +94,12 @@ class Meeting:
             Unreachable: The store is gone.
         """
         end = time.monotonic() + seconds
-        try:
-            # Not `wait`: its time-outs are not told apart from a store that is gone.
-            while not self.store.check([key]):
-                if time.monotonic() > end:
-                    return None
-                time.sleep(_LOOK_SECONDS)
-            return json.loads(self.store.get(key))
-        except (dist.DistError, RuntimeError) as error:
-            raise Unreachable(f"the first node went away: {_first_line(error)}") from None
+        # Not `wait`: its time-outs are not told apart from a store that is gone.
+        while not self._store("check", [key]):
+            if time.monotonic() > end:
+                return None
+            time.sleep(_LOOK_SECONDS)
+        return json.loads(self._store("get", key))
 
     def gather(self, name: str, ranks: Sequence[int], seconds: float) -> dict[int, Any]:
         """What ranks posted under a name, by rank; without those that did not in time, all together."""
@@ -114,17 +112,54 @@ class Meeting:
         return found
 
     def end_round(self) -> None:
-        """Wait until every task is here, or for as long as one may take: a late task must not make the next round late as well."""
+        """Wait until every task is here, or for twice as long as each may take.
+
+        Tasks that went away would cost every further round as much: the first who has waited for too long says so to all.
+
+        Raises:
+            Unreachable: The store is gone.
+        """
         self.num_rounds += 1
-        key = f"round/{self.num_rounds}"
-        end = time.monotonic() + self.timeout_seconds
+        key, ended = f"round/{self.num_rounds}", f"round/{self.num_rounds}/ended"
+        end = time.monotonic() + 2 * self.timeout_seconds
+        num_here = self._store("add", key, 1)
+        while num_here < self.info.world_size and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+            num_here = self._store("add", key, 0)
+        how = "whole" if num_here >= self.info.world_size else "missing"
+        self.is_whole = self._store("compare_set", ended, "", how) == b"whole"
+
+    def _store(self, name: str, *arguments: Any) -> Any:
         try:
-            num_here = self.store.add(key, 1)
-            while num_here < self.info.world_size and time.monotonic() < end:
-                time.sleep(_LOOK_SECONDS)
-                num_here = self.store.add(key, 0)
+            return within(self.timeout_seconds, getattr(self.store, name), *arguments)
+        except TimeoutError:
+            raise Unreachable(f"the first node does not answer within {self.timeout_seconds:.0f} s") from None
         except (dist.DistError, RuntimeError) as error:
             raise Unreachable(f"the first node went away: {_first_line(error)}") from None
+
+
+def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call gives, as long as it gives something in time: the store waits for ever for a machine that hangs, and so does NCCL.
+
+    Raises:
+        TimeoutError: It does not; its thread is left behind.
+    """
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            answers.put((function(*arguments), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        value, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return value
 
 
 def node_name() -> str:
