@@ -55,16 +55,16 @@ def _check(meeting: Meeting, recipe: Recipe, run: Path, report: Path) -> Verdict
     facts: dict[int, Any] = {}
     if info.rank == 0:
         facts = meeting.gather("facts", range(info.world_size), settings.timeout_seconds)
-        meeting.put("present", sorted(facts))
+        meeting.put("present", {rank: one["node"] for rank, one in sorted(facts.items())})
     # Twice as long as rank 0 waits itself.
     present = meeting.ask("present", 2 * settings.timeout_seconds)
     if present is None:
         raise Unreachable("the first node does not go on")
     if len(present) == info.world_size:
-        everybody = meeting.gather("facts", present, settings.timeout_seconds)
+        # From one task: each of some thousands that asks for the facts of all would keep the store busy for longer than anybody waits.
         ranks_of: dict[str, list[int]] = {}
-        for rank, one in sorted(everybody.items()):
-            ranks_of.setdefault(one["node"], []).append(rank)
+        for rank, node in present.items():
+            ranks_of.setdefault(node, []).append(int(rank))
         measure_clocks(meeting, [ranks[0] for ranks in ranks_of.values()])
         measure_links(meeting, ranks_of, settings.link_mib * _MIB)
     if info.rank == 0:
@@ -75,7 +75,7 @@ def _check(meeting: Meeting, recipe: Recipe, run: Path, report: Path) -> Verdict
     meeting.post("left", True)
     if info.rank == 0:
         # The store ends with this task.
-        meeting.gather("left", present, settings.timeout_seconds)
+        meeting.gather("left", [int(rank) for rank in present], settings.timeout_seconds)
     return Verdict(**told)
 
 
