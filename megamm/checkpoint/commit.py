@@ -37,7 +37,7 @@ class Progress:
         step: Optimizer steps that were run.
         data_state: What the data plan needs to go on after this step.
         ledger: Skipped samples so far, one table each.
-        fingerprints: Name -> digest of what must not change under a resumed run.
+        fingerprints: Name -> digest of what the run was made with.
         num_tokens: Real tokens that were trained on so far.
     """
 

@@ -56,7 +56,7 @@ class Run:
         limit: When the scheduler ends the job, on the rank that minds it.
         where: What this rank is at, for those who watch it.
         failures: Records what ends this rank.
-        fingerprints: Name -> digest of what a resumed run must find as it is.
+        fingerprints: Name -> digest, for manifests.
         step: Optimizer steps that are done.
         num_tokens: Real tokens trained on in these steps, over all ranks.
         ledger: Samples skipped so far that this rank answers for; rank 0 also answers for those before the resume.

@@ -13,9 +13,10 @@ from pathlib import Path
 from megamm.checkpoint.hold import Hold, hold_run
 from megamm.checkpoint.lock import LostRun
 from megamm.checkpoint.saver import Saver
-from megamm.config import Recipe
+from megamm.config import Recipe, to_dict
 from megamm.core.env import RankInfo
 from megamm.core.errors import MegaMMError
+from megamm.core.files import canonical_json, digest_text
 from megamm.core.logging import get_logger, setup
 from megamm.engine import distributed
 from megamm.engine.distributed import World
@@ -133,7 +134,8 @@ def _train(
             limit=limit,
             where=failures.where,
             failures=failures,
-            fingerprints=fingerprints,
+            # The recipe's is for people: a resume may change some of it.
+            fingerprints={**fingerprints, "config": digest_text(canonical_json(to_dict(recipe)))},
             step=start.step,
             num_tokens=start.num_tokens,
             # Each entry once when the ranks' ledgers are gathered.

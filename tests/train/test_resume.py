@@ -10,6 +10,7 @@ import pytest
 
 from megamm.checkpoint.manifest import read_manifest
 from megamm.config import to_dict
+from megamm.core.files import canonical_json, digest_text, read_json
 from megamm.core.json_lines import read_json_lines
 from tests.support.recipes import write_recipe
 from tests.support.runs import make_data, recipe_over
@@ -91,6 +92,9 @@ def test_what_a_run_leaves_behind(folder):
     assert wanted | {"skipped_samples", "loss/classification", "loss/speech_recognition", "loss/text"} <= logged
     held_out = [line for line in read_json_lines(run / "metrics.jsonl") if "held_out/loss" in line]
     assert [line["step"] for line in held_out] == [6, 12]
+    fingerprints = read_manifest(run / "checkpoints" / "step_00000012").fingerprints
+    assert fingerprints.keys() == {"config", "model", "tokenizer"}
+    assert fingerprints["config"] == digest_text(canonical_json(read_json(run / "config.json")))
     settings = json.loads((run / "ds_config.json").read_text())
     assert settings["zero_optimization"]["stage"] == 3 and settings["bf16"]["enabled"] and "auto" not in json.dumps(settings)
 
