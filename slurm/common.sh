@@ -215,7 +215,8 @@ check_nodes() {
     rm -f "$report"
     bad_nodes=""
     rendezvous 1
-    launch "${options[@]}" -- megamm preflight "$@" --output "$report" && return
+    # A task that cannot even start must not take along those that would name its node; all of them come to an end by themselves.
+    launch "${options[@]}" --kill-on-bad-exit=0 --wait=900 -- megamm preflight "$@" --output "$report" && return
     # The report, not the code: srun ends the tasks that are left, and then returns their codes.
     if [ -e "$report" ]; then
         # shellcheck disable=SC2034  # for whoever asked

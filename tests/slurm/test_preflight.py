@@ -1,5 +1,6 @@
 """The checks of nodes on a real Slurm: a node behind a slow cable is found by what its partners see of it, and left out."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,34 @@ def test_a_node_behind_a_slow_cable_is_named_by_all_its_links(tmp_path: Path):
     assert set(report["bad_nodes"]) == {slow}
     assert "MiB/s" in report["bad_nodes"][slow][0] and "and 1 more" in report["bad_nodes"][slow][0]
     assert set(report["clocks"]) == set(cluster.nodes)
+
+
+# One node has no program; training is a stand-in.
+PROGRAM = """#!/bin/bash
+[ "$SLURMD_NODENAME" != {bad} ] || exit 127
+[ "$1" != pretrain ] || exec touch {run}/DONE
+exec {megamm} "$@"
+"""
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("can_run_slurm")
+def test_a_node_where_nothing_starts_is_named_by_the_others_and_left_out(tmp_path: Path):
+    make_data(tmp_path, num_each=6)
+    recipe = recipe_over(tmp_path, *(f"--preflight.{name}={value}" for name, value in (SHARES | {"min_link_share": 0}).items()))
+    write_recipe(tmp_path / "small.toml", to_dict(recipe))
+    run, program = tmp_path / "run", tmp_path / "venv" / "bin" / "megamm"
+    program.parent.mkdir(parents=True)
+    with Cluster(3) as cluster:
+        bad = cluster.nodes[1]
+        program.write_text(PROGRAM.format(bad=bad, run=run, megamm=Path(sys.prefix) / "bin" / "megamm"))
+        program.chmod(0o755)
+        words = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-gpu=1", "--mem=1500", f"--chdir={tmp_path}", f"--output={tmp_path}/out")
+        script = (str(CHECKOUT / "slurm" / "pretrain.sh"), str(tmp_path / "small.toml"), "--run", str(run))
+        variables = {"MEGAMM_HOME": str(CHECKOUT), "MEGAMM_VENV": str(tmp_path / "venv"), "OMP_NUM_THREADS": "1"}
+        job = cluster.submit(*words, *script, env=variables)
+        found = cluster.wait_for(job, *ENDED, timeout=500)
+        said = (tmp_path / "out").read_text()
+    assert (found["JobState"], found["Restarts"], found["ExcNodeList"]) == ("COMPLETED", "1", bad), said
+    assert f"bad: {bad}; starting again without" in said
