@@ -214,6 +214,9 @@ check_nodes() {
     shift
     rm -f "$report"
     bad_nodes=""
+    # In the order of ranks: containers have no scontrol, and who does not come cannot say its name.
+    MEGAMM_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
+    export MEGAMM_NODES
     rendezvous 1
     # A task that cannot even start must not take along those that would name its node; all of them come to an end by themselves.
     launch "${options[@]}" --kill-on-bad-exit=0 --wait=900 -- megamm preflight "$@" --output "$report" && return

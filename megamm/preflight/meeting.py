@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -168,12 +166,8 @@ def node_name() -> str:
 
 
 def planned_nodes() -> list[str]:
-    """Nodes of this job in the order of ranks; empty without a scheduler that says so."""
-    nodes, program = os.environ.get("SLURM_JOB_NODELIST", ""), shutil.which("scontrol")
-    if not nodes or program is None:
-        return []
-    answer = subprocess.run([program, "show", "hostnames", nodes], capture_output=True, text=True, check=False, timeout=30)
-    return answer.stdout.split() if answer.returncode == 0 else []
+    """Nodes of this job in the order of ranks, as `slurm/common.sh` says; empty without a scheduler."""
+    return os.environ.get("MEGAMM_NODES", "").split()
 
 
 def node_of(rank: int, world_size: int, nodes: Sequence[str]) -> str:

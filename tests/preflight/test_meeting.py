@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megamm.core.env import RankInfo
 from megamm.preflight.links import measure_links
-from megamm.preflight.meeting import Meeting, Unreachable, within
+from megamm.preflight.meeting import Meeting, Unreachable, node_of, planned_nodes, within
 
 SERVER = """
 import time, torch.distributed as dist
@@ -75,3 +75,11 @@ def test_within_gives_values_and_errors_and_leaves_behind_what_hangs():
         within(30, divmod, 7, 0)
     with pytest.raises(TimeoutError, match="no answer within 0 s"):
         within(0.01, time.sleep, 1)
+
+
+def test_who_does_not_come_has_the_name_that_the_script_knows(monkeypatch):
+    monkeypatch.delenv("MEGAMM_NODES", raising=False)
+    assert node_of(3, 4, planned_nodes()) == "the node of rank 3"
+    # No scontrol needs to be at hand, as in a container.
+    monkeypatch.setenv("MEGAMM_NODES", "n1 n7")
+    assert [node_of(rank, 4, planned_nodes()) for rank in range(4)] == ["n1", "n1", "n7", "n7"]
