@@ -47,10 +47,16 @@ def node_facts(recipe: Recipe, run: Path, info: RankInfo) -> dict[str, Any]:
         "gflops": _tried(problems, "a matrix product", matmul_gflops, info.local_rank),
     }
     if info.local_rank == 0:
+        found = gpus.look()
+        if found.num_gpus and not facts["num_devices"] and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            # Training would go on, on the CPU.
+            problems.append(
+                f"nvidia-smi lists {found.num_gpus} GPUs and torch {torch.__version__} sees none; is it built for driver {found.driver}?"
+            )
         # Once a node: tasks side by side would measure each other.
         size = recipe.preflight.write_mib * _MIB
         facts |= {
-            "gpus": gpus.look().to_json(),
+            "gpus": found.to_json(),
             "run_disk": _tried(problems, f"{run}", disk, run, size),
             "scratch_disk": _tried(problems, "the folder of temporary files", disk, Path(tempfile.gettempdir()), size),
             "memory_gib": round(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from megamm.preflight import gpus
+from megamm.config import load_recipe
+from megamm.core.env import RankInfo
+from megamm.preflight import facts, gpus
 
 WELL = "0, NVIDIA H100 80GB HBM3, 570.86.15, 1980, 1980, 34, 0, Not Active, Not Active"
 
@@ -60,3 +63,16 @@ def test_what_a_card_does_not_have_is_no_fault(nvidia_smi):
 def test_a_driver_that_fails_is_a_fault(nvidia_smi):
     nvidia_smi("Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error", code=255)
     assert gpus.look().faults == ("nvidia-smi fails: Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error",)
+
+
+@pytest.mark.parametrize(("visible", "is_bad"), [(None, True), ("0", True), ("", False)])
+def test_gpus_that_torch_does_not_see_are_a_problem_unless_they_were_hidden(nvidia_smi, monkeypatch, tmp_path, visible, is_bad):
+    nvidia_smi(WELL)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(facts, "matmul_gflops", lambda local_rank: 1.0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    recipe = load_recipe("tiny", [f"--data.root={tmp_path}", "--preflight.write_mib=1"])
+    found = facts.node_facts(recipe, tmp_path, RankInfo(rank=0, local_rank=0, world_size=1))["problems"]
+    assert any("nvidia-smi lists 1 GPUs and torch" in problem for problem in found) == is_bad, found

@@ -36,7 +36,9 @@ def check(folder: Path, recipe_file: Path, ranks: dict[int, tuple[str, ...]], *,
     tasks = {}
     for rank, more in ranks.items():
         place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "SLURMD_NODENAME": f"node{rank}"}
-        environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        environment = (
+            os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        )
         command = [*words, *settings, *shares, *limit, *more]
         tasks[rank] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     outputs = {rank: task.communicate(timeout=280)[0] for rank, task in tasks.items()}
