@@ -516,8 +516,8 @@ class Preflight:
         max_clock_skew_seconds: Distance of a node's clock from the first node's: a run's lease goes by clocks.
         min_speed_share: Speed of a matrix product on a rank, as a share of the median rank's.
         link_mib: Size of the tensor that is added up over links.
-        min_link_mib_per_second: Bandwidth of an all-reduce on a node and between two.
-        min_link_share: The same as a share of the upper quartile.
+        min_link_mib_per_second: Bandwidth of an all-reduce on a node, between two, and of all.
+        min_link_share: That on a node and between two as a share of the upper quartile.
     """
 
     timeout_seconds: Annotated[float, Field(ge=1)] = 120.0

@@ -155,14 +155,15 @@ def blamed_for_links(settings: Preflight, nodes: list[str], links: Mapping[str, 
         known: Nodes that are bad anyway, and explain their links before any other does.
     """
     speeds = {group: result["bytes_per_second"] for group, result in links.items() if "bytes_per_second" in result}
-    pairs = [speed for group, speed in speeds.items() if "+" in group]
-    alone = [speed for group, speed in speeds.items() if group in nodes]
+    usual_pair = _usual([speed for group, speed in speeds.items() if "+" in group])
+    usual_alone = _usual([speed for group, speed in speeds.items() if group in nodes])
     bad: dict[str, str] = {}
     for group, result in links.items():
-        floor = max(settings.min_link_mib_per_second * _MIB, settings.min_link_share * _usual(alone if group in nodes else pairs))
+        usual = 0.0 if group == "all" else usual_alone if group in nodes else usual_pair
+        floor = max(settings.min_link_mib_per_second * _MIB, settings.min_link_share * usual)
         if "error" in result:
             bad[group] = f"fails: {result['error']}"
-        elif group != "all" and result["bytes_per_second"] < floor:
+        elif result["bytes_per_second"] < floor:
             bad[group] = f"carries {result['bytes_per_second'] / _MIB:.1f} MiB/s, at least {floor / _MIB:.1f} is wanted"
     blamed: dict[str, str] = {}
     open_links = {group: set(group.split("+")) for group in bad if group != "all"}

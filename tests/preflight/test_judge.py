@@ -146,6 +146,14 @@ def test_where_pairs_are_well_and_all_together_fail_nobody_is_left_out():
     assert not found.bad_nodes and "all-reduce of all nodes fails: timed out (4 of 4 nodes)" in found.problems
 
 
+def test_all_nodes_together_have_the_floor_of_links_and_no_share_of_them():
+    links = all_pairs(1000) | {"all": link(100)}
+    assert verdict(facts_of(), links=links).may_train
+    found = verdict(facts_of(), links=links, min_link_mib_per_second=200)
+    assert not found.bad_nodes
+    assert found.problems == ["all-reduce of all nodes carries 100.0 MiB/s, at least 200.0 is wanted (4 of 4 nodes)"]
+
+
 def test_a_group_is_as_fast_as_its_slowest_task_and_an_error_of_one_is_its_error():
     merged = merged_links({0: {"a+b": link(10), "a": link(5)}, 1: {"a+b": link(3)}, 2: {"a": {"error": "late"}}, 3: {"a": link(1)}})
     assert merged == {"a+b": link(3), "a": {"error": "late"}}
