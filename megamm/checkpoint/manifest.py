@@ -143,22 +143,34 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"checkpoint {folder} has no {MANIFEST}: it was never committed; use another one")
     try:
         body = opened(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} cannot be read ({error.strerror}); use another one") from error
     except ValueError as error:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged ({error}); use another one") from None
     if (number := body.pop("format", None)) != FORMAT:
-        wrote = body.get("software", {}).get("megamm", "another version")
+        software = body.get("software")
+        wrote = software.get("megamm", "another version") if isinstance(software, dict) else "another version"
         raise OtherFormat(
             f"checkpoint {folder} has format {number}, megamm {megamm.__version__} reads {FORMAT}; load it with megamm {wrote}"
         )
-    body["files"] = {name: FileFacts(**facts) for name, facts in body["files"].items()}
-    body["parameters"] = tuple(ParameterEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in body["parameters"])
-    body["fence"] = Fence(**body["fence"])
-    expected = {DATA_STATE, LEDGER, *map(rank_file, range(body["world_size"]))}
-    if odd := expected ^ body["files"].keys():
-        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} of {body['world_size']} ranks is wrong about {min(odd)}; use another one")
-    if _step_of(folder.name) not in (None, body["step"]):
-        raise CheckpointError(f"checkpoint {folder} is of step {body['step']}, by its {MANIFEST}; rename it {step_folder(body['step'])}")
-    return Manifest(**body)
+    try:
+        manifest = _manifest_of(body)
+        expected = {DATA_STATE, LEDGER, *map(rank_file, range(manifest.world_size))}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: {MANIFEST} holds something else ({type(error).__name__}: {error}); use another one"
+        ) from None
+    if odd := expected ^ manifest.files.keys():
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} of {manifest.world_size} ranks is wrong about {min(odd)}; use another one")
+    if _step_of(folder.name) not in (None, manifest.step):
+        raise CheckpointError(f"checkpoint {folder} is of step {manifest.step}, by its {MANIFEST}; rename it {step_folder(manifest.step)}")
+    return manifest
+
+
+def _manifest_of(body: dict[str, Any]) -> Manifest:
+    files = {name: FileFacts(**facts) for name, facts in body["files"].items()}
+    parameters = tuple(ParameterEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in body["parameters"])
+    return Manifest(**body | {"files": files, "parameters": parameters, "fence": Fence(**body["fence"])})
 
 
 def check_file(folder: Path, name: str, facts: FileFacts, *, from_disk: bool = False) -> None:

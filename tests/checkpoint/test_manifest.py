@@ -117,6 +117,21 @@ def test_a_manifest_names_the_files_of_its_ranks_and_no_others(checkpoint, world
         read_manifest(checkpoint)
 
 
+@pytest.mark.parametrize("changes", [{"files": None}, {"files": []}, {"world_size": "2"}, {"parameters": [{"name": "a"}]}, {"later": 1}])
+def test_a_manifest_that_is_sealed_and_holds_something_else_is_refused(checkpoint, changes):
+    rewrite(checkpoint, **changes)
+    with pytest.raises(CheckpointError, match=r"manifest\.json holds something else"):
+        read_manifest(checkpoint)
+
+
+def test_a_manifest_that_the_disk_does_not_give_is_damage(checkpoint):
+    """The kernel's own file of this process's memory gives an I/O error for its first page, as a bad sector does."""
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / MANIFEST).symlink_to("/proc/self/mem")
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read \(Input/output error\)"):
+        read_manifest(checkpoint)
+
+
 def test_a_file_outside_of_the_checkpoint_is_never_looked_at(checkpoint):
     files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     rewrite(checkpoint, files=files | {"../secret": {"num_bytes": 1, "digest": "0"}})
