@@ -1,7 +1,7 @@
 """Signs of life: a small file a rank, renewed every few seconds, that says where the rank is. Whoever reads them needs no torch.
 
 RUN/heartbeats/rank_00001.json   what rank 1 said last; gone when it left in order
-RUN/heartbeats/stalled           some rank found that nothing moves: every rank reports itself and ends
+RUN/heartbeats/stalled_00003     some rank of the third start found that nothing moves: every rank reports itself and ends
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from types import FrameType
 from megamm.telemetry.whereabouts import Place, Who
 
 _FOLDER = "heartbeats"
-_NOTICE = "stalled"
 _MAX_CALLS = 3
 # Around every call of a module, and never what one waits for.
 _WRAPPERS = ("torch.nn", "deepspeed.utils.nvtx")
@@ -136,14 +135,17 @@ class Heartbeats:
         for path in self.folder.glob("*"):
             path.unlink(missing_ok=True)
 
-    def tell(self) -> None:
-        """Let all ranks know that nothing moves."""
+    def tell(self, start: int) -> None:
+        """Let all ranks of a start know that nothing moves; those of a later one, which took the run over, are not concerned."""
         self.folder.mkdir(exist_ok=True)
-        (self.folder / _NOTICE).touch()
+        self._notice(start).touch()
 
-    def is_told(self) -> bool:
-        """Whether some rank found that nothing moves. Asked after `write`, which makes a network file system look at the folder anew."""
-        return (self.folder / _NOTICE).exists()
+    def is_told(self, start: int) -> bool:
+        """Whether some rank of that start found that nothing moves. Asked after `write`, which makes a network file system look anew."""
+        return self._notice(start).exists()
+
+    def _notice(self, start: int) -> Path:
+        return self.folder / f"stalled_{start:05d}"
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.json"

@@ -162,7 +162,7 @@ class StallWatch:
                 if self._may_write():
                     self._beat()
                     was_written = True
-                if self._heartbeats.is_told():
+                if self._heartbeats.is_told(self._who.start):
                     self._message = "another rank has found that nothing moves"
                     self._stalled.set()
             except OSError as error:
@@ -195,7 +195,7 @@ class StallWatch:
                 file.flush()
                 _dump_stacks(file)
             self._beat(is_stalled=True)
-            self._heartbeats.tell()
+            self._heartbeats.tell(self._who.start)
             beats = self._gather()
             silent = [one.rank for one in beats if not one.is_stalled]
             teller = next((one.rank for one in beats if one.is_stalled), self._who.rank)

@@ -127,10 +127,10 @@ def test_heartbeats_are_read_whole_or_not_at_all(tmp_path):
     (heartbeats.folder / "rank_00001.json").write_text('{"rank": 1')
     (heartbeats.folder / "rank_00002.json").write_text("[]")
     assert read_beats(tmp_path) == ones[:1]
-    heartbeats.tell()
-    assert heartbeats.is_told()
+    heartbeats.tell(3)
+    assert heartbeats.is_told(3)
     heartbeats.clear()
-    assert not heartbeats.is_told() and read_beats(tmp_path) == []
+    assert not heartbeats.is_told(3) and read_beats(tmp_path) == []
     heartbeats.write(ones[0])
     heartbeats.remove(0)
     assert not heartbeats.folder.exists()
@@ -216,6 +216,36 @@ def test_a_process_ends_whatever_its_folder_is_like(tmp_path, begun, state):
         assert "most recent call first" in ended.stderr
     if begun == "new":
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["logs"]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("start", "is_ended"), [(1, False), (2, True)])
+def test_what_a_start_that_lost_the_run_tells_ends_no_later_one(tmp_path, start, is_ended):
+    """A rank on a node that was cut off hangs, finds so, and reaches the folder again."""
+    program = """
+        import sys
+        import threading
+        from pathlib import Path
+        from megamm.telemetry.stall_watch import StallWatch
+        from megamm.telemetry.heartbeat import Heartbeats, read_beats
+        from megamm.telemetry.whereabouts import Whereabouts, Who
+
+        run = Path(sys.argv[1])
+        (run / "config.json").touch()
+        (run / "logs").mkdir()
+        Heartbeats(run).tell(int(sys.argv[2]))
+        where = Whereabouts()
+        watch = StallWatch(run, Who(2, 0, 1), where, stall_seconds=600, num_collectives=lambda: 0)
+        watch._beat_seconds = 0.01
+        with watch:
+            while not any(beat.count > 3 for beat in read_beats(run)):
+                threading.Event().wait(0.01)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(start)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=env)
+    assert (ended.returncode == 1) == is_ended, ended.stderr
+    assert ("another rank has found that nothing moves" in ended.stderr) == is_ended
 
 
 @pytest.mark.integration
