@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +21,8 @@ from tests.support.decoding import Stalling, workers
 def main(root: str, tokenizer: str, kind: str, end: str) -> None:
     data = Data(root=root, train={"slow": Dataset("slow/train-*.tar")}, window=32, row_patches=48, row_frames=400)
     data = replace(data, prefetch_steps=50, decoders=kind, decode_workers=2)
+    # Whoever started the tests in the background has it ignored here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = DataPlan.open(data, BATCH, model=replace(MODEL, audio=None), tokenizer=TextTokenizer.load(Path(tokenizer)), seed=5)
     if end == "stalled":
         # Nobody ever answers these reads; the program must end all the same.
