@@ -1,6 +1,6 @@
 """A test that was left out is no test: where `MEGAMM_REQUIRE` names a marker, skipping one of its tests is a failure.
 
-`.ci/run` sets it to what its machine must be able to run; elsewhere a skip says in one line what is missing.
+Set it to what a machine must be able to run (`MEGAMM_REQUIRE=slurm make test`); without it a skip says in one line what is missing.
 """
 
 import os

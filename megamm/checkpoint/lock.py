@@ -14,6 +14,7 @@ nobody waits: the owner left in order, the scheduler says that its job ended, or
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import shutil
@@ -186,7 +187,16 @@ def lease_path(run: Path, number: int) -> Path:
 def _move_lease(path: Path, count: int) -> None:
     """Renamed, so that no reader finds half a number; not synced, because a sync waits for all that a save is writing."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(f"{count}\n", encoding="utf-8")
+    try:
+        draft.write_text(f"{count}\n", encoding="utf-8")
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        # A full disk has room for the bytes that are there already, and a run that goes on must not lose its lease to it.
+        with path.open("r+", encoding="utf-8") as file:
+            file.write(f"{count}\n")
+        return
     draft.replace(path)
 
 

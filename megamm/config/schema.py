@@ -509,7 +509,7 @@ class Preflight:
     Attributes:
         timeout_seconds: Longest time that a node may take to come, or to answer another one.
         min_free_gib: Free space where the run folder and temporary files lie.
-        min_write_mib_per_second: Speed of writing and syncing there.
+        min_write_mib_per_second: Speed of writing and syncing there, all nodes at once.
         write_mib: Size of the file that is written for it.
         min_shared_memory_gib: Free space of /dev/shm.
         min_open_files: Files that a process may open.
@@ -522,14 +522,14 @@ class Preflight:
 
     timeout_seconds: Annotated[float, Field(ge=1)] = 120.0
     min_free_gib: NonNegative = 1.0
-    min_write_mib_per_second: NonNegative = 10.0
+    min_write_mib_per_second: NonNegative = 2.0
     write_mib: Positive = 64
     min_shared_memory_gib: NonNegative = 0.1
     min_open_files: NonNegative = 1024
     max_clock_skew_seconds: NonNegative = 5.0
     min_speed_share: NonNegative = 0.5
     link_mib: Positive = 64
-    min_link_mib_per_second: NonNegative = 0.0
+    min_link_mib_per_second: NonNegative = 5.0
     min_link_share: NonNegative = 0.3
 
 

@@ -62,7 +62,10 @@ def judge(
         if abs(seconds - usual) > settings.max_clock_skew_seconds:
             blame(node, f"its clock is {usual - seconds:+.2f} s off the usual one, {settings.max_clock_skew_seconds:g} s are borne")
     for what in ("software", "recipe", "data"):
-        _judge_equal(what, nodes, blame)
+        _judge_equal(what, {node: one[what] for node, one in nodes.items()}, blame)
+    _judge_equal(
+        "GPU", {node: {"kinds": ", ".join(one["gpus"]["names"]), "driver": one["gpus"]["driver"]} for node, one in nodes.items()}, blame
+    )
     _judge_speed(settings, facts, blame)
     known = {node for node, found in reasons.items() if found}
     for node, why in blamed_for_links(settings, list(nodes), links, known=known).items():
@@ -105,9 +108,9 @@ def _judge_floors(settings: Preflight, nodes: Mapping[str, Facts], blame: Callab
                 blame(node, f"{fact} is {one[fact]:g}, at least {floor:g} is wanted")
 
 
-def _judge_equal(what: str, nodes: Mapping[str, Facts], blame: Callable[[str, str], None]) -> None:
+def _judge_equal(what: str, said: Mapping[str, Any], blame: Callable[[str, str], None]) -> None:
     """All nodes must say the same; who says something else than most is wrong."""
-    values = {node: _flat(one[what]) for node, one in nodes.items() if one[what] is not None}
+    values = {node: _flat(value) for node, value in said.items() if value is not None}
     if not values:
         return
     names = {name for value in values.values() for name in value}
@@ -116,7 +119,8 @@ def _judge_equal(what: str, nodes: Mapping[str, Facts], blame: Callable[[str, st
         for node, value in values.items():
             if value.get(name) != usual:
                 label = f"{what} {name}".strip()
-                blame(node, f"{label} is {value.get(name)}, on {num} of {len(values)} nodes {usual}")
+                doubt = "; which is right cannot be told" if 2 * num == len(values) else ""
+                blame(node, f"{label} is {value.get(name)}, on {num} of {len(values)} nodes {usual}{doubt}")
 
 
 def _flat(value: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Who owns a run: one at a time, taken over only from the gone."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from megamm.checkpoint.fence import Fence, check_fence, newest_owner, starts
 from megamm.checkpoint.hold import hold_run
-from megamm.checkpoint.lock import LostRun, Owner, RunLock, read_owner
+from megamm.checkpoint.lock import LostRun, Owner, RunLock, lease_path, read_owner
 from megamm.checkpoint.seal import opened, sealed
 from megamm.core.errors import CheckpointError
 
@@ -143,8 +145,8 @@ def test_another_machines_sign_of_life_refuses(run):
     change_owner(run, host="node9", pid_started=1.0)
     started = time.monotonic()
     with pytest.raises(CheckpointError, match="on node9"):
-        acquire(run)
-    assert time.monotonic() - started < SHORT
+        acquire(run, lease_seconds=100.0)
+    assert time.monotonic() - started < 100.0
     first.release()
 
 
@@ -237,15 +239,35 @@ def test_a_restarted_job_follows_itself(run, monkeypatch):
         lock.release()
 
 
+def test_a_full_disk_takes_no_lease_away(run, monkeypatch):
+    lock = acquire(run, lease_seconds=100.0)
+    write_text = Path.write_text
+
+    def refused(self, text, **options):
+        if self.suffix == ".tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write_text(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    before = lease_path(run, lock.number).read_text()
+    lock.check()
+    assert lease_path(run, lock.number).read_text() != before
+    assert not list(run.glob(".lock/.*.lease*"))
+    monkeypatch.undo()
+    lock.release()
+
+
 def race(run, barrier, results):
     barrier.wait()
     try:
         lock = RunLock.acquire(run, lease_seconds=5.0)
         results.put(lock.number)
-        time.sleep(1.0)
+        # It holds the run until all others have been told so.
+        barrier.wait()
         lock.release()
     except CheckpointError:
         results.put(0)
+        barrier.wait()
 
 
 def test_of_many_at_once_one_wins(run):

@@ -78,7 +78,8 @@ def test_training_goes_on_while_a_save_is_written(make_saver, folder):
     assert isinstance(outcome, Committed)
     assert (outcome.step, outcome.folder) == (1, folder / "step_00000001")
     assert outcome.num_bytes == sum(path.stat().st_size for path in outcome.folder.iterdir() if path.name != "manifest.json")
-    assert outcome.stall_seconds < 0.1 < outcome.commit_seconds
+    # Every one of its operations takes 0.1 s, training waits for none of them.
+    assert outcome.commit_seconds > 0.1 and outcome.stall_seconds < outcome.commit_seconds / 2
     assert verify(outcome.folder).step == 1
 
 
@@ -124,13 +125,13 @@ def test_training_races_a_save_and_loses_nothing(make_saver, engine, folder):
 
 def test_a_lease_is_renewed_while_a_save_is_written(make_saver, folder):
     """A save that takes longer than the lease: a second job is refused all the while."""
-    lock = RunLock.acquire(folder.parent, lease_seconds=0.5)
+    lock = RunLock.acquire(folder.parent, lease_seconds=2.0)
     saver = make_saver(slow(0.3), hold=Hold(Fence(lock.number), lock))
     saver.save(Progress(1))
     num_refused = 0
     while saver.is_pending:
         with pytest.raises(CheckpointError, match="in use by"):
-            RunLock.acquire(folder.parent, lease_seconds=0.5)
+            RunLock.acquire(folder.parent, lease_seconds=2.0)
         num_refused += 1
         saver.poll()
     assert num_refused

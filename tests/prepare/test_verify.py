@@ -12,6 +12,7 @@ import pytest
 from megamm.cli import main
 from megamm.config import Dataset
 from megamm.config.schema import SampleMapping
+from megamm.core.errors import DataError
 from megamm.data.shards.index import index_path, load_index, write_index
 from megamm.prepare.verify import check_all, find_all, stray_files
 from megamm.tokenizers.text import TextTokenizer
@@ -90,7 +91,10 @@ def test_reasons_are_counted_whatever_the_samples_are_called(tmp_path, capsys):
     captions = Dataset("captions.tar", mapping=SampleMapping(task="captioning", image="jpg", answer="txt"))
     recipe = recipe_over(tmp_path)
     recipe = replace(recipe, data=replace(recipe.data, train={"captions": captions}, held_out={}))
-    first, reason = plan_all_lengths(recipe, TextTokenizer.load(Path(recipe.tokenizer.folder)))
+    lines = []
+    with pytest.raises(DataError, match=r"dataset captions \(train\): none of its samples can be used"):
+        lines.extend(plan_all_lengths(recipe, TextTokenizer.load(Path(recipe.tokenizer.folder))))
+    first, reason = lines
     assert "3 samples, 0 tokens, 3 that cannot be used" in first
     assert reason.strip() == "3: … …: ….txt is empty, which mapping.answer names"
     capsys.readouterr()

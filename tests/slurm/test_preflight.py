@@ -20,6 +20,7 @@ SHARES = {
     "link_mib": 1,
     "write_mib": 1,
     "min_link_share": 0.05,
+    "min_link_mib_per_second": 0,
     "timeout_seconds": 60,
 }
 

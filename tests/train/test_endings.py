@@ -55,8 +55,8 @@ class Running:
         left = self.ranks()
         for process in [*left.values(), self.launcher]:
             process.kill()
-        psutil.wait_procs(list(left.values()), timeout=10)
-        self.launcher.wait(timeout=10)
+        psutil.wait_procs(list(left.values()), timeout=60)
+        self.launcher.wait(timeout=60)
 
     @property
     def errors(self) -> str:
