@@ -247,7 +247,7 @@ requeue() {
     local state restarts try
     trap '' TERM USR1
     for try in 1 2 3 4 5 6 7 8 9 10; do
-        restarts=$(job_field Restarts) state=$(job_field JobState)
+        state=$(job_field JobState) restarts=$(job_field Restarts)
         case $restarts:$state in
             "$restart:RUNNING") scontrol requeue "$job" && wait_for_the_end ;;
             :* | *:) ;;

@@ -17,7 +17,7 @@ SCONTROL = """#!/bin/sh
 case "$1 $2" in
     "show hostnames") echo node0 ;;
     "show node") echo "NodeName=node0 NodeAddr=127.0.0.1 NodeHostName=node0" ;;
-    "show job") echo "JobId=$SLURM_JOB_ID JobState=$JOB_STATE Reason=None ExcNodeList=(null)" ;;
+    "show job") echo "JobId=$SLURM_JOB_ID JobState=$JOB_STATE Reason=None Restarts=$SLURM_RESTART_COUNT ExcNodeList=(null)" ;;
     requeue*) echo "$2" >>"$RUN/requeued" ;;
 esac
 """
