@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 
@@ -53,8 +54,11 @@ def test_tensorboard_forgets_the_points_that_are_written_again(tmp_path, resumed
 def test_a_disk_that_takes_no_events_costs_tensorboard_alone(tmp_path, caplog):
     log = MetricsLog(tmp_path, Telemetry(), resumed_step=0, recipe={})
     (events,) = (tmp_path / "tensorboard").iterdir()
-    events.unlink()
-    events.mkdir()
+    # The writer's thread may write its first events at this moment, and make the file anew.
+    while not events.is_dir():
+        events.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError):
+            events.mkdir()
     with caplog.at_level(logging.WARNING, "megamm"):
         for step in range(1, 200):
             log.write(step, {"loss": 1.0})
