@@ -8,7 +8,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 # Score a run, or an exported folder, on its held-out data. Arguments go to `megamm evaluate`:
-#   sbatch slurm/evaluate.sh /shared/runs/7b
+#   sbatch slurm/evaluate.sh /shared/runs/1b
 set -uo pipefail
 
 # Slurm runs a copy of this file: the checkout is where MEGAMM_HOME says, or the folder that the job was submitted from.

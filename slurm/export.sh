@@ -8,7 +8,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 # Write a run as a Hugging Face folder, proven to give what was trained. Arguments go to `megamm export`:
-#   sbatch slurm/export.sh /shared/runs/7b --output /shared/exports/7b
+#   sbatch slurm/export.sh /shared/runs/1b --output /shared/exports/1b
 set -uo pipefail
 
 # Slurm runs a copy of this file: the checkout is where MEGAMM_HOME says, or the folder that the job was submitted from.

@@ -4,10 +4,10 @@
 #
 #   slurm/pipeline.sh --array=0-63 prepare image_folder /raw/flowers --output data/flowers -- \
 #       prepare text /raw/books --output data/books -- \
-#       tokenize 7b -- \
-#       --nodes 16 pretrain 7b --run runs/7b --optim.lr 2e-4 -- \
-#       evaluate runs/7b -- \
-#       export runs/7b --output exports/7b
+#       tokenize 1b -- \
+#       --nodes 16 pretrain 1b --run runs/1b --optim.lr 2e-4 -- \
+#       evaluate runs/1b -- \
+#       export runs/1b --output exports/1b
 #
 # A job that is requeued keeps its number, so those after it go on waiting. When one fails for good, Slurm cancels those after it; the
 # same command again does what is left. Nothing is submitted unless Slurm would take every stage.

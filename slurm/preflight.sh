@@ -6,7 +6,7 @@
 #SBATCH --time=00:20:00
 #SBATCH --output=%x-%j.out
 # Check nodes without training on them, one task a GPU: bad ones are named, and the job fails. Arguments go to `megamm preflight`:
-#   sbatch --nodes 16 slurm/preflight.sh 7b --run /shared/runs/7b
+#   sbatch --nodes 16 slurm/preflight.sh 1b --run /shared/runs/1b
 # With several nodes pretrain.sh does the same first, and starts again without the bad ones.
 set -uo pipefail
 

@@ -10,7 +10,7 @@
 #SBATCH --output=%x-%j.out
 # Pretrain, one task a GPU, through as many jobs' worth of time as it takes: the job requeues itself until the run is done.
 # Options before the script go to sbatch, arguments after it to `megamm pretrain`:
-#   sbatch --nodes 16 slurm/pretrain.sh 7b --run /shared/runs/7b --optim.lr 2e-4
+#   sbatch --nodes 16 slurm/pretrain.sh 1b --run /shared/runs/1b --optim.lr 2e-4
 # With a range, --nodes 12-16, it goes on with as many of them as there are. (No --ntasks-per-node: Slurm would remember the tasks of the
 # first start, and wait for nodes for all of them.)
 # Exit codes: 0 the run is done; 75 it is not, and somebody has to look; 2 it cannot be started so.

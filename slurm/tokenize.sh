@@ -8,7 +8,7 @@
 #SBATCH --output=%x-%j.out
 # Make a recipe's tokenizer from its shards, then the planned lengths of all of them, so that no GPU waits for either.
 # Arguments go to `megamm tokenizer` and `megamm data plan-lengths`; what is there already is kept:
-#   sbatch slurm/tokenize.sh 7b --data.root /shared/data
+#   sbatch slurm/tokenize.sh 1b --data.root /shared/data
 set -uo pipefail
 
 # Slurm runs a copy of this file: the checkout is where MEGAMM_HOME says, or the folder that the job was submitted from.
