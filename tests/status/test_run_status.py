@@ -144,7 +144,7 @@ def test_reading_while_everything_is_replaced(run, owned):
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(metrics_line(step)[: 20 if step % 3 else None])
             write_checkpoint(run / "checkpoints", step, {})
-            for old in sorted((run / "checkpoints").iterdir())[:-1]:
+            for old in sorted((run / "checkpoints").glob("step_*"))[:-1]:
                 old.rename(old.with_name(f".{old.name}.deleted"))
             (run / "INTERRUPTED").write_text("{" if step % 2 else "{}")
             (run / "INTERRUPTED").unlink()
