@@ -1,0 +1,61 @@
+"""What a model says of a picture, typed and in source coordinates; references come in the same types.
+
+Coordinates are pixels of the source picture, half-open: `[x1, x2)`, `[y1, y2)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A labelled box.
+
+    Attributes:
+        label: What it holds.
+        xyxy: Left, top, right, bottom in source pixels.
+        score: Confidence in [0, 1]; 1 for a reference.
+    """
+
+    label: str
+    xyxy: tuple[float, float, float, float]
+    score: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"label": self.label, "xyxy": list(self.xyxy), "score": self.score}
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A labelled set of pixels.
+
+    Attributes:
+        label: What it is.
+        size: Height and width of the source picture in pixels.
+        counts: Run lengths of 0, 1, 0, … down the columns, the first of them of 0 and maybe 0 (COCO's uncompressed RLE).
+        score: Confidence in [0, 1]; 1 for a reference.
+    """
+
+    label: str
+    size: tuple[int, int]
+    counts: tuple[int, ...]
+    score: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `size` and `counts` are an RLE that pycocotools reads."""
+        return {"label": self.label, "size": list(self.size), "counts": list(self.counts), "score": self.score}
+
+
+@dataclass(frozen=True, slots=True)
+class RankedItem:
+    """An item of a catalogue and how likely the model holds it: `log_probability` in nats, 0 for a reference."""
+
+    id: str
+    log_probability: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"id": self.id, "log_probability": self.log_probability}
