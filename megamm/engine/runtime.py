@@ -19,10 +19,12 @@ class Engine:
 
     State: the model's partitions, their float32 masters and moments, the number of applied steps (which decides the
     learning rate) and fp16's loss scale. `partitions` reads and writes all of it; what it restores continues bit for bit.
+    Within a step also how many backwards it had: checkpoints lie between steps, where there are none.
     """
 
     def __init__(self, engine: Any):
         self._engine = engine
+        self._num_backwards = 0
 
     @property
     def module(self) -> nn.Module:
@@ -85,10 +87,16 @@ class Engine:
         Args:
             loss: Scalar with a graph, from this engine's forward.
             scale: Such as 1 / Σw of the global batch.
+
+        Raises:
+            MegaMMError: The step has had a backward for each of its micro-steps.
         """
+        if self._num_backwards == self.num_accumulation:
+            raise MegaMMError(f"backward after all {self.num_accumulation} micro-steps of a step; call step first")
         # Divided by the accumulation inside DeepSpeed as well unless told not to.
         nothing = loss.detach() * 0
         self._engine.backward(loss * (nothing + scale * self._engine.dp_world_size), scale_wrt_gas=False)
+        self._num_backwards += 1
         if not self._engine.is_gradient_accumulation_boundary():
             # Counts the micro-step; the weights change at the boundary only.
             self._engine.step()
@@ -103,9 +111,10 @@ class Engine:
         Raises:
             MegaMMError: Fewer backward calls than micro-steps went before.
         """
-        done = self._engine.micro_steps % self.num_accumulation + 1
-        if not self._engine.is_gradient_accumulation_boundary():
-            raise MegaMMError(f"step after {done - 1} of {self.num_accumulation} micro-steps; call backward for each first")
+        # DeepSpeed itself would take the step without the gradient of the last one.
+        if self._num_backwards != self.num_accumulation:
+            raise MegaMMError(f"step after {self._num_backwards} of {self.num_accumulation} micro-steps; call backward for each first")
+        self._num_backwards = 0
         self._engine.step()
         return self._engine.was_step_applied()
 
