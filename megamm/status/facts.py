@@ -113,8 +113,7 @@ def _table(path: Path) -> dict[str, Any] | None:
 
 
 def _beats(run: Path, facts: Facts) -> list[Beat]:
-    number = facts.owning.number if facts.owning else 0
-    return [beat for beat in read_beats(run) if beat.start == number]
+    return read_beats(run, facts.owning.number) if facts.owning else []
 
 
 def _num_ranks(run: Path, facts: Facts) -> int:

@@ -1,7 +1,9 @@
 """Signs of life: a small file a rank, renewed every few seconds, that says where the rank is. Whoever reads them needs no torch.
 
-RUN/heartbeats/rank_00001.json   what rank 1 said last; gone when it left in order
-RUN/heartbeats/stalled_00003     some rank of the third start found that nothing moves: every rank reports itself and ends
+RUN/heartbeats/start_00003.rank_00001.json   what rank 1 of the third start said last; gone when it left in order
+RUN/heartbeats/start_00003.stalled           some rank of that start found that nothing moves: every rank reports itself and ends
+
+Names hold the start, because a rank that lost the run may be cut off for long and then write once more: nothing of a later start's.
 """
 
 from __future__ import annotations
@@ -116,24 +118,27 @@ class Heartbeats:
     def write(self, one: Beat) -> None:
         """Replace a rank's file. Not synced: after a power cut nobody is alive."""
         self.folder.mkdir(exist_ok=True)
-        draft = self._path(one.rank).with_suffix(f".{os.getpid()}.tmp")
+        path = self._path(one.start, one.rank)
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
         draft.write_text(json.dumps(asdict(one)) + "\n", encoding="utf-8")
-        draft.replace(self._path(one.rank))
+        draft.replace(path)
 
-    def read(self) -> list[Beat]:
-        """What each rank said last, in the order of ranks; files that cannot be read are left out."""
-        return [one for path in sorted(self.folder.glob("rank_*.json")) if (one := _read(path)) is not None]
+    def read(self, start: int) -> list[Beat]:
+        """What each rank of a start said last, in the order of ranks; files that cannot be read are left out."""
+        return [one for path in sorted(self.folder.glob(f"{_prefix(start)}rank_*.json")) if (one := _read(path)) is not None]
 
-    def remove(self, rank: int) -> None:
+    def remove(self, start: int, rank: int) -> None:
         """Take a rank's file away, and the folder with the last of them."""
-        self._path(rank).unlink(missing_ok=True)
+        self._path(start, rank).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def clear(self) -> None:
-        """Remove what an earlier start left behind; one rank does it before the others begin."""
+    def clear_before(self, start: int) -> None:
+        """Remove what earlier starts left behind, whether they died or came back late; one rank does it."""
         for path in self.folder.glob("*"):
-            path.unlink(missing_ok=True)
+            # Zeros in front make the order of names that of numbers.
+            if path.name < _prefix(start):
+                path.unlink(missing_ok=True)
 
     def tell(self, start: int) -> None:
         """Let all ranks of a start know that nothing moves; those of a later one, which took the run over, are not concerned."""
@@ -145,15 +150,19 @@ class Heartbeats:
         return self._notice(start).exists()
 
     def _notice(self, start: int) -> Path:
-        return self.folder / f"stalled_{start:05d}"
+        return self.folder / f"{_prefix(start)}stalled"
 
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"rank_{rank:05d}.json"
+    def _path(self, start: int, rank: int) -> Path:
+        return self.folder / f"{_prefix(start)}rank_{rank:05d}.json"
 
 
-def read_beats(run: Path) -> list[Beat]:
-    """What each rank of a run said last; none where none lives and none died."""
-    return Heartbeats(run).read()
+def read_beats(run: Path, start: int) -> list[Beat]:
+    """What each rank of a run's start said last; none where none of it lives and none died."""
+    return Heartbeats(run).read(start)
+
+
+def _prefix(start: int) -> str:
+    return f"start_{start:05d}."
 
 
 def _read(path: Path) -> Beat | None:

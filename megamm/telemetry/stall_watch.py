@@ -124,7 +124,9 @@ class StallWatch:
             thread.join(self._beat_seconds)
         if error is None:
             with contextlib.suppress(OSError):
-                self._heartbeats.remove(self._who.rank)
+                if self._who.rank == 0:
+                    self._heartbeats.clear_before(self._who.start)
+                self._heartbeats.remove(self._who.start, self._who.rank)
 
     # --- the clock: no files ---
 
@@ -210,7 +212,7 @@ class StallWatch:
         """What all ranks said last, once each has reported itself or the time for it is over."""
         end = time.monotonic() + self._gather_seconds
         while True:
-            beats = [one for one in self._heartbeats.read() if one.start == self._who.start]
+            beats = self._heartbeats.read(self._who.start)
             if sum(one.is_stalled for one in beats) == self._who.world_size or time.monotonic() > end:
                 return beats
             time.sleep(self._look_seconds)

@@ -149,7 +149,7 @@ def _watch(path: Path, recipe: Recipe, world: World, hold: Hold) -> tuple[StallW
     """What watches this rank; signs of life of earlier starts are gone then."""
     with distributed.fail_together():
         if world.is_main:
-            Heartbeats(path).clear()
+            Heartbeats(path).clear_before(hold.fence.number)
     who = Who(hold.fence.number, world.rank, world.size, hold.fence.job_id, hold.fence.restart_count)
     where = Whereabouts()
     stall_seconds = recipe.telemetry.stall_seconds

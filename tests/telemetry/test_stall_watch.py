@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamm.telemetry import heartbeat
 from megamm.telemetry.heartbeat import Heartbeats, beat, doing, read_beats
 from megamm.telemetry.stall_watch import Stillness, allowance, findings, table
 from megamm.telemetry.whereabouts import Place, Whereabouts, Who
@@ -119,21 +118,35 @@ def test_what_another_thread_sees_of_the_main_one():
 
 def test_heartbeats_are_read_whole_or_not_at_all(tmp_path):
     heartbeats = Heartbeats(tmp_path)
-    assert read_beats(tmp_path) == []
+    assert read_beats(tmp_path, 1) == []
     ones = [beat_of(rank) for rank in (0, 1, 2)]
     for one in ones:
         heartbeats.write(one)
-    assert read_beats(tmp_path) == ones
-    (heartbeats.folder / "rank_00001.json").write_text('{"rank": 1')
-    (heartbeats.folder / "rank_00002.json").write_text("[]")
-    assert read_beats(tmp_path) == ones[:1]
-    heartbeats.tell(3)
-    assert heartbeats.is_told(3)
-    heartbeats.clear()
-    assert not heartbeats.is_told(3) and read_beats(tmp_path) == []
-    heartbeats.write(ones[0])
-    heartbeats.remove(0)
+    assert read_beats(tmp_path, 1) == ones
+    (heartbeats.folder / "start_00001.rank_00001.json").write_text('{"rank": 1')
+    (heartbeats.folder / "start_00001.rank_00002.json").write_text("[]")
+    assert read_beats(tmp_path, 1) == ones[:1]
+    for rank in range(3):
+        heartbeats.remove(1, rank)
     assert not heartbeats.folder.exists()
+
+
+def test_a_rank_of_an_earlier_start_that_comes_back_late_changes_nothing_of_a_later_one(tmp_path):
+    heartbeats = Heartbeats(tmp_path)
+    new, late = beat_of(0, start=3), beat_of(0, start=2, is_stalled=True)
+    for one in (late, new, late):
+        heartbeats.write(one)
+    assert (read_beats(tmp_path, 2), read_beats(tmp_path, 3), read_beats(tmp_path, 4)) == ([late], [new], [])
+    heartbeats.remove(2, 0)
+    assert read_beats(tmp_path, 3) == [new]
+    for start in (2, 3, 4):
+        heartbeats.write(beat_of(0, start=start))
+        heartbeats.tell(start)
+    # The late one believes that it begins, or leaves in order.
+    heartbeats.clear_before(2)
+    assert all(read_beats(tmp_path, start) and heartbeats.is_told(start) for start in (2, 3, 4))
+    heartbeats.clear_before(3)
+    assert [bool(read_beats(tmp_path, start)) and heartbeats.is_told(start) for start in (2, 3, 4)] == [False, True, True]
 
 
 def test_a_beat_costs_little(tmp_path):
@@ -183,7 +196,7 @@ _HANGING = """
         os.mkfifo(run / "logs" / "stall.rank_00000.txt")
     with StallWatch(run, Who(1, 0, 1), where, stall_seconds=0.5, num_collectives=lambda: 0):
         if sys.argv[3] == "locked":
-            while not any(beat.count > 1 for beat in read_beats(run)):
+            while not any(beat.count > 1 for beat in read_beats(run, 1)):
                 where.enter("data", 2)
             # Called with the interpreter's lock held: no other thread of Python runs.
             ctypes.PyDLL(None).sleep(600)
@@ -238,7 +251,7 @@ def test_what_a_start_that_lost_the_run_tells_ends_no_later_one(tmp_path, start,
         watch = StallWatch(run, Who(2, 0, 1), where, stall_seconds=600, num_collectives=lambda: 0)
         watch._beat_seconds = 0.01
         with watch:
-            while not any(beat.count > 3 for beat in read_beats(run)):
+            while not any(beat.count > 3 for beat in read_beats(run, 2)):
                 threading.Event().wait(0.01)
     """
     words = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(start)]
@@ -265,13 +278,14 @@ def test_stacks_are_shown_without_the_interpreters_lock(tmp_path):
     assert "Timeout" in lines[0] and "<string>" in lines[-1], lines
 
 
-def test_a_rank_that_leaves_takes_its_heartbeat_along(tmp_path):
+def test_a_rank_that_leaves_takes_its_heartbeat_along_and_what_earlier_starts_left(tmp_path):
     from megamm.telemetry.stall_watch import StallWatch
 
     (tmp_path / "config.json").touch()
-    with StallWatch(tmp_path, Who(1, 0, 1), Whereabouts(), stall_seconds=60, num_collectives=lambda: 0):
+    Heartbeats(tmp_path).write(beat_of(3, start=1))
+    with StallWatch(tmp_path, Who(2, 0, 1), Whereabouts(), stall_seconds=60, num_collectives=lambda: 0):
         end = time.monotonic() + 20
-        while not read_beats(tmp_path) and time.monotonic() < end:
+        while not read_beats(tmp_path, 2) and time.monotonic() < end:
             time.sleep(0.01)
-        assert len(read_beats(tmp_path)) == 1
-    assert not (tmp_path / "heartbeats").exists() and heartbeat.read_beats(tmp_path) == []
+        assert len(read_beats(tmp_path, 2)) == 1
+    assert not (tmp_path / "heartbeats").exists()

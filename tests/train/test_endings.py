@@ -93,7 +93,7 @@ class Running:
 
 def test_a_rank_that_is_stopped_is_named_by_the_other(folder):
     with Running(folder, "stopped", "none", "--telemetry.stall_seconds=4") as running:
-        running.wait_for(lambda: running.num_steps() > 1 and len(read_beats(running.run)) == 2)
+        running.wait_for(lambda: running.num_steps() > 1 and len(read_beats(running.run, 1)) == 2)
         running.ranks()[1].send_signal(signal.SIGSTOP)
         assert running.end() != 0
     record = last_failure(running.run)
