@@ -114,7 +114,7 @@ code=$?
 # Markers say how the run ended; exit codes of srun do not.
 [ ! -e "$run/DONE" ] || exit 0
 if [ -e "$run/INTERRUPTED" ]; then
-    # A run that was told to rest (STOP, stop_after, max_seconds) says so.
+    # A run that was told to rest (STOP, --stop-after, --max-seconds) says so.
     grep -q '"requeue": *true' "$run/INTERRUPTED" || exit 75
 elif [ "$(newest_error)" = "$last_error" ]; then
     # A rank that was killed says nothing; without that, it was refused before it began.

@@ -144,7 +144,7 @@ def test_output_folder_with_other_things_is_left_alone(recipe_file):
 def test_one_run_and_everything_that_must_not_happen_to_it(recipe_file):
     """Train two steps, then: another recipe on it, a checkpoint of another model, changed data, a damaged checkpoint."""
     folder, words = recipe_file.parent, ("pretrain", str(recipe_file))
-    done = megamm(folder, *words, "--run", "run", "--train.stop_after", "2")
+    done = megamm(folder, *words, "--run", "run", "--stop-after", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = folder / "run" / "checkpoints" / "step_00000002"
     manifest = (checkpoint / "manifest.json").read_bytes()

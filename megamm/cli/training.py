@@ -24,6 +24,9 @@ def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
         "--rewind-on-spike", action="store_true", help="after a spike of the loss go back to a checkpoint and leave the data since out"
     )
     parser.add_argument(
+        "--stop-after", type=count, default=0, metavar="STEP", help="stop after this step with a checkpoint (a later start goes on from it)"
+    )
+    parser.add_argument(
         "--max-seconds", type=count, default=0, metavar="N", help="stop after so long with a checkpoint (a later start goes on from it)"
     )
 
@@ -39,7 +42,7 @@ def pretrain(arguments: Arguments) -> None:
     with same_on_all_ranks():
         recipe = resumed_recipe(folder / "config.json", recipe, arguments.overrides)
     # Before the slow imports: a signal that comes meanwhile must not kill the rank.
-    with StopRequest(folder / "STOP", max_seconds=arguments.max_seconds) as stop:
+    with StopRequest(folder / "STOP", max_seconds=arguments.max_seconds, stop_after=arguments.stop_after) as stop:
         from megamm.train.data import DataChanges
         from megamm.train.pretrain import pretrain
 

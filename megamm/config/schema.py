@@ -440,13 +440,11 @@ class Training:
 
     Attributes:
         steps: Optimizer steps of the whole run.
-        stop_after: Stop cleanly (checkpoint, INTERRUPTED) after this step; 0 for never. The schedule still ends at `steps`.
         stop_margin_seconds: Least time that is kept for the last step and its checkpoint before the scheduler ends the job; more where
             steps, evaluations and saves of this run took longer.
     """
 
     steps: Positive = 1000
-    stop_after: Count = 0
     stop_margin_seconds: NonNegative = 120.0
 
 

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: a signal, a STOP file, a bound on its time; every rank then finishes the same step."""
+"""How a run is asked to stop: a signal, a STOP file, a bound on its time or its steps; every rank then finishes the same step."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ class StopRequest:
     Args:
         stop_file: A file whose presence asks for a stop (looked at by the ranks that have it in sight).
         max_seconds: Asks for a stop when so much time has passed from here on; 0 for never.
+        stop_after: Asks for a stop once this step is done; 0 for never.
     """
 
-    def __init__(self, stop_file: Path, *, max_seconds: float = 0.0):
+    def __init__(self, stop_file: Path, *, max_seconds: float = 0.0, stop_after: int = 0):
         self._stop_file = stop_file
+        self.stop_after = stop_after
         self._end = time.monotonic() + max_seconds if max_seconds else float("inf")
         self._signal: int | None = None
         self._was_interrupted = False
@@ -71,6 +73,10 @@ class StopRequest:
                 os.write(_STDERR, _TOLD)
         # What came first led to the stop, and says whether the run is to be started again.
         self._signal = self._signal or number
+
+    def is_reached(self, step: int) -> bool:
+        """Whether the run is as far as this command lets it come: the same on all ranks, which need not tell each other."""
+        return 0 < self.stop_after <= step
 
     @property
     def reason(self) -> str | None:

@@ -97,7 +97,7 @@ def train(run: Run) -> None:
     """
     recipe, journal = run.data.recipe, run.journal
     report = StepReport(recipe, run.trainer, run.world)
-    stopping = False
+    stopping = _is_there(run)
     with closing(run), journal, run.saver, run.failures:
         while run.step < recipe.train.steps and not stopping:
             report.begin()
@@ -106,7 +106,7 @@ def train(run: Run) -> None:
             _advance(run, batch, counts, result)
             report.end(counts)
             journal.trained(batch.state)
-            stopping = counts.stop_requested or run.step == recipe.train.stop_after
+            stopping = counts.stop_requested or run.stop.is_reached(run.step)
             if due(run.step, recipe.telemetry.every) and journal.wants_numbers:
                 skipped = {f"skipped/{name}": num for name, num in run.num_skipped.items()}
                 so_far = {"tokens_total": run.num_tokens, **run.watch.totals(), "skipped_samples": run.num_skipped.total(), **skipped}
@@ -124,6 +124,14 @@ def train(run: Run) -> None:
         run.where.enter("save", run.step)
         _tell(run, run.saver.finish())
     _leave(run)
+
+
+def _is_there(run: Run) -> bool:
+    """Whether there is nothing to do for this command: an earlier start came as far as it asks, and was killed before it could say so."""
+    is_there = run.step < run.data.recipe.train.steps and run.stop.is_reached(run.step)
+    if is_there:
+        _log.info("nothing to train: the run is at step %d, and --stop-after %d asks for no more", run.step, run.stop.stop_after)
+    return is_there
 
 
 def due(step: int, every: int) -> bool:
@@ -311,7 +319,7 @@ def _leave(run: Run) -> None:
             run.folder.mark(run.folder.done, step=run.step)
         else:
             # Who wants the run to rest is heard before a scheduler that ended it at the same time.
-            rests = [STOP_AFTER] * (run.step == run.data.recipe.train.stop_after) + [STOP_FILE] * run.folder.stop.exists()
+            rests = [STOP_AFTER] * run.stop.is_reached(run.step) + [STOP_FILE] * run.folder.stop.exists()
             reason = [*rests, *reasons][0]
             run.folder.mark(run.folder.interrupted, step=run.step, reason=reason, requeue=wants_restart(reason))
     distributed.barrier()

@@ -40,7 +40,6 @@ _MAY_CHANGE = (
     "spike.",
     "telemetry.",
     "tokenizer.folder",
-    "train.stop_after",
     "train.stop_margin_seconds",
 )
 # The mixture may change at any step: the data plan keeps the history of its weights.

@@ -18,7 +18,7 @@ from tests.support.login_node import login_node
     [
         [],
         ["--resume", "never", "--accept-data-change"],
-        ["--exclude", "keys.txt", "--max-seconds", "60"],
+        ["--exclude", "keys.txt", "--max-seconds", "60", "--stop-after", "7"],
         ["--skip-steps", "41-49", "--rewind-on-spike"],
     ],
 )

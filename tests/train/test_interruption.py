@@ -72,6 +72,13 @@ def test_time_that_is_over_asks_and_a_stop_file_comes_first(tmp_path):
     assert over.reason == "STOP file"
 
 
+def test_a_step_is_reached_by_every_later_one(tmp_path):
+    stop = StopRequest(tmp_path / "STOP", stop_after=6)
+    assert [step for step in range(10) if stop.is_reached(step)] == [6, 7, 8, 9]
+    assert stop.reason is None
+    assert not any(StopRequest(tmp_path / "STOP").is_reached(step) for step in range(10))
+
+
 def test_a_scheduler_ends_runs_that_are_to_be_started_again_and_people_do_not():
     again = {"SIGTERM", "SIGUSR1", "time limit of job 12"}
     rest = {"SIGINT", "STOP file", "stop_after", "max_seconds"}

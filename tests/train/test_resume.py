@@ -18,11 +18,17 @@ from tests.support.runs import make_data, recipe_over
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def train(folder: Path, num_ranks: int, run: str, *overrides: str) -> list[dict]:
-    """`megamm pretrain` over the data of `folder`; returns the run's metrics lines of training steps."""
-    command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", "pretrain", "recipe.toml", "--run", run, *overrides]
+def launch(folder: Path, num_ranks: int, run: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`megamm pretrain` over the data of `folder`, which must end in order."""
+    command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", "pretrain", "recipe.toml", "--run", run, *words]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+def train(folder: Path, num_ranks: int, run: str, *words: str) -> list[dict]:
+    """The same; returns the run's metrics lines of training steps."""
+    launch(folder, num_ranks, run, *words)
     return [line for line in read_json_lines(folder / run / "metrics.jsonl") if "loss" in line]
 
 
@@ -34,8 +40,22 @@ def folder(tmp_path_factory):
     recipe = to_dict(recipe_over(folder / "data", "--evaluation.every=6", "--evaluation.rows=4", "--batch.micro_rows=1"))
     write_recipe(folder / "recipe.toml", recipe)
     train(folder, 2, "unbroken")
-    train(folder, 2, "halves", "--train.stop_after", "6")
+    train(folder, 2, "halves", "--stop-after", "6")
     return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.integration
+def test_a_start_that_is_there_already_trains_nothing_and_leaves_the_marker(folder):
+    """First of all tests here. As after a kill between the last checkpoint and its marker."""
+    run = folder / "halves"
+    (run / "INTERRUPTED").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    told = launch(folder, 1, "halves", "--stop-after", "5").stderr
+    assert told.count("nothing to train: the run is at step 6, and --stop-after 5 asks for no more") == 1
+    assert json.loads((run / "INTERRUPTED").read_text()) == {"step": 6, "reason": "stop_after", "requeue": False}
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000006"]
 
 
 @pytest.mark.distributed

@@ -95,8 +95,8 @@ def left(folder):
 @pytest.fixture(scope="module")
 def spiked(folder):
     """A run that leaves in the middle of the spike, resumes, goes back from step 15 to step 12, and ends."""
-    train(folder, 2, "spiked", ROTTEN, "--rewind-on-spike", "--train.stop_after=14")
-    told = train(folder, 2, "spiked", ROTTEN, "--rewind-on-spike", "--train.stop_after=0")
+    train(folder, 2, "spiked", ROTTEN, "--rewind-on-spike", "--stop-after=14")
+    told = train(folder, 2, "spiked", ROTTEN, "--rewind-on-spike")
     assert "steps 13 to 15: loss " in told and "going back from step 15 to 12, without the data of steps 13 to 15" in told
     return folder / "spiked"
 

@@ -169,9 +169,9 @@ def test_excluded_samples_enter_the_ledger_and_nothing_else_changes(folder):
     assert "did you mean 't003'" in refused(folder, "excluded", *resume, "--exclude", "wrong.txt")
     assert not (folder / "excluded").exists()
 
-    pretrain(folder, 1, "excluded", *resume, "--exclude", "keys.txt", "--train.stop_after", "8", "--batch.micro_rows", "3")
-    # The same command again, as a scheduler would give it.
-    pretrain(folder, 2, "excluded", *resume, "--exclude", "keys.txt", "--train.stop_after", "0")
+    pretrain(folder, 1, "excluded", *resume, "--exclude", "keys.txt", "--stop-after", "8", "--batch.micro_rows", "3")
+    # The stop belonged to that command; what was kept out then stays out however often it is said.
+    pretrain(folder, 2, "excluded", *resume, "--exclude", "keys.txt")
     run = folder / "excluded"
     unbroken = digests(folder / "unbroken")
     assert digests(run) == {step: unbroken[step] for step in range(7, NUM_STEPS + 1)}
@@ -188,7 +188,7 @@ def test_excluded_samples_enter_the_ledger_and_nothing_else_changes(folder):
 
 def test_changed_data_are_refused_and_accepted_when_asked(folder):
     """Last, because it changes a shard: one more sample in `texts`."""
-    source = ("--resume", str(folder / "unbroken" / "checkpoints" / "step_00000006"), "--train.stop_after", "8")
+    source = ("--resume", str(folder / "unbroken" / "checkpoints" / "step_00000006"), "--stop-after", "8")
     tar = folder / "data" / "texts" / "train-00000.tar"
     names = [load_index(tar).key(sample) for sample in range(load_index(tar).num_samples)]
     write_index(write_tar(tar, {name: as_files(text_document(f"the word {name} is new")) for name in [*names, "t999"]}))
@@ -200,6 +200,6 @@ def test_changed_data_are_refused_and_accepted_when_asked(folder):
     (change,) = state["changes"]
     assert change["after_step"] == 6 and "shards of texts" in change["changed"]
     # The next start needs no argument: the checkpoint is of the new data.
-    pretrain(folder, 1, "changed", *source[:2], "--train.stop_after", "9")
+    pretrain(folder, 1, "changed", *source[:2], "--stop-after", "9")
     assert read_data_state(last_checkpoint(folder / "changed"))["changes"] == [change]
     assert trace_step(folder / "changed", 8).sample_keys == digests(folder / "changed")[8]

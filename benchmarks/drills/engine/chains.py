@@ -52,7 +52,7 @@ def _follow(ground: Ground, unbroken: Unbroken, chain: list[Link], errors: list[
     problems = []
     begin = 0
     for num_ranks, micro_rows, stop in chain:
-        words = (f"--batch.micro_rows={micro_rows}", f"--train.stop_after={stop}")
+        words = (f"--batch.micro_rows={micro_rows}", f"--stop-after={stop}")
         ground.train(name, *words, num_ranks=num_ranks, fault={"name": "proven", "folder": str(proof)})
         if begin:
             problems += same_state(run / "checkpoints" / step_folder(begin), proof / step_folder(begin))

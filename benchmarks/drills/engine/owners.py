@@ -51,7 +51,7 @@ def _intrude(ground: Ground, run: str, called: str, first: ForkedJob, num_ranks:
 
 def _compare(ground: Ground, run: str) -> list[str]:
     last_step = last_commit(ground.path(run))
-    ground.train(f"{run}-unbroken", "--checkpoint.every=1", "--checkpoint.keep_last=1000000", f"--train.stop_after={last_step}")
+    ground.train(f"{run}-unbroken", "--checkpoint.every=1", "--checkpoint.keep_last=1000000", f"--stop-after={last_step}")
     unbroken = Unbroken.of(ground.path(f"{run}-unbroken"))
     problems = unbroken.problems(ground.path(run), last_step=last_step)
     return problems + [f"{name} was left" for name in left_in(ground.path(run) / "checkpoints")]

@@ -75,7 +75,7 @@ def storm(size: Size, folder: Path) -> Tally:
         num_healthy = _last_step_of(ground, "dying")
         weather.put("samples that rot under the run", outcome(lambda: rot.rot_under(ground, "dying")))
         last_steps = {run: _last_step_of(ground, run) for run in ("living", "dying")}
-        stop = f"--train.stop_after={max(last_steps.values())}"
+        stop = f"--stop-after={max(last_steps.values())}"
         unbroken = Unbroken.train(ground, stop, "--checkpoint.keep_every=0", "--data.decoders=threads", every=compared)
         problems = [
             outcome(lambda: unbroken.problems(ground.path("living"), last_step=last_steps["living"])),
