@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from megamm.core.geometry import PictureView
+
 IGNORE_LABEL = -100
 """Label of a position that is not supervised (the convention of `torch.nn.functional.cross_entropy`)."""
 
@@ -91,11 +93,13 @@ class ImageInput:
         pixels: float32[P, patch_size * patch_size * 3] for a patch tower (NaFlex), float32[3, H, W] for a fixed-size tower.
         grid: Rows and columns of the tower's feature map before merging, in patches.
         num_tokens: Placeholders that the picture takes in its sequence.
+        view: What of the picture `pixels` show.
     """
 
     pixels: np.ndarray
     grid: tuple[int, int]
     num_tokens: int
+    view: PictureView
 
 
 @dataclass(slots=True)

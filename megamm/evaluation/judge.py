@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megamm.core.errors import DataError
-from megamm.core.types import IGNORE_LABEL, Sample, TokenSequence
+from megamm.core.geometry import PictureView
+from megamm.core.types import IGNORE_LABEL, Part, Sample, TokenSequence
 from megamm.data.samples.encode import SampleEncoder
+from megamm.data.samples.shapes import read_masks
 from megamm.evaluation.held_out import Place, SkippedSample, skipped
 from megamm.inference.generate import Sampling, generate
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import Prompt, make_prompt
 from megamm.inference.score import token_losses
 from megamm.tasks import TASKS, template
+from megamm.tasks.reply import Reply, read_reply, stored_reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values for one line of `predictions.jsonl`."""
-        return {name: value for name, value in asdict(self).items() if name != "token_counts"}
+        return {name: getattr(self, name) for name in ("dataset", "task", "shard", "number", "key")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,14 @@ class Answered(Record):
     Attributes:
         reference: The stored answer.
         answer: The model's.
-        is_finished: Whether the model ended it.
     """
 
-    reference: str
-    answer: str
-    is_finished: bool
+    reference: Reply
+    answer: Reply
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values for one line of `predictions.jsonl`."""
+        return Record.to_dict(self) | {"reference": self.reference.to_json(), "answer": self.answer.to_json()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +79,18 @@ class Scored(Record):
     num_bytes: int
     token_counts: dict[int, int]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values for one line of `predictions.jsonl`."""
+        return Record.to_dict(self) | {name: getattr(self, name) for name in ("nats", "num_tokens", "num_bytes")}
+
 
 @dataclass(frozen=True, slots=True)
 class _Question:
     place: Place
     sample: Sample
     prompt: Prompt
-    reference: str
+    reference: Reply
+    view: PictureView | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +160,11 @@ def _prepare(loaded: Loaded, encoder: SampleEncoder, place: Place, sample: Sampl
         num_tokens = len(sequence.input_ids)
         item: _Question | _Document = _Document(place, sample, sequence)
     else:
-        messages, reference = template.split_answer(sample.messages)
+        messages, parts = template.split_answer(sample.messages)
         prompt = make_prompt(loaded, messages, sample.media)
         num_tokens = len(prompt.input_ids) + max_new_tokens
-        item = _Question(place, sample, prompt, reference)
+        reference = stored_reply(parts, read_masks(parts, sample.media, loaded.media))
+        item = _Question(place, sample, prompt, reference, _view_of(parts, prompt))
     if num_tokens > limit:
         raise DataError(f"the sample takes {num_tokens} tokens, answer included; the decoder has {limit} positions")
     return item
@@ -162,7 +173,20 @@ def _prepare(loaded: Loaded, encoder: SampleEncoder, place: Place, sample: Sampl
 def _answer(loaded: Loaded, questions: list[_Question], max_new_tokens: int) -> Iterator[Answered]:
     answers = generate(loaded, [question.prompt for question in questions], Sampling(max_new_tokens=max_new_tokens))
     for question, answer in zip(questions, answers, strict=True):
-        yield Answered(*_identity(question.place, question.sample), question.reference, answer.text, answer.is_finished)
+        reply = read_reply(
+            answer.token_ids,
+            loaded.tokenizer,
+            question.view,
+            probabilities=answer.probabilities,
+            is_finished=answer.is_finished,
+        )
+        yield Answered(*_identity(question.place, question.sample), question.reference, reply)
+
+
+def _view_of(parts: Sequence[Part], prompt: Prompt) -> PictureView | None:
+    """The picture that an answer is about: that of its boxes or masks, else the first."""
+    number = next((part.data["image"] for part in parts if part.type in ("boxes", "mask")), 0)
+    return prompt.images[number].view if number < len(prompt.images) else None
 
 
 def _score(loaded: Loaded, documents: list[_Document]) -> Iterator[Scored]:

@@ -143,7 +143,7 @@ def make_report(
         scored = [record for record in group if isinstance(record, Scored)]
         if answered:
             rows += _answer_rows(dataset, task, answered)
-            unfinished[f"{dataset}/{task}"] = sum(not record.is_finished for record in answered)
+            unfinished[f"{dataset}/{task}"] = sum(not record.answer.is_finished for record in answered)
         if scored:
             rows += _score_rows(dataset, task, scored)
         if task == "classification":

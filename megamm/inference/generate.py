@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from megamm.core.errors import ConfigError
 from megamm.core.types import Message, Part
@@ -54,11 +54,13 @@ class Answer:
         text: The text pieces of `token_ids`.
         token_ids: Everything generated, without the token that ended it.
         is_finished: True where the model ended the answer; False where `max_new_tokens` did.
+        probabilities: Of each of `token_ids`, given those before; equal answers may differ here by rounding.
     """
 
     text: str
     token_ids: tuple[int, ...]
     is_finished: bool
+    probabilities: tuple[float, ...] = field(compare=False)
 
 
 @torch.inference_mode()
@@ -88,8 +90,10 @@ def generate(loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling | Non
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(sampling.seed)
-        output = loaded.model.generate(**inputs, generation_config=_generation_config(loaded, sampling, use_cache))
-    return [_answer(loaded, row) for row in output[:, num_prompt_tokens:].tolist()]
+        chosen = _Chosen()
+        config = _generation_config(loaded, sampling, use_cache)
+        output = loaded.model.generate(**inputs, generation_config=config, logits_processor=[chosen])[:, num_prompt_tokens:]
+    return [_answer(loaded, *row) for row in zip(output.tolist(), chosen.probabilities(output).tolist(), strict=True)]
 
 
 def ask(loaded: Loaded, text: str, *, images: Sequence[Path] = (), audios: Sequence[Path] = (), sampling: Sampling | None = None) -> Answer:
@@ -153,8 +157,31 @@ def _generation_config(loaded: Loaded, sampling: Sampling, use_cache: bool) -> G
     return GenerationConfig(do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, **common)
 
 
-def _answer(loaded: Loaded, token_ids: list[int]) -> Answer:
+class _Chosen(LogitsProcessor):
+    """Keeps how likely each token was that was chosen; a step's choice is known when the next one begins.
+
+    State: the last step's log-probabilities float32[B, V], and float32[B] of each token before.
+    """
+
+    def __init__(self) -> None:
+        self._last: torch.Tensor | None = None
+        self._past: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Take a step's logits [B, V]; they stay as they are."""
+        if self._last is not None:
+            self._past.append(self._last.gather(1, input_ids[:, -1:]).squeeze(1))
+        self._last = scores.float().log_softmax(-1)
+        return scores
+
+    def probabilities(self, new_ids: torch.Tensor) -> torch.Tensor:
+        """float32[B, T] of the tokens int64[B, T] that were generated."""
+        self._past.append(self._last.gather(1, new_ids[:, -1:]).squeeze(1))
+        return torch.stack(self._past, dim=1).exp().cpu()
+
+
+def _answer(loaded: Loaded, token_ids: list[int], probabilities: list[float]) -> Answer:
     stops = set(stop_ids(loaded))
     length = next((index for index, token_id in enumerate(token_ids) if token_id in stops), None)
     own = token_ids if length is None else token_ids[:length]
-    return Answer(loaded.tokenizer.decode(own), tuple(own), length is not None)
+    return Answer(loaded.tokenizer.decode(own), tuple(own), length is not None, tuple(probabilities[: len(own)]))

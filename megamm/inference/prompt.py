@@ -13,6 +13,7 @@ from megamm.core.errors import DataError
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
 from megamm.core.types import AudioInput, ImageInput, Message
 from megamm.data.media.decode import audio_input, image_input
+from megamm.data.samples.shapes import seen_shapes
 from megamm.inference.load import Loaded
 from megamm.tasks import template
 
@@ -51,6 +52,7 @@ def make_prompt(loaded: Loaded, messages: Sequence[Message], media: Mapping[str,
         loaded.tokenizer,
         image_tokens=[image.num_tokens for image in images],
         audio_tokens=[audio.num_tokens for audio in audios],
+        shapes=seen_shapes(messages, media, [image.view for image in images], rules),
     )
     return Prompt(ids, images, audios)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megamm.metrics.classes import accuracy, macro_recall, majority_share
+from megamm.tasks.reply import Reply
 from megamm.tasks.task import Task
 
 
-def _parse(answer: str) -> str:
-    return answer.strip()
+def _parse(reply: Reply) -> str:
+    return reply.text.strip()
 
 
 def _metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

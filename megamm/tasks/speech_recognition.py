@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from megamm.metrics.classes import accuracy, majority_share
 from megamm.metrics.speech import error_rates
+from megamm.tasks.reply import Reply
 from megamm.tasks.task import Task
 
 
-def _parse(answer: str) -> str:
-    return " ".join(answer.lower().split())
+def _parse(reply: Reply) -> str:
+    return " ".join(reply.text.lower().split())
 
 
 def _metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -2,13 +2,18 @@
 
 A chat is `<|bos|>`, then for each message `<|role|>`, its parts, `<|end|>`. A picture is `<|image_start|>`, one `<|image|>` for each of its
 tokens, `<|image_end|>`; a sound likewise. A plain document, which is one assistant message alone, is `<|bos|>`, its parts, `<|eos|>`.
-The jinja template of `megamm.tokenizers.chat_template` says the same for transformers.
+
+A box is `<|box_start|>`, the locations of left, top, right and bottom, `<|box_end|>`, its label in text; an instance of a mask is
+`<|mask_start|>`, the locations x and y of each corner of its outline, `<|mask_end|>`, its label. Both stand from top to bottom, then
+from left to right, since their order in the data says nothing.
+
+The jinja template of `megamm.tokenizers.chat_template` says the same of text and media for transformers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,12 +21,15 @@ from typing import Any
 import numpy as np
 
 from megamm.core.errors import DataError
+from megamm.core.geometry import Shape
 from megamm.core.types import MEDIA_TYPES, ROLES, Message, Part, Sample
 from megamm.tasks.parts import filled_list, json_object, only, parse_part, string
 from megamm.tokenizers.text import TextTokenizer
 
 TASK_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEXT_TYPES = frozenset({"text", "label"})
+_SHAPES = {"boxes": "box", "mask": "mask"}
+"""Part type -> the name of the control tokens around one of its shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +71,27 @@ def encode(
     *,
     image_tokens: Sequence[int] = (),
     audio_tokens: Sequence[int] = (),
+    shapes: Sequence[Sequence[Shape]] = (),
     supervise_all: bool = False,
 ) -> Encoded:
     """Lay out a whole sample.
 
     Supervised are the parts of assistant messages and the token that ends them; never the placeholders of media, which no id can tell.
+    Shapes that are not visible are left out and their tokens made up for by padding at the end, so that a length never depends on
+    what a change of a picture leaves of it.
 
     Args:
         messages: The chat, or one assistant message for a plain document.
         tokenizer: Of the run.
         image_tokens: Tokens of each picture, in the order of the parts.
         audio_tokens: Tokens of each sound, in the order of the parts.
+        shapes: Of each boxes and mask part, in the order of the parts, in shares of what the model sees of their picture.
         supervise_all: Supervise every message like the assistant's.
 
     Raises:
-        DataError: The number of pictures or sounds is not the number of their token counts, or a part has no layout in tokens.
+        DataError: The number of pictures, sounds or lists of shapes is not that of their parts, or a part has no layout in tokens.
     """
-    layout = _Layout(tokenizer, image_tokens=image_tokens, audio_tokens=audio_tokens)
+    layout = _Layout(tokenizer, image_tokens=image_tokens, audio_tokens=audio_tokens, shapes=shapes)
     layout.control("bos")
     if is_document(messages):
         layout.parts(messages[0].content, supervised=True)
@@ -90,16 +102,21 @@ def encode(
 
 
 def prompt(
-    messages: Sequence[Message], tokenizer: TextTokenizer, *, image_tokens: Sequence[int] = (), audio_tokens: Sequence[int] = ()
+    messages: Sequence[Message],
+    tokenizer: TextTokenizer,
+    *,
+    image_tokens: Sequence[int] = (),
+    audio_tokens: Sequence[int] = (),
+    shapes: Sequence[Sequence[Shape]] = (),
 ) -> np.ndarray:
     """Lay out a chat up to where the assistant's answer begins: int32[T], ending with `<|assistant|>`.
 
     Raises:
-        DataError: The chat already ends with an answer, or the number of pictures or sounds is not the number of their token counts.
+        DataError: The chat already ends with an answer, or as `encode`.
     """
     if not messages or messages[-1].role == "assistant":
         raise DataError("a prompt needs messages that end before an answer; split the answer off with template.split_answer")
-    layout = _Layout(tokenizer, image_tokens=image_tokens, audio_tokens=audio_tokens)
+    layout = _Layout(tokenizer, image_tokens=image_tokens, audio_tokens=audio_tokens, shapes=shapes)
     layout.control("bos")
     layout.chat(messages)
     layout.control("assistant")
@@ -111,28 +128,32 @@ def is_document(messages: Sequence[Message]) -> bool:
     return len(messages) == 1 and messages[0].role == "assistant"
 
 
-def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
-    """Take the last answer off a chat.
-
-    Returns:
-        The messages before it, and its text.
+def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Part, ...]]:
+    """Take the last answer off a chat: the messages before it, and its parts.
 
     Raises:
-        DataError: The chat does not end with an answer to something, or the answer is not all text.
+        DataError: The chat does not end with an answer to something.
     """
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise DataError("the chat does not end with an assistant's answer to a message; only such samples can be evaluated")
-    if others := sorted({part.type for part in messages[-1].content} - _TEXT_TYPES):
-        raise DataError(f"the answer holds {', '.join(others)} parts; only answers of text and labels can be compared as text")
-    return tuple(messages[:-1]), "".join(part.text for part in messages[-1].content)
+    return tuple(messages[:-1]), messages[-1].content
 
 
 class _Layout:
     """Ids and supervised places, appended from left to right."""
 
-    def __init__(self, tokenizer: TextTokenizer, *, image_tokens: Sequence[int], audio_tokens: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        image_tokens: Sequence[int],
+        audio_tokens: Sequence[int],
+        shapes: Sequence[Sequence[Shape]],
+    ) -> None:
         self._tokenizer = tokenizer
         self._num_tokens: dict[str, Iterator[int]] = {"image": iter(image_tokens), "audio": iter(audio_tokens)}
+        self._shapes = iter(shapes)
+        self._num_hidden = 0
         self._ids: list[int] = []
         self._supervised: list[bool] = []
 
@@ -145,15 +166,17 @@ class _Layout:
 
     def parts(self, content: Sequence[Part], *, supervised: bool) -> None:
         # Neighbouring text is encoded as one string, as a tokenizer that sees the rendered chat would.
-        for is_media, run in groupby(content, key=lambda part: part.type in MEDIA_TYPES):
-            if is_media:
-                for part in run:
-                    self._media(part.type)
-            else:
-                run = list(run)
-                if others := sorted({part.type for part in run} - _TEXT_TYPES):
-                    raise DataError(f"{', '.join(others)} parts have no layout in tokens; leave their dataset out of the mixture")
+        for is_text, run in groupby(content, key=lambda part: part.type in _TEXT_TYPES):
+            if is_text:
                 self._append(self._tokenizer.encode("".join(part.text for part in run)), supervised)
+                continue
+            for part in run:
+                if part.type in MEDIA_TYPES:
+                    self._media(part.type)
+                elif part.type in _SHAPES:
+                    self._place(part.type, supervised)
+                else:
+                    raise DataError(f"{part.type} parts have no layout in tokens; leave their dataset out of the mixture")
 
     def control(self, name: str, *, supervised: bool = False) -> None:
         self._append([self._tokenizer.vocabulary.control_id(name)], supervised)
@@ -162,6 +185,9 @@ class _Layout:
         for type_name, rest in self._num_tokens.items():
             if next(rest, None) is not None:
                 raise DataError(f"more {type_name} token counts than {type_name} parts; give one for each part")
+        if next(self._shapes, None) is not None:
+            raise DataError("more lists of shapes than boxes and mask parts; give one for each part")
+        self._append([self._tokenizer.vocabulary.control_id("pad")] * self._num_hidden, False)
         return Encoded(np.array(self._ids, dtype=np.int32), np.array(self._supervised, dtype=bool))
 
     def _media(self, type_name: str) -> None:
@@ -174,9 +200,29 @@ class _Layout:
         self._append([self._tokenizer.vocabulary.control_id(type_name)] * num_tokens, False)
         self.control(f"{type_name}_end")
 
-    def _append(self, ids: Sequence[int], supervised: bool) -> None:
+    def _place(self, type_name: str, supervised: bool) -> None:
+        shapes = next(self._shapes, None)
+        if shapes is None:
+            raise DataError("fewer lists of shapes than boxes and mask parts; give one for each part")
+        for shape in sorted(shapes, key=lambda shape: (shape.bounds[1], shape.bounds[0], shape.bounds, shape.label)):
+            ids = self._shape(_SHAPES[type_name], shape)
+            if shape.is_visible:
+                self._append(ids, supervised)
+            else:
+                self._num_hidden += len(ids)
+
+    def _shape(self, name: str, shape: Shape) -> list[int]:
+        vocabulary = self._tokenizer.vocabulary
+        last = vocabulary.location - 1
+        if last < 1:
+            raise DataError(f"boxes and masks need locations, tokenizer.location_bins is {vocabulary.location}; set it to 1000")
+        places = [vocabulary.location_id(round(share * last)) for point in shape.points for share in point]
+        return [vocabulary.control_id(f"{name}_start"), *places, vocabulary.control_id(f"{name}_end"), *self._tokenizer.encode(shape.label)]
+
+    def _append(self, ids: Iterable[int], supervised: bool) -> None:
+        before = len(self._ids)
         self._ids += ids
-        self._supervised += [supervised] * len(ids)
+        self._supervised += [supervised] * (len(self._ids) - before)
 
 
 def _check_turns(task: str, messages: Sequence[Message], where: str) -> None:

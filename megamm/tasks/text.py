@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megamm.tasks.reply import Reply
 from megamm.tasks.task import Task
 
 
-def _parse(answer: str) -> str:
-    return answer
+def _parse(reply: Reply) -> str:
+    return reply.text
 
 
 def _metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

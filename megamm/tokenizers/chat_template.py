@@ -4,7 +4,7 @@ Whitespace control is explicit at every tag, because transformers' Jinja drops a
 breaks must never become tokens. One placeholder stands for a picture or a sound; the processor repeats it.
 """
 
-TEMPLATE_VERSION = 1
+TEMPLATE_VERSION = 2
 """Part of the tokenizer's fingerprint: planned lengths made under another template are made again."""
 
 CHAT_TEMPLATE = """\

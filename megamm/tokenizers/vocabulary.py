@@ -30,6 +30,8 @@ CONTROL_NAMES = (
     "audio_end",
     "box_start",
     "box_end",
+    "mask_start",
+    "mask_end",
 )
 """Control tokens in the order of their ids. New names go to the end, where they take a reserved id."""
 

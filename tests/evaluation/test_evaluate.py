@@ -12,6 +12,7 @@ from megamm.evaluation.held_out import SkippedSample, list_places, read_samples
 from megamm.evaluation.judge import Answered, Scored, judge
 from megamm.evaluation.report import make_report
 from megamm.tasks import TASKS
+from megamm.tasks.reply import Reply
 from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
 from tests.support.tiny_run import random_model, write_run
 
@@ -118,7 +119,7 @@ def test_perplexity_is_that_of_each_document_alone(run, report):
 def test_figures_are_those_of_the_answers():
     pairs = {"p0": ("zero", " zero\n"), "p1": ("one", "one"), "p2": ("two", "two"), "p3": ("two", "unheard of"), "p4": ("zero", "one")}
     records = [
-        Answered("digits", "classification", "a.tar", number, key, reference, answer, answer != "unheard of")
+        Answered("digits", "classification", "a.tar", number, key, Reply(reference), Reply(answer, is_finished=answer != "unheard of"))
         for number, (key, (reference, answer)) in enumerate(pairs.items())
     ]
     report = make_report(records[::-1], [], source="here", step=1, settings={})

@@ -52,9 +52,12 @@ def test_a_batch_answers_as_each_prompt_alone(loaded, prompts):
 def test_a_greedy_answer_is_the_likeliest_token_of_every_forward(loaded, prompts):
     (answer,) = generate(loaded, prompts[3:4], Sampling(max_new_tokens=6))
     inputs = left_padded(prompts[3:4], loaded.config.pad_token_id, torch.device("cpu"))
-    for token_id in answer.token_ids:
+    assert len(answer.probabilities) == len(answer.token_ids)
+    for token_id, probability in zip(answer.token_ids, answer.probabilities, strict=True):
         with torch.no_grad():
-            assert loaded.model(**inputs).logits[0, -1].argmax() == token_id
+            logits = loaded.model(**inputs).logits[0, -1]
+        assert logits.argmax() == token_id
+        assert probability == pytest.approx(float(logits.softmax(-1)[token_id]), rel=1e-3)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token_id]])], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 

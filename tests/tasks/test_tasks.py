@@ -1,6 +1,7 @@
 import pytest
 
 from megamm.tasks import TASKS
+from megamm.tasks.reply import Reply
 
 
 def test_the_table_is_keyed_by_name():
@@ -10,7 +11,7 @@ def test_the_table_is_keyed_by_name():
 
 def test_classification():
     task = TASKS["classification"]
-    predictions = [task.parse(answer) for answer in (" 7", "7\n", "3")]
+    predictions = [task.parse(Reply(answer)) for answer in (" 7", "7\n", "3")]
     references = ["7", "7", "7"]
     assert task.metrics(predictions, references) == {"accuracy": pytest.approx(2 / 3), "macro_recall": pytest.approx(2 / 3)}
     assert task.chance(["7", "3", "3", "1"]) == 0.5
@@ -18,7 +19,7 @@ def test_classification():
 
 def test_speech_recognition():
     task = TASKS["speech_recognition"]
-    predictions = [task.parse(answer) for answer in ("Seven ", "one  two")]
+    predictions = [task.parse(Reply(answer)) for answer in ("Seven ", "one  two")]
     assert predictions == ["seven", "one two"]
     metrics = task.metrics(predictions, ["seven", "one"])
     assert metrics["accuracy"] == 0.5
@@ -28,6 +29,6 @@ def test_speech_recognition():
 
 def test_text_is_measured_by_its_loss_alone():
     task = TASKS["text"]
-    assert task.parse(" a ") == " a "
+    assert task.parse(Reply(" a ")) == " a "
     assert task.metrics(["a"], ["b"]) == {}
     assert task.chance(["b"]) is None

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamm.core.errors import DataError
+from megamm.core.geometry import Shape
 from megamm.core.types import Message, Part
 from megamm.tasks import template
 from megamm.tasks.template import encode, parse_sample, prompt
@@ -151,7 +152,7 @@ def test_token_counts_must_match_the_parts(tokenizer, counts, message):
 def test_split_answer(tokenizer):
     messages = parse_sample("k", CHATS["text-parts"], where="here").messages
     asked, answer = template.split_answer(messages)
-    assert (asked, answer) == (messages[:1], "7 is")
+    assert (asked, answer) == (messages[:1], messages[1].content)
     with pytest.raises(DataError, match="end before an answer"):
         prompt(messages, tokenizer)
     for unanswered in (asked, parse_sample("k", DOCUMENT, where="here").messages):
@@ -187,11 +188,58 @@ def test_boxes_masks_and_items_are_read():
 
 
 def test_parts_without_a_layout_in_tokens_are_refused(tokenizer):
+    item = [{"type": "item", "id": "7"}]
+    messages = parse_sample("k", chat(item, item, task="recommendation"), where="here").messages
+    with pytest.raises(DataError, match="item parts have no layout in tokens"):
+        encode(messages, tokenizer)
+
+
+def box(label, left, top, is_visible=True):
+    return Shape(label, ((left, top), (left + 0.25, top + 0.5)), is_visible)
+
+
+def test_boxes_stand_from_top_to_bottom_with_their_label_behind(tokenizer):
     messages = parse_sample("k", found("RBC"), where="here").messages
-    with pytest.raises(DataError, match="boxes parts have no layout in tokens"):
+    shapes = [box("low", 0.5, 0.5), box("right", 0.75, 0.0), box("left", 0.0, 0.0)]
+    encoded = encode(messages, tokenizer, image_tokens=[1], shapes=[shapes])
+    last = tokenizer.vocabulary.location - 1
+
+    def spelled(label, *shares):
+        return ["<|box_start|>", *(f"<|loc_{round(share * last)}|>" for share in shares), "<|box_end|>", label]
+
+    answer = [*spelled("left", 0, 0, 0.25, 0.5), *spelled("right", 0.75, 0, 1, 0.5), *spelled("low", 0.5, 0.5, 0.75, 1)]
+    assert names(encoded.input_ids[encoded.supervised], tokenizer) == [*answer, "<|end|>"]
+    assert encoded.input_ids.tolist() == encode(messages, tokenizer, image_tokens=[1], shapes=[shapes[::-1]]).input_ids.tolist()
+
+
+def test_what_is_not_seen_leaves_its_length_behind(tokenizer):
+    messages = parse_sample("k", found("RBC"), where="here").messages
+    shapes = [box("a", 0, 0), box("longer label", 0.5, 0.25), box("b", 0.5, 0.5)]
+    seen = [shapes[0], box("longer label", 0.5, 0.25, is_visible=False), shapes[2]]
+    whole = encode(messages, tokenizer, image_tokens=[1], shapes=[shapes])
+    part = encode(messages, tokenizer, image_tokens=[1], shapes=[seen])
+    expected = encode(messages, tokenizer, image_tokens=[1], shapes=[[shapes[0], shapes[2]]])
+    assert len(part.input_ids) == len(whole.input_ids)
+    assert part.input_ids[: len(expected.input_ids)].tolist() == expected.input_ids.tolist()
+    assert set(part.input_ids[len(expected.input_ids) :].tolist()) == {tokenizer.vocabulary.control_id("pad")}
+    assert not part.supervised[len(expected.input_ids) :].any()
+
+
+def test_an_instance_is_its_outline(tokenizer):
+    messages = parse_sample("k", chat([IMAGE], [MASK], task="segmentation"), where="here").messages
+    corners = ((0.0, 0.0), (1.0, 0.0), (0.5, 1.0))
+    encoded = encode(messages, tokenizer, image_tokens=[1], shapes=[[Shape("nucleus", corners)]])
+    last = tokenizer.vocabulary.location - 1
+    places = [f"<|loc_{round(share * last)}|>" for corner in corners for share in corner]
+    assert names(encoded.input_ids[encoded.supervised], tokenizer) == ["<|mask_start|>", *places, "<|mask_end|>", "nucleus", "<|end|>"]
+
+
+def test_shapes_must_match_the_parts(tokenizer):
+    messages = parse_sample("k", found("RBC"), where="here").messages
+    with pytest.raises(DataError, match="fewer lists of shapes"):
         encode(messages, tokenizer, image_tokens=[1])
-    with pytest.raises(DataError, match="the answer holds boxes parts; only answers of text and labels"):
-        template.split_answer(messages)
+    with pytest.raises(DataError, match="more lists of shapes"):
+        encode(messages, tokenizer, image_tokens=[1], shapes=[[], []])
 
 
 def user(*parts):

@@ -83,7 +83,7 @@ def test_layout_of_the_documented_example():
 
 def test_control_tokens_keep_their_ids():
     vocabulary = Vocabulary(text=1)
-    assert [vocabulary.control_id(name) for name in CONTROL_NAMES] == list(range(1, 16))
+    assert [vocabulary.control_id(name) for name in CONTROL_NAMES] == list(range(1, 18))
 
 
 @pytest.mark.parametrize("call", [("location_id", 1000), ("location_id", -1), ("image_id", 0), ("audio_id", 2, 0), ("audio_id", 0, 8)])

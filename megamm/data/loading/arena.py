@@ -145,6 +145,6 @@ def map_arrays(sequence: TokenSequence, change: Callable) -> TokenSequence:
         input_ids=change(sequence.input_ids),
         labels=change(sequence.labels),
         weights=change(sequence.weights),
-        images=[ImageInput(change(image.pixels), image.grid, image.num_tokens) for image in sequence.images],
+        images=[ImageInput(change(image.pixels), image.grid, image.num_tokens, image.view) for image in sequence.images],
         audios=[AudioInput(change(audio.mel), audio.num_tokens) for audio in sequence.audios],
     )

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from megamm.config import Augment
+from megamm.core.geometry import Affine
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +33,32 @@ class Changes:
         return None if _keeps_media(augment) else cls(augment, np.random.default_rng([seed, position]))
 
     def shape(self, picture, size: tuple[int, int]):
-        """A `PIL.Image` in RGB that will be resized to `size`, cropped, mirrored, shifted, zoomed and rotated; edges are continued."""
+        """A `PIL.Image` in RGB that will be resized to `size`, cropped, mirrored, shifted, zoomed and rotated; edges are continued.
+
+        Returns:
+            The picture, and the `Affine` from the given one's pixel coordinates to its own.
+        """
         from PIL import Image
 
-        augment = self.augment
+        augment, moved = self.augment, Affine()
         area, ratio, place_x, place_y, mirror, shift_x, shift_y, zoom, angle = self.random.random(9).tolist()
         if augment.image_crop or augment.image_stretch:
-            picture = picture.crop(_crop_box(picture.size, augment, (area, ratio, place_x, place_y)))
+            box = _crop_box(picture.size, augment, (area, ratio, place_x, place_y))
+            picture, moved = picture.crop(box), Affine.shift(-box[0], -box[1])
         if augment.image_flip and mirror < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            moved = moved.then(Affine(a=-1.0, c=picture.width))
         if augment.image_shift or augment.image_zoom or augment.image_rotate_degrees:
             # More than twice the pixels that will be left of it show in no result, and a turn needs a border as wide as the picture.
             small = min(picture.width, 2 * size[0]), min(picture.height, 2 * size[1])
             if small != picture.size:
+                moved = moved.then(Affine.scale(small[0] / picture.width, small[1] / picture.height))
                 picture = picture.resize(small, Image.Resampling.BILINEAR)
             shift = _signed(shift_x) * augment.image_shift, _signed(shift_y) * augment.image_shift
             turn = math.radians(_signed(angle) * augment.image_rotate_degrees)
-            picture = _moved(picture, shift, scale=1.0 + _signed(zoom) * augment.image_zoom, turn=turn)
-        return picture
+            picture, motion = _moved(picture, shift, scale=1.0 + _signed(zoom) * augment.image_zoom, turn=turn)
+            moved = moved.then(motion)
+        return picture, moved
 
     def colour(self, picture):
         """A `PIL.Image` in RGB with another brightness, contrast, saturation and hue."""
@@ -126,7 +135,11 @@ def _crop_box(size: tuple[int, int], augment: Augment, draws: tuple[float, float
 
 
 def _moved(picture, shift: tuple[float, float], *, scale: float, turn: float):
-    """A picture of the same size whose content is shifted by shares of its sides, scaled and turned by radians around its middle."""
+    """A picture of the same size whose content is shifted by shares of its sides, scaled and turned by radians around its middle.
+
+    Returns:
+        The picture, and the `Affine` from the given one's pixel coordinates to its own.
+    """
     from PIL import Image
 
     width, height = picture.size
@@ -140,6 +153,7 @@ def _moved(picture, shift: tuple[float, float], *, scale: float, turn: float):
     left, right = (max(0, math.ceil(over)) + 1 for over in (-min(xs), max(xs) - width))
     upper, lower = (max(0, math.ceil(over)) + 1 for over in (-min(ys), max(ys) - height))
     continued = Image.fromarray(np.pad(np.asarray(picture), ((upper, lower), (left, right), (0, 0)), mode="edge"))
-    return continued.transform(
+    result = continued.transform(
         (width, height), Image.Transform.AFFINE, (cos, -sin, c + left, sin, cos, f + upper), Image.Resampling.BILINEAR
     )
+    return result, Affine(cos, -sin, c, sin, cos, f).inverse()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megamm.config import AudioFeatures, ImageFeatures, Limits
+from megamm.core.geometry import Affine, PictureView
 from megamm.core.lengths import audio_num_tokens, image_num_tokens
 from megamm.core.types import AudioInput, ImageInput
 from megamm.data.media.augment import Changes
@@ -48,10 +49,13 @@ def image_input(content: bytes, features: ImageFeatures, *, limits: Limits = DEF
     grid = image_grid(picture.width, picture.height, features)
     side = features.patch_size if features.kind == "naflex" else features.stride
     size = grid[1] * side, grid[0] * side
+    view = PictureView.whole(picture.width, picture.height)
     if changes is None:
         picture = picture.resize(size, Image.Resampling.BILINEAR)
     else:
-        picture = changes.colour(changes.shape(picture, size).resize(size, Image.Resampling.BILINEAR))
+        changed, moved = changes.shape(picture, size)
+        view = PictureView(picture.width, picture.height, moved.then(Affine.scale(1 / changed.width, 1 / changed.height)))
+        picture = changes.colour(changed.resize(size, Image.Resampling.BILINEAR))
     resized = np.asarray(picture)
     if features.kind == "naflex":
         # Patches in rows from the top left; each patch row by row, channels last.
@@ -60,7 +64,7 @@ def image_input(content: bytes, features: ImageFeatures, *, limits: Limits = DEF
     else:
         lines = _normalised(resized.reshape(resized.shape[0], -1), features)
         pixels = np.ascontiguousarray(lines.reshape(resized.shape).transpose(2, 0, 1))
-    return ImageInput(pixels, grid, image_num_tokens(grid, features.merge))
+    return ImageInput(pixels, grid, image_num_tokens(grid, features.merge), view)
 
 
 def audio_input(

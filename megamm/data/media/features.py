@@ -29,16 +29,19 @@ class MediaRules:
         image: None where the model has no vision tower.
         audio: None where the model has no audio tower.
         limits: What is refused.
+        outline_points: Corners of the outline that an instance of a mask is laid out with.
     """
 
     image: ImageFeatures | None
     audio: AudioFeatures | None
     limits: Limits = DEFAULT_LIMITS
+    outline_points: int = Data.outline_points
 
     @classmethod
     def of(cls, model: Model, data: Data) -> MediaRules:
         """The rules that a recipe states."""
-        return cls(model.image_features if model.vision else None, model.audio_features if model.audio else None, data.limits)
+        image, audio = model.image_features if model.vision else None, model.audio_features if model.audio else None
+        return cls(image, audio, data.limits, data.outline_points)
 
     @property
     def fingerprint(self) -> str:

@@ -31,6 +31,7 @@ _EXIF_ORIENTATION = 0x0112
 _TURNED = frozenset({5, 6, 7, 8})
 # PIL.Image.Transpose of each EXIF orientation: what brings the stored pixels upright.
 _UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+_MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 _BLOCK_VALUES = 1 << 18
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_EXIF_BYTES = 1 << 20
@@ -111,6 +112,22 @@ def decode_picture(content: bytes, limits: Limits = DEFAULT_LIMITS):
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
             raise MediaError(f"the picture cannot be decoded ({_brief(error)})") from None
     return picture.transpose(Image.Transpose(_UPRIGHT[orientation])) if orientation in _UPRIGHT else picture
+
+
+def decode_mask(content: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """A mask as int32[H, W], the value k where instance k is.
+
+    Raises:
+        MediaError: Not a PNG of one channel, damaged, or beyond the limit.
+    """
+    with open_image(io.BytesIO(content)) as opened:
+        check_pixels(opened.width, opened.height, limits)
+        if opened.format != "PNG" or opened.mode not in _MASK_MODES:
+            raise MediaError(f"the mask is a {opened.format} of mode {opened.mode}; write a PNG of one channel, 8 or 16 bits, or a palette")
+        try:
+            return np.asarray(opened).astype(np.int32)
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+            raise MediaError(f"the mask cannot be decoded ({_brief(error)})") from None
 
 
 def decode_sound(content: bytes, features: AudioFeatures, limits: Limits = DEFAULT_LIMITS) -> tuple[np.ndarray, int]:

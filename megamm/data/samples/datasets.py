@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,9 @@ class ShardSet:
         return problems[number]
 
 
-def find_shards(name: str, dataset: Dataset, root: Path, *, reading: Reading | None = None) -> tuple[Shard, ...]:
+def find_shards(
+    name: str, dataset: Dataset, root: Path, *, reading: Reading | None = None, on_index: Callable[[], None] | None = None
+) -> tuple[Shard, ...]:
     """Shards that a dataset's path, URL, brace range or glob names, sorted; indexes of remote ones are fetched where they are missing.
 
     Args:
@@ -84,6 +86,7 @@ def find_shards(name: str, dataset: Dataset, root: Path, *, reading: Reading | N
         dataset: Its `shards`.
         root: Folder that paths are relative to.
         reading: Settings of reading.
+        on_index: Called after each index that was fetched.
 
     Raises:
         ConfigError: What names the shards cannot be read from.
@@ -91,7 +94,7 @@ def find_shards(name: str, dataset: Dataset, root: Path, *, reading: Reading | N
     """
     if is_url(dataset.shards):
         reading = reading or Reading()
-        tars: tuple[Shard, ...] = find_remote_shards(dataset.shards, sidecar_folder(root, reading), reading)
+        tars: tuple[Shard, ...] = find_remote_shards(dataset.shards, sidecar_folder(root, reading), reading, on_index)
     else:
         tars = _find_local(name, dataset.shards, root)
     if not tars:

@@ -14,6 +14,7 @@ from megamm.data.media.augment import Changes
 from megamm.data.media.decode import audio_input, image_input
 from megamm.data.media.features import Footprint, MediaRules
 from megamm.data.media.files import MediaError
+from megamm.data.samples.shapes import planned_shapes, seen_shapes
 from megamm.tasks import template
 from megamm.tokenizers.text import TextTokenizer
 
@@ -47,7 +48,8 @@ class SampleEncoder:
             BadSample: The sample can never be encoded; says why.
         """
         try:
-            images = [self.rules.footprint(_facts_of(part, facts)) for part in _parts(sample, "image")]
+            pictures = [_facts_of(part, facts) for part in _parts(sample, "image")]
+            images = [self.rules.footprint(one) for one in pictures]
             sounds = [_facts_of(part, facts) for part in _parts(sample, "audio")]
             variants = [[self.rules.footprint(one, speed) for one in sounds] for speed in speeds]
             encoded = template.encode(
@@ -55,6 +57,7 @@ class SampleEncoder:
                 self.tokenizer,
                 image_tokens=[one.tokens for one in images],
                 audio_tokens=[one.tokens for one in variants[0]],
+                shapes=planned_shapes(sample.messages, pictures, self.rules.outline_points),
             )
         except DataError as error:
             raise BadSample(str(error)) from error
@@ -100,6 +103,7 @@ class SampleEncoder:
                 self.tokenizer,
                 image_tokens=[one.num_tokens for one in images],
                 audio_tokens=[one.num_tokens for one in audios],
+                shapes=seen_shapes(sample.messages, sample.media, [one.view for one in images], self.rules),
             )
         except DataError as error:
             raise BadSample(str(error)) from error

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megamm.core.geometry import PictureView
 from megamm.core.types import AudioInput, ImageInput, TokenSequence
 from megamm.data.loading.arena import Arena, RegionWriter, map_arrays
 
@@ -37,7 +38,7 @@ def test_regions_never_overlap_and_freed_room_is_used_again(steps):
 def sequence():
     random = np.random.default_rng(0)
     ids = np.arange(9, dtype=np.int32)
-    image = ImageInput(random.random((4, 12), dtype=np.float32), (2, 2), 4)
+    image = ImageInput(random.random((4, 12), dtype=np.float32), (2, 2), 4, PictureView.whole(8, 8))
     audio = AudioInput(random.random((8, 30), dtype=np.float32), 4)
     return TokenSequence("digits", "k", "text", ids, ids + 1, np.ones(9, np.float32), [image], [audio])
 

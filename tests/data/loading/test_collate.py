@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from megamm.config import Data, Dataset, ImageFeatures
+from megamm.core.geometry import PictureView
 from megamm.core.types import IGNORE_LABEL, AudioInput, ImageInput, PackedRow, TokenSequence
 from megamm.data.loading.collate import collate
 from megamm.data.loading.loader import StepLoader
@@ -41,7 +42,9 @@ def test_a_full_row_has_no_padding_document():
 
 
 def test_media_are_padded_to_the_longest_and_to_whole_chunks():
-    pictures = [ImageInput(np.ones((size, 12), np.float32), grid, size) for size, grid in ((2, (1, 2)), (6, (3, 2)))]
+    pictures = [
+        ImageInput(np.ones((size, 12), np.float32), grid, size, PictureView.whole(8, 8)) for size, grid in ((2, (1, 2)), (6, (3, 2)))
+    ]
     sounds = [AudioInput(np.ones((4, frames), np.float32), 1) for frames in (100, 101, 30)]
     rows = [
         PackedRow([sequence(3, "x", images=pictures[:1], audios=sounds[:1])]),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from megamm.config import AudioFeatures, Augment, ImageFeatures
 from megamm.data.media.augment import Changes
@@ -56,7 +56,7 @@ def test_a_position_draws_the_same_again_and_another_one_differently():
     def drawn(position: int) -> list[np.ndarray]:
         made = Changes.at(EVERYTHING, 7, position)
         assert made is not None
-        picture = made.colour(made.shape(PICTURE, SIZE).resize(SIZE))
+        picture = made.colour(made.shape(PICTURE, SIZE)[0].resize(SIZE))
         wave = made.wave(np.sin(np.arange(4000, dtype=np.float32)))
         return [np.asarray(picture), wave, made.mel(np.random.default_rng(0).random((40, 60)))]
 
@@ -66,15 +66,15 @@ def test_a_position_draws_the_same_again_and_another_one_differently():
 
 
 def test_one_more_setting_leaves_the_draws_of_the_others_alone():
-    with_flip = changes(3, image_flip=True, image_shift=0.1, image_brightness=0.5).shape(PICTURE, SIZE)
-    upright = changes(3, image_shift=0.1).shape(PICTURE.transpose(Image.Transpose.FLIP_LEFT_RIGHT), SIZE)
-    plain = changes(3, image_shift=0.1).shape(PICTURE, SIZE)
+    with_flip = changes(3, image_flip=True, image_shift=0.1, image_brightness=0.5).shape(PICTURE, SIZE)[0]
+    upright = changes(3, image_shift=0.1).shape(PICTURE.transpose(Image.Transpose.FLIP_LEFT_RIGHT), SIZE)[0]
+    plain = changes(3, image_shift=0.1).shape(PICTURE, SIZE)[0]
     assert np.array_equal(with_flip, upright) or np.array_equal(with_flip, plain)
 
 
 def test_a_shift_moves_pixels_and_continues_the_edge():
     ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (10, 100, 3))
-    moved = np.asarray(changes(image_shift=0.2).shape(Image.fromarray(ramp), (100, 10)))[5, :, 0].astype(int)
+    moved = np.asarray(changes(image_shift=0.2).shape(Image.fromarray(ramp), (100, 10))[0])[5, :, 0].astype(int)
     shift = moved[50] - 50
     assert shift != 0
     assert np.abs(moved - np.clip(np.arange(100) + shift, 0, 99)).max() <= 1
@@ -83,25 +83,51 @@ def test_a_shift_moves_pixels_and_continues_the_edge():
 def test_a_turn_continues_the_edge_everywhere():
     white = Image.new("RGB", (90, 10), (255, 255, 255))
     for position in range(20):
-        turned = changes(position, image_rotate_degrees=180.0, image_zoom=0.5, image_shift=1.0).shape(white, (90, 10))
+        turned = changes(position, image_rotate_degrees=180.0, image_zoom=0.5, image_shift=1.0).shape(white, (90, 10))[0]
         assert turned.size == (90, 10) and np.asarray(turned).min() == 255
 
 
 def test_no_turn_no_zoom_no_shift_is_the_picture_itself():
     tiny = changes(image_rotate_degrees=1e-9)
-    assert np.abs(np.asarray(tiny.shape(PICTURE, SIZE)).astype(int) - np.asarray(PICTURE)).max() <= 1
+    assert np.abs(np.asarray(tiny.shape(PICTURE, SIZE)[0]).astype(int) - np.asarray(PICTURE)).max() <= 1
+
+
+def test_the_map_that_comes_with_a_picture_says_where_its_pixels_went():
+    """A white spot in a large black picture is found where the map puts it, whatever happened."""
+    for position in range(60):
+        spot = (130.0 + 7 * (position % 9), 140.0 - 5 * (position % 7))
+        picture = Image.new("RGB", (260, 240))
+        ImageDraw.Draw(picture).ellipse([spot[0] - 8, spot[1] - 8, spot[0] + 8, spot[1] + 8], fill=(255, 255, 255))
+        made = changes(
+            position,
+            image_crop=0.3,
+            image_stretch=0.2,
+            image_flip=True,
+            image_shift=0.05,
+            image_zoom=0.2,
+            image_rotate_degrees=40.0,
+        )
+        changed, moved = made.shape(picture, (120, 100))
+        light = np.asarray(changed)[..., 0].astype(float)
+        # Far from the border, where the edge is continued, light has the spot as its centre.
+        x, y = moved((spot[0] + 0.5, spot[1] + 0.5))
+        if 25 < x < changed.width - 25 and 25 < y < changed.height - 25:
+            ys, xs = np.mgrid[: changed.height, : changed.width] + 0.5
+            found = (light * xs).sum() / light.sum(), (light * ys).sum() / light.sum()
+            assert found == pytest.approx((x, y), abs=0.6)
+        assert moved.inverse()((x, y)) == pytest.approx((spot[0] + 0.5, spot[1] + 0.5), abs=1e-6)
 
 
 def test_half_of_the_pictures_are_mirrored():
     mirrored = np.asarray(PICTURE)[:, ::-1]
-    share = np.mean([np.array_equal(changes(position, image_flip=True).shape(PICTURE, SIZE), mirrored) for position in range(400)])
+    share = np.mean([np.array_equal(changes(position, image_flip=True).shape(PICTURE, SIZE)[0], mirrored) for position in range(400)])
     assert 0.4 < share < 0.6
 
 
 def test_a_crop_is_a_part_of_the_picture_of_the_stated_area():
     areas = []
     for position in range(200):
-        part = np.asarray(changes(position, image_crop=0.75, image_stretch=0.3).shape(PICTURE, SIZE))
+        part = np.asarray(changes(position, image_crop=0.75, image_stretch=0.3).shape(PICTURE, SIZE)[0])
         places = [
             (y, x)
             for y in range(25 - part.shape[0])
@@ -139,7 +165,7 @@ def test_large_pictures_are_shrunk_before_they_are_turned():
     large = Image.new("RGB", (6000, 1000))
     tracemalloc.start()
     try:
-        assert changes(image_rotate_degrees=180.0).shape(large, (224, 64)).size == (448, 128)
+        assert changes(image_rotate_degrees=180.0).shape(large, (224, 64))[0].size == (448, 128)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()

@@ -1,0 +1,154 @@
+"""What an answer says: the stored one of a sample, or the tokens that a model gave, both in source coordinates.
+
+Reading a model's tokens is the inverse of the layout of `megamm.tasks.template`. What does not follow that layout, such as a box of three
+locations, is counted and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megamm.core.errors import DataError
+from megamm.core.geometry import PictureView, Shape
+from megamm.core.masks import fill, run_lengths
+from megamm.core.predictions import Box, Instance
+from megamm.core.types import Part
+from megamm.tokenizers.text import TextTokenizer
+from megamm.tokenizers.vocabulary import Vocabulary
+
+_KINDS = {"box_start": "box", "mask_start": "mask"}
+_NUM_BOX_LOCATIONS = 4
+_LEAST_MASK_LOCATIONS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+        text: All of its text and labels, but for the labels of boxes and instances.
+        boxes: In their order.
+        instances: In their order.
+        num_malformed: Boxes and instances that do not follow the layout.
+        is_finished: False where it was cut off.
+    """
+
+    text: str = ""
+    boxes: tuple[Box, ...] = ()
+    instances: tuple[Instance, ...] = ()
+    num_malformed: int = 0
+    is_finished: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is empty is left out."""
+        lists = {"boxes": [box.to_json() for box in self.boxes], "instances": [one.to_json() for one in self.instances]}
+        counts = {"num_malformed": self.num_malformed} if self.num_malformed else {}
+        ending = {} if self.is_finished else {"is_finished": False}
+        return {"text": self.text} | {name: value for name, value in lists.items() if value} | counts | ending
+
+
+def stored_reply(parts: Sequence[Part], masks: Mapping[str, np.ndarray]) -> Reply:
+    """The answer that a sample holds.
+
+    Args:
+        parts: Of the assistant's message.
+        masks: Member -> int[H, W], pixel value k for instance k, of every mask part.
+
+    Raises:
+        DataError: A mask is not there, or has an instance without a label.
+    """
+    boxes = [Box(box["label"], tuple(box["xyxy"])) for part in parts if part.type == "boxes" for box in part.data["boxes"]]
+    instances = [one for part in parts if part.type == "mask" for one in _instances(part, masks)]
+    return Reply("".join(part.text for part in parts if part.type in ("text", "label")), tuple(boxes), tuple(instances))
+
+
+def read_reply(
+    token_ids: Sequence[int],
+    tokenizer: TextTokenizer,
+    view: PictureView | None = None,
+    *,
+    probabilities: Sequence[float] | None = None,
+    is_finished: bool = True,
+) -> Reply:
+    """What a model's tokens say.
+
+    A box's score is the probability of its label given its place times that of its place's least sure location.
+
+    Args:
+        token_ids: Without the token that ended them.
+        tokenizer: Of the model.
+        view: What it saw of the picture that boxes and instances lie in; None where it saw none, so that they mean nothing.
+        probabilities: Of each token when it was chosen; None for 1.
+        is_finished: Whether the model ended the answer.
+    """
+    chances = [1.0] * len(token_ids) if probabilities is None else list(probabilities)
+    vocabulary, texts, shapes = tokenizer.vocabulary, [], {"box": [], "mask": []}
+    num_malformed = 0
+    position = 0
+    while position < len(token_ids):
+        start = position
+        kind = _kind(token_ids[start], vocabulary)
+        position = next((i for i in range(start + 1, len(token_ids)) if _kind(token_ids[i], vocabulary)), len(token_ids))
+        if kind is None:
+            texts.append(tokenizer.decode(token_ids[start:position]))
+            continue
+        shape = _shape(token_ids[start:position], chances[start:position], kind, tokenizer)
+        if shape is None or view is None:
+            num_malformed += 1
+        else:
+            shapes[kind].append(shape)
+    boxes = [] if view is None else [_box(shape, view) for shape in shapes["box"]]
+    instances = [] if view is None else [_instance(shape, view) for shape in shapes["mask"]]
+    # A box that was cut off on its way back to the source, or has no area there, is none.
+    whole = [box for box in boxes if box.xyxy[0] < box.xyxy[2] and box.xyxy[1] < box.xyxy[3]]
+    covering = [instance for instance in instances if sum(instance.counts[1::2])]
+    num_malformed += len(boxes) - len(whole) + len(instances) - len(covering)
+    return Reply("".join(texts), tuple(whole), tuple(covering), num_malformed, is_finished)
+
+
+def _kind(token_id: int, vocabulary: Vocabulary) -> str | None:
+    """`box` or `mask` where a token begins one."""
+    return next((kind for name, kind in _KINDS.items() if token_id == vocabulary.control_id(name)), None)
+
+
+def _shape(ids: Sequence[int], chances: Sequence[float], kind: str, tokenizer: TextTokenizer) -> Shape | None:
+    """A start token, locations, an end token and a label; None where it is something else."""
+    vocabulary = tokenizer.vocabulary
+    end = next((i for i, token_id in enumerate(ids) if token_id == vocabulary.control_id(f"{kind}_end")), None)
+    if end is None:
+        return None
+    places = [vocabulary.describe(token_id) for token_id in ids[1:end]]
+    wanted = len(places) == _NUM_BOX_LOCATIONS if kind == "box" else len(places) >= _LEAST_MASK_LOCATIONS and len(places) % 2 == 0
+    label = tokenizer.decode(ids[end + 1 :]).strip()
+    if not wanted or not label or any(block != "location" for block, _ in places):
+        return None
+    shares = [code / (vocabulary.location - 1) for _, code in places]
+    points = tuple(zip(shares[::2], shares[1::2], strict=True))
+    score = float(np.prod(chances[end + 1 :])) * min(chances[1:end])
+    return Shape(label, points, score=score)
+
+
+def _box(shape: Shape, view: PictureView) -> Box:
+    corners = [view.source(point) for point in shape.points]
+    (x1, y1), (x2, y2) = corners
+    return Box(shape.label, (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), shape.score)
+
+
+def _instance(shape: Shape, view: PictureView) -> Instance:
+    pixels = fill([view.source(point) for point in shape.points], view.width, view.height)
+    return Instance(shape.label, (view.height, view.width), run_lengths(pixels), shape.score)
+
+
+def _instances(part: Part, masks: Mapping[str, np.ndarray]) -> list[Instance]:
+    if part.member not in masks:
+        raise DataError(f"mask {part.member} is missing")
+    values, labels = masks[part.member], part.data["labels"]
+    if values.max(initial=0) > len(labels):
+        raise DataError(f"mask {part.member} holds instance {values.max()}, and {len(labels)} labels; label every instance")
+    # An instance that others hide wholly has no pixel, and is none.
+    found = [(label, values == number) for number, label in enumerate(labels, 1)]
+    return [Instance(label, values.shape, run_lengths(pixels)) for label, pixels in found if pixels.any()]
