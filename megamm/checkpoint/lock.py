@@ -17,6 +17,7 @@ import contextlib
 import errno
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import threading
@@ -34,6 +35,7 @@ from megamm.core.logging import get_logger
 
 _log = get_logger("checkpoint")
 _BEATS_A_LEASE = 12
+_MAX_VANISHED = 20
 # Of a job in these states a process may still run. A job that waits to be started again has none.
 _LIVE_STATES = frozenset({"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})
 
@@ -117,17 +119,25 @@ class RunLock:
         Raises:
             CheckpointError: Somebody else owns the run and lives; says who.
         """
-        (run / LOCK).mkdir(parents=True, exist_ok=True)
+        num_vanished = 0
         while True:
-            last = newest_owner(run)
-            if last:
-                _require_gone(run, last)
-            owner = _with_starts(Owner.this_process(lease_seconds), run)
-            # Before the owner: whoever finds the one finds the other.
-            _move_lease(lease_path(run, last + 1), 0)
-            if _create(owner_path(run, last + 1), owner):
-                _forget_before(run, last)
-                return cls(run, last + 1, owner)
+            try:
+                (run / LOCK).mkdir(parents=True, exist_ok=True)
+                last = newest_owner(run)
+                if last:
+                    _require_gone(run, last)
+                owner = _with_starts(Owner.this_process(lease_seconds), run)
+                # Before the owner: whoever finds the one finds the other.
+                _move_lease(lease_path(run, last + 1), 0)
+                if _create(owner_path(run, last + 1), owner):
+                    _forget_before(run, last)
+                    return cls(run, last + 1, owner)
+            except FileNotFoundError:
+                # An owner that began nothing took its files and the folder with it, this moment: looked at anew.
+                num_vanished += 1
+                if num_vanished == _MAX_VANISHED:
+                    raise
+                time.sleep(0.05 * num_vanished)
 
     def started_at(self, step: int) -> None:
         """Record that this owner goes on from `step`: what earlier owners commit beyond it does not count."""
@@ -159,7 +169,8 @@ class RunLock:
             _log.warning("%s keeps its owner until the lease runs out: %s", self._run, error)
 
     def _leave_no_trace(self) -> None:
-        for path in (owner_path(self._run, self.number), lease_path(self._run, self.number)):
+        # The owner last: once it is gone the next one takes this very number, and the lease would be the next one's.
+        for path in (lease_path(self._run, self.number), owner_path(self._run, self.number)):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             # Only what is empty: another job may be at the door already, and a run's folder holds more.
@@ -186,7 +197,7 @@ def lease_path(run: Path, number: int) -> Path:
 
 def _move_lease(path: Path, count: int) -> None:
     """Renamed, so that no reader finds half a number; not synced, because a sync waits for all that a save is writing."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = _draft(path)
     try:
         draft.write_text(f"{count}\n", encoding="utf-8")
     except OSError as error:
@@ -200,9 +211,14 @@ def _move_lease(path: Path, count: int) -> None:
     draft.replace(path)
 
 
+def _draft(path: Path) -> Path:
+    """A name that nobody else writes to: processes of several hosts, and of several containers of one host, have equal numbers."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def _create(path: Path, owner: Owner) -> bool:
     """Make the owner's file where it must not exist; False where somebody was faster."""
-    draft = path.with_name(f".{path.name}.{owner.host}.{owner.pid}.tmp")
+    draft = _draft(path)
     with draft.open("w", encoding="utf-8") as file:
         file.write(sealed(asdict(owner)))
         file.flush()
@@ -239,13 +255,27 @@ def read_owner(run: Path, number: int) -> Owner:
         CheckpointError: Its file cannot be read.
     """
     try:
-        return Owner(**opened(owner_path(run, number).read_bytes()))
+        return _owner_of(owner_path(run, number))
+    except FileNotFoundError as error:
+        raise _unreadable(owner_path(run, number), error) from error
+
+
+def _owner_of(path: Path) -> Owner:
+    """As `read_owner`, but a file that is not there is a FileNotFoundError."""
+    try:
+        return Owner(**opened(path.read_bytes()))
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{owner_path(run, number)} cannot be read ({error}); remove it when no job uses the run") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error}); remove it when no job uses the run")
 
 
 def _require_gone(run: Path, number: int) -> None:
-    owner = read_owner(run, number)
+    owner = _owner_of(owner_path(run, number))
     if owner.is_released:
         return
     if reason := _gone(owner):

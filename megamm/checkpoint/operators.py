@@ -105,22 +105,30 @@ def prune(run: Path, settings: Checkpointing, *, set_aside: bool = False) -> lis
         CheckpointError: A job uses the run, or its newest checkpoint is damaged.
     """
     folder = run / "checkpoints"
-    found = committed(folder)
-    if not found:
-        raise CheckpointError(f"{folder} holds no checkpoint")
+    # Before anything is written: what is no run stays as it is.
+    _newest(folder)
     lock = RunLock.acquire(run, lease_seconds=settings.lease_seconds)
     try:
         # Again: only now does nobody else change the folder.
-        step, newest = committed(folder)[-1]
+        step, newest = _newest(folder)
         verify(newest)
         point_latest(folder, newest.name)
         deleted = retire(folder, step, settings)
         for name in kept_aside(folder) if set_aside else []:
             shutil.rmtree(folder / name)
             deleted.append(name)
+    except OSError as error:
+        raise CheckpointError(f"{folder} was pruned in part: {error}") from error
     finally:
         lock.release()
     return deleted
+
+
+def _newest(folder: Path) -> tuple[int, Path]:
+    found = committed(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint; nothing was deleted")
+    return found[-1]
 
 
 _KINDS = ("trainable", "frozen", "buffer")

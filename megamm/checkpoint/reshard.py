@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,28 +40,44 @@ def reshard(source: Path, target: Path, world_size: int, *, num_threads: int = 1
         The committed folder.
 
     Raises:
-        CheckpointError: The source is missing or damaged, the target holds this step already, or the disk refused.
+        CheckpointError: The source is missing or damaged, the target holds this step already, or the disk refused. Nothing is left then,
+            nor after Ctrl-C.
     """
     manifest = verify(source)
     if any(step == manifest.step for step, _ in committed(target)):
         raise CheckpointError(f"{target} holds {step_folder(manifest.step)} already; name another folder")
-    # Owner 0 owns nothing: this folder is nobody's, and the next owner of the target sweeps it away if this process dies.
+    # Owner 0 owns nothing: this folder is nobody's, and the next owner of the target sweeps it away if this process is killed.
     attempt = Attempt(target, manifest.step, Fence(), os.getpid())
     # Under its owner's number in another run it would look like something abandoned there.
     written = dataclasses.replace(manifest.fence, number=newest_owner(target.parent))
     try:
-        with ThreadPoolExecutor(num_threads) as pool:
-            parts = list(pool.map(lambda rank: _write_rank(source, manifest, attempt, rank, world_size, io), range(world_size)))
+        parts = _write_ranks(source, manifest, attempt, world_size, num_threads, io)
         small = {name: [(source / name).read_bytes()] for name in (DATA_STATE, LEDGER)}
         files = {name: facts for part in [*parts, write_files(attempt, small, io)] for name, facts in part.items()}
         commit(attempt, dataclasses.replace(manifest, world_size=world_size, files=files, fence=written, slices={}), io, lambda: None)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(attempt.temporary, ignore_errors=True)
-        raise CheckpointError(f"{attempt.final} was not written: {error}") from error
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{attempt.final} was not written: {error}") from error
+        raise
     return attempt.final
 
 
-def _write_rank(source: Path, manifest: Manifest, attempt: Attempt, rank: int, world_size: int, io: Io) -> dict[str, FileFacts]:
+def _write_ranks(
+    source: Path, manifest: Manifest, attempt: Attempt, world_size: int, num_threads: int, io: Io
+) -> list[dict[str, FileFacts]]:
+    """The shards of all ranks; where one fails, or somebody presses Ctrl-C, the others end with the tensor that they are at."""
+    is_over = threading.Event()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            return list(pool.map(lambda rank: _write_rank(source, manifest, attempt, rank, world_size, io, is_over), range(world_size)))
+        finally:
+            is_over.set()
+
+
+def _write_rank(
+    source: Path, manifest: Manifest, attempt: Attempt, rank: int, world_size: int, io: Io, is_over: threading.Event
+) -> dict[str, FileFacts]:
     with Slices(source, manifest) as slices:
         bounds = _bounds(manifest, slices, rank, world_size)
         specs = {key: Spec(slices.dtype(key), (stop - start,)) for key, (start, stop) in bounds.items()}
@@ -70,6 +87,8 @@ def _write_rank(source: Path, manifest: Manifest, attempt: Attempt, rank: int, w
         def blocks() -> Iterator[Buffer]:
             yield layout.header
             for key in layout.specs:
+                if is_over.is_set():
+                    raise CheckpointError(f"{attempt.final} is given up")
                 yield tensor_bytes(states[key] if key in states else slices.read(key, *bounds[key]))
 
         return write_files(attempt, {rank_file(rank): blocks()}, io)

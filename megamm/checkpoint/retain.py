@@ -26,25 +26,31 @@ def retire(folder: Path, verified: int, settings: Checkpointing, io: Io = LOCAL)
         io: The file system.
 
     Returns:
-        Names of the deleted folders.
+        Names of those that are no checkpoints any more.
     """
     found = {step: path for step, path in committed(folder) if step <= verified}
     if verified not in found:
         return []
-    doomed = [found[step] for step in superseded(list(found), settings)]
-    try:
+    renamed = {}
+    for path in (found[step] for step in superseded(list(found), settings)):
         # Renamed first: a deletion that is cut short must not look like a damaged checkpoint.
-        renamed = [path.with_name(f".{path.name}.deleted") for path in doomed]
-        for path, hidden in zip(doomed, renamed, strict=True):
-            remove(hidden, io)
+        hidden = path.with_name(f".{path.name}.deleted")
+        remove(hidden, io)
+        try:
             io.rename(path, hidden)
+        except OSError as error:
+            _log.warning("%s is superseded and stays for now: %s", path, error)
+        else:
+            renamed[path.name] = hidden
+    try:
         io.sync_folder(folder)
     except OSError as error:
-        _log.warning("superseded checkpoints stay for now: %s", error)
-        return []
-    for hidden in renamed:
-        remove(hidden, io)
-    return [path.name for path in doomed]
+        # Whether the new names outlive a power cut is unknown, so nothing may be missing behind them: the next sweep deletes.
+        _log.warning("%s keep their bytes for now: %s", ", ".join(map(str, renamed.values())) or folder, error)
+    else:
+        for hidden in renamed.values():
+            remove(hidden, io)
+    return list(renamed)
 
 
 def point_latest(folder: Path, name: str, io: Io = LOCAL) -> None:

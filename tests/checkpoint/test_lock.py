@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from megamm.checkpoint.fence import Fence, check_fence, newest_owner, starts
 from megamm.checkpoint.hold import hold_run
-from megamm.checkpoint.lock import LostRun, Owner, RunLock, lease_path, read_owner
+from megamm.checkpoint.lock import LostRun, Owner, RunLock, _move_lease, lease_path, read_owner
 from megamm.checkpoint.seal import opened, sealed
 from megamm.core.errors import CheckpointError
 
@@ -280,6 +281,46 @@ def test_of_many_at_once_one_wins(run):
     for child in children:
         child.join()
     assert sorted(results.get() for _ in children) == [0, 0, 0, 0, 0, 2]
+
+
+def come_and_go(run, results):
+    """Own a new run and begin nothing, again and again."""
+    found = set()
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        try:
+            lock = acquire(run)
+        except CheckpointError as error:
+            found.add("refused" if "in use by" in str(error) else str(error))
+        except OSError as error:
+            found.add(repr(error))
+        else:
+            found.add("owned")
+            lock.release()
+    results.put(found)
+
+
+def test_owners_that_leave_no_trace_are_in_nobodys_way(run):
+    """They take the folder away that others are about to enter."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    children = [context.Process(target=come_and_go, args=(run, results)) for _ in range(4)]
+    for child in children:
+        child.start()
+    found = set().union(*(results.get() for _ in children))
+    for child in children:
+        child.join()
+    assert "owned" in found and found <= {"owned", "refused"}
+
+
+def test_processes_of_equal_numbers_keep_their_drafts_apart(run):
+    """As those of two containers; here threads, which have one number too."""
+    (run / ".lock").mkdir(parents=True)
+    path = lease_path(run, 1)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda count: _move_lease(path, count), range(400)))
+    assert path.read_text().strip().isdigit()
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
 
 
 def test_a_record_that_cannot_be_read_is_named(run):

@@ -1,7 +1,7 @@
 import pytest
 
 from megamm.checkpoint.lock import RunLock
-from megamm.checkpoint.manifest import MANIFEST, committed
+from megamm.checkpoint.manifest import MANIFEST, aside, committed
 from megamm.checkpoint.operators import describe, entries, listing, prune
 from megamm.config.schema import Checkpointing
 from megamm.core.errors import CheckpointError
@@ -64,6 +64,24 @@ def test_nothing_is_pruned_when_the_newest_one_is_damaged(run, folder):
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl"):
         prune(run, Checkpointing(keep_last=1))
     assert len(committed(folder)) == 3
+
+
+def test_a_folder_that_somebody_emptied_is_no_crash(run, folder, monkeypatch):
+    """Between the look at the folder and the moment that it is owned."""
+    acquire = RunLock.acquire
+
+    def empty_first(*arguments, **options):
+        for _, path in committed(folder):
+            path.rename(aside(path, "damaged"))
+        return acquire(*arguments, **options)
+
+    monkeypatch.setattr(RunLock, "acquire", empty_first)
+    with pytest.raises(CheckpointError, match="holds no checkpoint; nothing was deleted"):
+        prune(run, Checkpointing(keep_last=1), set_aside=True)
+    assert len(list(folder.glob("*.damaged-1"))) == 3
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        prune(run, Checkpointing(keep_last=1))
 
 
 def test_nothing_is_pruned_under_a_job(run, folder):

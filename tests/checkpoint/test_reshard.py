@@ -2,7 +2,10 @@
 
 import errno
 import gc
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megamm.checkpoint.load import Slices
-from megamm.checkpoint.manifest import committed, read_manifest, verify
+from megamm.checkpoint.manifest import MANIFEST, committed, rank_file, read_manifest, verify
 from megamm.checkpoint.reshard import reshard
+from megamm.checkpoint.shards import write_file
 from megamm.core.errors import CheckpointError
 from tests.support.checkpoints import some_tensors, whole_state, write_checkpoint
 from tests.support.faults import WatchedIo, failing, recording
@@ -81,6 +85,43 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
             reshard(source, target, 3, io=failing(at, errno.ENOSPC))
         assert committed(target) == []
         assert not target.exists() or list(target.iterdir()) == []
+
+
+def test_a_shard_that_is_none_leaves_nothing_behind(tmp_path):
+    """Its digest is right: whoever wrote the manifest vouched for it."""
+    source = write_checkpoint(tmp_path / "0", 5, some_tensors())
+    manifest = read_manifest(source)
+    manifest.files[rank_file(1)] = write_file(source / rank_file(1), [b"no safetensors"])
+    write_file(source / MANIFEST, [manifest.to_text().encode()])
+    with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors cannot be read"):
+        reshard(source, tmp_path / "1", 3)
+    assert not (tmp_path / "1").exists() or list((tmp_path / "1").iterdir()) == []
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_ctrl_c_leaves_nothing_behind(tmp_path, num_threads):
+    """Pressed while a shard is written."""
+    source = write_checkpoint(tmp_path / "0", 5, some_tensors())
+    pressed, heard = threading.Lock(), threading.Event()
+
+    def interrupted(number, frame):
+        heard.set()
+        raise KeyboardInterrupt
+
+    def press(number, operation, path):
+        if operation == "write":
+            if pressed.acquire(blocking=False):
+                os.kill(os.getpid(), signal.SIGINT)
+            assert heard.wait(60)
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reshard(source, tmp_path / "1", 9, num_threads=num_threads, io=WatchedIo(press))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list((tmp_path / "1").iterdir()) == []
+    assert verify(reshard(source, tmp_path / "1", 9)).world_size == 9
 
 
 def anonymous_bytes():

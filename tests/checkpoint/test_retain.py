@@ -56,6 +56,38 @@ class ReadOnly(Io):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(source))
 
 
+class Sticky(Io):
+    """Refuses to rename one folder, as the owner of another user's files would."""
+
+    def rename(self, source, target):
+        if source.name == "step_00000010":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        super().rename(source, target)
+
+
+class Unsynced(Io):
+    """Cannot say that new names are on the disk."""
+
+    def sync_folder(self, path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
+def test_one_that_cannot_be_deleted_keeps_no_other(folder, caplog):
+    """Only what went is said to have gone."""
+    caplog.set_level(logging.WARNING, "megamm")
+    assert retire(folder, 40, Checkpointing(keep_last=2), Sticky()) == ["step_00000020"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000010", "step_00000030", "step_00000040"]
+    assert "step_00000010 is superseded and stays for now: [Errno 13]" in caplog.text
+
+
+def test_bytes_stay_until_their_names_are_surely_gone(folder, caplog):
+    """After a power cut a folder may have its old name again, and must then be whole."""
+    caplog.set_level(logging.WARNING, "megamm")
+    assert retire(folder, 40, Checkpointing(keep_last=3), Unsynced()) == ["step_00000010"]
+    assert (folder / ".step_00000010.deleted" / MANIFEST).is_file()
+    assert ".step_00000010.deleted keep their bytes for now: [Errno 5]" in caplog.text
+
+
 def test_what_cannot_be_deleted_stays_and_is_said(folder, caplog):
     caplog.set_level(logging.WARNING, "megamm")
     assert retire(folder, 40, Checkpointing(keep_last=1), ReadOnly()) == []
