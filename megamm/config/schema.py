@@ -302,6 +302,7 @@ class Data:
         decode_timeout_seconds: A sample that takes longer to decode is given up (reading has its own limits).
         max_skipped_share: Share of skipped samples that turns into an error.
         max_skipped_in_a_row: Samples of a rank skipped one after the other that turn into an error.
+        outline_points: Corners of the outline that stands for an instance of a mask among the tokens, two tokens each.
         limits: What is refused from headers.
         reading: How the bytes of shards are read.
     """
@@ -324,6 +325,7 @@ class Data:
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
     max_skipped_share: Fraction = 0.01
     max_skipped_in_a_row: Positive = 100
+    outline_points: Annotated[int, Field(ge=3, le=256)] = 12
     limits: Limits = Limits()
     reading: Reading = Reading()
 
