@@ -56,9 +56,6 @@ begin_job() {
         # With several networks NCCL and gloo may pick one that does not reach the other nodes.
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$MEGAMM_INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$MEGAMM_INTERFACE}
     fi
-    if [ -n "${MEGAMM_SCRATCH:-}" ]; then
-        export TMPDIR=$MEGAMM_SCRATCH
-    fi
 }
 
 load_modules() {
@@ -95,8 +92,9 @@ a_task_a_gpu() {
     if [ "$gpus" != "${SLURM_NTASKS_PER_NODE:-$gpus}" ]; then
         refuse "--gpus-per-node=$gpus with --ntasks-per-node=$SLURM_NTASKS_PER_NODE: one task a GPU, so leave --ntasks-per-node out"
     fi
+    # In blocks, whatever the site's default is: rank 0 belongs to the first node, whose address MASTER_ADDR is.
     # shellcheck disable=SC2034  # for whoever asked
-    tasks=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * gpus))" --ntasks-per-node="$gpus")
+    tasks=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * gpus))" --ntasks-per-node="$gpus" --distribution=block)
 }
 
 # The last value of an option among words, as `--run DIR` or `--run=DIR`.
@@ -201,11 +199,12 @@ container() {
     fi
 }
 
-# Check all nodes of this job, one task a GPU, and return whether they may train. Where some may not, `bad_nodes` names them, as Slurm does
-# and with commas between; it is empty where the checks themselves failed. What was seen is in logs/preflight.json of the folder.
+# Check all nodes of this job, one task a GPU, and return 0 where they may train, else the code of a task. Where some may not, `bad_nodes`
+# names them, as Slurm does and with commas between; it is empty where the checks themselves failed. What was seen is in
+# logs/preflight.json of the folder.
 #   check_nodes FOLDER SRUN_OPTION ... -- RECIPE [OVERRIDE ...]
 check_nodes() {
-    local report=$1/logs/preflight.json options=()
+    local report=$1/logs/preflight.json options=() code
     shift
     while [ "$1" != -- ]; do
         options+=("$1")
@@ -219,13 +218,14 @@ check_nodes() {
     export MEGAMM_NODES
     rendezvous 1
     # A task that cannot even start must not take along those that would name its node; all of them come to an end by themselves.
-    launch "${options[@]}" --kill-on-bad-exit=0 --wait=900 -- megamm preflight "$@" --output "$report" && return
-    # The report, not the code: srun ends the tasks that are left, and then returns their codes.
-    if [ -e "$report" ]; then
+    launch "${options[@]}" --kill-on-bad-exit=0 --wait=900 -- megamm preflight "$@" --output "$report"
+    code=$?
+    # The report names nodes, not the code: srun ends the tasks that are left, and then returns their codes.
+    if [ "$code" -ne 0 ] && [ -e "$report" ]; then
         # shellcheck disable=SC2034  # for whoever asked
         bad_nodes=$(python3 -c 'import json, sys; print(",".join(json.load(open(sys.argv[1]))["bad_nodes"]))' "$report")
     fi
-    return 1
+    return "$code"
 }
 
 # --- starting again --------------------------------------------------------------------------------------------------
@@ -242,14 +242,26 @@ count_fruitless() {
     echo "$job $2 $fruitless" >"$1"
 }
 
+# Whether scontrol's complaint is of a controller that is away or busy, rather than of one that refuses.
+is_away() {
+    grep -Eqi 'contact|timed out|zero bytes|standby|temporar' <<<"$1"
+}
+
 # Put this job back into the queue under its number, and end with it. Returns where it is not to run again, or cannot.
 requeue() {
-    local state restarts try
+    local state restarts try complaint
     trap '' TERM USR1
     for try in 1 2 3 4 5 6 7 8 9 10; do
         state=$(job_field JobState) restarts=$(job_field Restarts)
         case $restarts:$state in
-            "$restart:RUNNING") scontrol requeue "$job" && wait_for_the_end ;;
+            "$restart:RUNNING")
+                complaint=$(scontrol requeue "$job" 2>&1) && wait_for_the_end
+                # As under --no-requeue: whoever said that has the nodes back at once.
+                if ! is_away "$complaint"; then
+                    say "Slurm does not requeue this job: $complaint"
+                    return
+                fi
+                ;;
             :* | *:) ;;
             # What was left behind a cut cable hears, once it is mended, of the next start, which is not to be disturbed.
             # Somebody cancelled it, and requeue would bring it back; or Slurm requeues it already.
@@ -269,7 +281,31 @@ end_with() {
     exit "$1"
 }
 
-# As requeue, on other nodes than these.
+# The fewest nodes that this job may have. What a job that runs shows is the number that it has got; what was asked for stands apart.
+min_nodes() {
+    local asked_for
+    asked_for=$(job_field ReqTRES)
+    # Before Slurm 23.02 only this told it.
+    asked_for=${asked_for:-$(squeue --json --job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*"tres_req_str": *"\([^"]*\)".*/\1/p' | head -n 1)}
+    [[ $asked_for =~ (^|,)node=([0-9]+) ]] && echo "${BASH_REMATCH[2]}"
+}
+
+# Whether Slurm could give this job as many nodes as it needs besides some, now or later: it lets one wait for ever that it cannot.
+#   leaves_enough NODE,NODE...
+leaves_enough() {
+    local num features request answer
+    # Where nobody tells, one may do.
+    num=$(min_nodes) || num=1
+    request=(--nodes="$num" --exclude="$1" --partition="$SLURM_JOB_PARTITION")
+    [ -z "${SLURM_GPUS_PER_NODE:-}" ] || request+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
+    features=$(job_field Features)
+    [ "${features:-(null)}" = "(null)" ] || request+=(--constraint="$features")
+    answer=$(sbatch --test-only "${request[@]}" --wrap true 2>&1)
+    # Answers of other kinds, such as an account that has to be named, say nothing of nodes.
+    [[ $answer != *"node configuration is not available"* ]]
+}
+
+# As requeue, on other nodes than these. Returns as well where Slurm has not enough others.
 #   requeue_without NODE,NODE...
 requeue_without() {
     local excluded
@@ -277,9 +313,14 @@ requeue_without() {
     [ "$(job_field Restarts):$(job_field JobState)" = "$restart:RUNNING" ] || return
     excluded=$(job_field ExcNodeList)
     [ "$excluded" != "(null)" ] || excluded=""
+    excluded=${excluded:+$excluded,}$1
+    if ! leaves_enough "$excluded"; then
+        say "Slurm has not enough nodes without $excluded"
+        return
+    fi
     # Nodes of a running job cannot be changed, those of a held one can: Slurm ends this shell only KillWait seconds after its TERM.
     scontrol requeuehold "$job" || return
-    scontrol update "JobId=$job" "ExcNodeList=${excluded:+$excluded,}$1" || say "$1 could not be excluded"
+    scontrol update "JobId=$job" "ExcNodeList=$excluded" || say "$1 could not be excluded"
     scontrol release "$job"
     wait_for_the_end
 }

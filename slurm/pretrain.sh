@@ -55,12 +55,12 @@ newest_error() {
     echo "$newest"
 }
 
-# Whether a rank of the newest start failed in a way that only somebody can mend: the recipe, the data, the disk.
+# Whether a rank of the newest start failed in a way that only somebody can mend: the recipe, the data, the disk. Records say so.
 needs_somebody() {
     local start
     start=$(newest_error)
     start=${start##*/}
-    grep -Eqs '"kind": *"(Config|Data|Checkpoint|MegaMM)Error"' "$run/errors/${start%%.*}".*
+    grep -qs '"may_pass": *false' "$run/errors/${start%%.*}".*
 }
 
 give_up() {
@@ -68,19 +68,31 @@ give_up() {
     exit 75
 }
 
+# Back into the queue, unless starts like this one bring nothing.
+try_again() {
+    if [ "$fruitless" -ge 2 ] && [ "$(newest_checkpoint)" = "$begin" ]; then
+        give_up
+    fi
+    requeue
+    exit 75
+}
+
 # The nodes did not pass: start again without the bad ones, where there are some and not all are.
+#   leave_out CODE NODE,NODE...
 leave_out() {
     local bad
-    IFS=, read -ra bad <<<"$1"
+    IFS=, read -ra bad <<<"$2"
     if [ -n "$asked" ]; then
         requeue
     elif [ "${#bad[@]}" -eq 0 ]; then
         say "the checks of the nodes failed; see $run/logs/job-$SLURM_JOB_ID-restart-$restart-preflight-*.log"
+        # A task that was killed says nothing, and may have been the one that would have told. What is refused ends with a small code.
+        [ "$1" -le 128 ] || try_again
     elif [ "${#bad[@]}" -ge "$SLURM_JOB_NUM_NODES" ]; then
         say "every node failed its checks, so the nodes may not be to blame; see $run/logs/preflight.json"
     else
-        say "bad: $1; starting again without; see $run/logs/preflight.json"
-        requeue_without "$1"
+        say "bad: $2; starting again without; see $run/logs/preflight.json"
+        requeue_without "$2"
     fi
     exit 75
 }
@@ -100,9 +112,8 @@ log=$run/logs/job-%j-restart-$restart
 
 if [ "${MEGAMM_PREFLIGHT:-$((SLURM_JOB_NUM_NODES > 1))}" = 1 ]; then
     overrides_of "${arguments[@]}"
-    if ! check_nodes "$run" "${tasks[@]}" --output="$log-preflight-%t.log" -- "$recipe" --run "$run" "${overrides[@]}"; then
-        leave_out "$bad_nodes"
-    fi
+    check_nodes "$run" "${tasks[@]}" --output="$log-preflight-%t.log" -- "$recipe" --run "$run" "${overrides[@]}" ||
+        leave_out "$?" "$bad_nodes"
 fi
 
 # On TERM srun would kill its tasks at once; on USR1 they finish their step and commit a checkpoint.
@@ -122,8 +133,4 @@ elif [ "$(newest_error)" = "$last_error" ]; then
 elif needs_somebody; then
     exit 75
 fi
-if [ "$fruitless" -ge 2 ] && [ "$(newest_checkpoint)" = "$begin" ]; then
-    give_up
-fi
-requeue
-exit 75
+try_again

@@ -285,7 +285,11 @@ class Saver:
             self._save = None
             if error is not None and not isinstance(error, MegaMMError):
                 raise error
-            raise _on_all_ranks(LostRun(message) if name == LostRun.__name__ else MegaMMError(f"rank {rank} failed with {name}: {message}"))
+            if name == LostRun.__name__:
+                raise _on_all_ranks(LostRun(message))
+            crash = _on_all_ranks(MegaMMError(f"rank {rank} failed with {name}: {message}"))
+            crash.may_pass = True
+            raise crash
         self._fail(save, f"rank {rank}: {message}")
 
     def _write(self, save: _Save) -> dict[str, Any]:

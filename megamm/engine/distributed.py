@@ -22,10 +22,13 @@ import torch.distributed as dist
 
 from megamm.core import errors
 from megamm.core.env import RankInfo, rank_info
-from megamm.core.errors import ConfigError, MegaMMError
+from megamm.core.errors import ConfigError, MegaMMError, may_pass
 from megamm.core.files import canonical_json
 
-_ERROR_CLASSES = {kind.__name__: kind for kind in (errors.ConfigError, errors.DataError, errors.CheckpointError, errors.ExportError)}
+_ERROR_CLASSES = {
+    kind.__name__: kind
+    for kind in (errors.ConfigError, errors.DataError, errors.UnreachableData, errors.CheckpointError, errors.ExportError)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +198,14 @@ def fail_together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    reports = gather_json(None if failure is None else [type(failure).__name__, str(failure)])
+    reports = gather_json(None if failure is None else [type(failure).__name__, str(failure), may_pass(failure)])
     if failure is not None:
         if isinstance(failure, MegaMMError):
             failure.on_all_ranks = True
         raise failure
     for rank, report in enumerate(reports):
         if report is not None:
-            name, message = report
+            name, message, passes = report
             error = _ERROR_CLASSES[name](message) if name in _ERROR_CLASSES else MegaMMError(f"rank {rank} failed with {name}: {message}")
-            error.on_all_ranks = True
+            error.on_all_ranks, error.may_pass = True, passes
             raise error

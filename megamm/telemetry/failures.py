@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megamm.core.errors import MegaMMError
+from megamm.core.errors import MegaMMError, may_pass
 from megamm.core.files import read_json, write_json
 from megamm.telemetry.heartbeat import Beat
 from megamm.telemetry.whereabouts import Whereabouts, Who
@@ -85,6 +85,7 @@ class FailureLog:
             "message": " ".join(str(error).split()),
             "traceback": text,
             "lost_peer": lost_peer,
+            "may_pass": may_pass(error),
             "samples": self._samples(),
         }
         _write(self._run, f"start_{self._who.start:05d}.rank_{self._who.rank:05d}.json", facts)
@@ -109,7 +110,16 @@ def record_stall(run: Path, who: Who, place: dict[str, Any], *, message: str, be
         silent: Ranks that said nothing more.
     """
     ranks = [{**asdict(one), "is_silent": one.rank in silent} for one in beats]
-    facts = {**who.to_json(), **place, "time": time.time(), "kind": "Stall", "message": message, "lost_peer": False, "ranks": ranks}
+    facts = {
+        **who.to_json(),
+        **place,
+        "time": time.time(),
+        "kind": "Stall",
+        "message": message,
+        "lost_peer": False,
+        "may_pass": True,
+        "ranks": ranks,
+    }
     _write(run, stall_name(who), facts)
 
 

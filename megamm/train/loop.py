@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.saver import Committed, Outcome, Saver
-from megamm.core.errors import DataError, MegaMMError
+from megamm.core.errors import DataError, MegaMMError, UnreachableData
 from megamm.core.logging import get_logger
 from megamm.core.types import Batch
 from megamm.data.ledger import BudgetSpent, Skipped, merge
@@ -161,17 +161,21 @@ def _next_batch(run: Run, report: StepReport) -> tuple[StepData, GlobalCounts]:
     return batch, counts
 
 
-def _load(run: Run) -> tuple[StepData | None, str | None]:
+def _load(run: Run) -> tuple[StepData | None, DataError | None]:
     """The next step, or why there is none: whatever it is, the other ranks must hear of it before this one leaves."""
     try:
         return _next_noted(run), None
+    except DataError as error:
+        return None, error
     except MegaMMError as error:
-        return None, str(error)
+        return None, DataError(str(error))
     except OSError as error:
-        return None, f"data cannot be read: {error}"
+        return None, UnreachableData(f"data cannot be read: {error}")
     except Exception as error:
         _log.exception("the loader failed")
-        return None, f"the loader failed with {type(error).__name__}: {error}; the log of this rank has the traceback"
+        crash = DataError(f"the loader failed with {type(error).__name__}: {error}; the log of this rank has the traceback")
+        crash.may_pass = True
+        return None, crash
 
 
 def _next_noted(run: Run) -> StepData:
@@ -185,14 +189,15 @@ def _next_noted(run: Run) -> StepData:
     return batch
 
 
-def _first_failure(own: str | None, run: Run) -> MegaMMError:
-    """What failed on the first rank that failed, on every rank."""
-    messages = distributed.gather_json(own)
-    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-    others = f" and {sum(other is not None for other in messages) - 1} more" if sum(other is not None for other in messages) > 1 else ""
+def _first_failure(own: DataError | None, run: Run) -> DataError:
+    """What failed on the first rank that failed, on every rank; where others' failures do not pass, one of those."""
+    failures = distributed.gather_json(None if own is None else [own.may_pass, str(own)])
+    failed = [(*failure, rank) for rank, failure in enumerate(failures) if failure is not None]
+    passes, message, rank = min(failed, key=lambda failure: (failure[0], failure[2]))
+    others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     where = f" (rank {rank}{others} of {run.world.size}, step {run.step + 1})" if run.world.size > 1 else f" (step {run.step + 1})"
     error = DataError(message + where)
-    error.on_all_ranks = True
+    error.on_all_ranks, error.may_pass = True, passes
     return error
 
 

@@ -2,11 +2,14 @@ import time
 
 import pytest
 
-from megamm.core.errors import ConfigError, DataError
+from megamm.core.errors import ConfigError, DataError, UnreachableData, may_pass
 from megamm.engine import distributed
 from tests.support.ranks import RanksFailed, run_ranks
 
 pytestmark = pytest.mark.distributed
+
+
+FAILURES = (DataError("shard 7 is cut"), UnreachableData("no answer"), OSError("disk full"))
 
 
 def use_every_collective():
@@ -18,7 +21,7 @@ def use_every_collective():
         "agree": [distributed.agree(False), distributed.agree(world.rank == 1), distributed.agree(True)],
         "gather": distributed.gather_json({"rank": world.rank, "text": "ä" * 10**world.rank}),
         "broadcast": distributed.broadcast_json(["from", world.rank]),
-        "failures": [one_fails(world.rank, error) for error in (DataError("shard 7 is cut"), OSError("disk full"), None)],
+        "failures": [one_fails(world.rank, error) for error in (*FAILURES, None)],
     }
     distributed.stop()
     return found
@@ -30,7 +33,7 @@ def one_fails(rank, error):
             if rank == 1 and error is not None:
                 raise error
     except Exception as caught:
-        return [type(caught).__name__, str(caught)]
+        return [type(caught).__name__, str(caught), may_pass(caught)]
     return None
 
 
@@ -74,8 +77,9 @@ def test_rank_0_speaks_for_all(found):
 
 
 def test_an_error_of_one_rank_is_an_error_of_all(found):
-    assert found[0]["failures"] == [["DataError", "shard 7 is cut"], ["MegaMMError", "rank 1 failed with OSError: disk full"], None]
-    assert found[1]["failures"] == [["DataError", "shard 7 is cut"], ["OSError", "disk full"], None]
+    data, unreachable = ["DataError", "shard 7 is cut", False], ["UnreachableData", "no answer", True]
+    assert found[0]["failures"] == [data, unreachable, ["MegaMMError", "rank 1 failed with OSError: disk full", True], None]
+    assert found[1]["failures"] == [data, unreachable, ["OSError", "disk full", True], None]
 
 
 def test_the_watchdog_ends_ranks_that_hang():

@@ -18,7 +18,9 @@ case "$1 $2" in
     "show hostnames") echo node0 ;;
     "show node") echo "NodeName=node0 NodeAddr=127.0.0.1 NodeHostName=node0" ;;
     "show job") echo "JobId=$SLURM_JOB_ID JobState=$JOB_STATE Reason=None Restarts=$SLURM_RESTART_COUNT ExcNodeList=(null)" ;;
-    requeue*) echo "$2" >>"$RUN/requeued" ;;
+    requeue*)
+        [ -z "$REFUSES" ] || { echo "Requested operation is presently disabled for job $2" >&2; exit 1; }
+        echo "$2" >>"$RUN/requeued" ;;
 esac
 """
 
@@ -97,9 +99,13 @@ def test_a_run_that_was_interrupted_is_requeued_where_it_says_so(job):
     assert job.num_requeues == 1
 
 
+NEEDS_SOMEBODY = ("ConfigError", "DataError", "BudgetSpent")
+
+
 def failed(start: int, *kinds: str) -> str:
     """What a start writes of the ranks that failed, before it ends."""
-    lines = [f"""echo '{{"kind": "{kind}"}}' >"$RUN/errors/start_{start:05d}.rank_{rank:05d}.json";""" for rank, kind in enumerate(kinds)]
+    records = [json.dumps({"kind": kind, "may_pass": kind not in NEEDS_SOMEBODY}) for kind in kinds]
+    lines = [f"""echo '{record}' >"$RUN/errors/start_{start:05d}.rank_{rank:05d}.json";""" for rank, record in enumerate(records)]
     return f'mkdir -p "$RUN/errors"; {" ".join(lines)} exit 1'
 
 
@@ -118,7 +124,11 @@ def test_what_only_somebody_can_mend_is_not_tried_again(job):
     assert job.num_requeues == 1
     # The other rank's error follows from the first one's.
     assert job.finish(failed(2, "RuntimeError", "DataError"), restart=1)[0] == 75
+    assert job.finish(failed(3, "BudgetSpent"), number=78)[0] == 75
     assert job.num_requeues == 1
+    # A file server that is away comes back.
+    assert job.finish(failed(4, "UnreachableData"), number=79)[0] == 75
+    assert job.num_requeues == 2
 
 
 def test_a_cancelled_job_stays_cancelled(job):
@@ -130,6 +140,20 @@ def test_a_controller_that_does_not_answer_is_asked_again(job):
     code, errors = job.finish('touch "$RUN/away"; ' + interrupted())
     assert code == 75 and job.num_requeues == 1
     assert "no requeue at attempt 1 (the controller says nothing)" in errors
+
+
+def test_a_controller_that_refuses_is_not_asked_again(job):
+    code, errors = job.finish(interrupted(), REFUSES="yes")
+    assert code == 75 and job.num_requeues == 0
+    assert errors.count("does not requeue this job: Requested operation is presently disabled") == 1 and "attempt" not in errors
+
+
+def test_checks_that_are_killed_are_tried_again_and_checks_that_are_refused_are_not(job):
+    assert job.finish("exit 1", MEGAMM_PREFLIGHT="1")[0] == 75
+    assert job.num_requeues == 0
+    for restart in range(3):
+        code, errors = job.finish("exit 137", MEGAMM_PREFLIGHT="1", restart=restart, number=78)
+    assert code == 75 and job.num_requeues == 2 and "giving up" in errors
 
 
 def test_the_third_restart_without_a_checkpoint_gives_up(job):

@@ -48,7 +48,7 @@ class Site:
 
     def ends(self, *jobs: int) -> list[str]:
         """The states in which the jobs end."""
-        return [self.cluster.wait_for(job, *ENDED, timeout=200)["JobState"] for job in jobs]
+        return [self.cluster.wait_for(job, *ENDED, timeout=120)["JobState"] for job in jobs]
 
     def read(self, name: str) -> str:
         path = self.folder / name
@@ -174,12 +174,18 @@ def test_a_bad_node_is_named_and_left_out(tmp_path: Path):
         bad = cluster.nodes[0]
         site.variables |= {"BAD": bad, "MEGAMM_PREFLIGHT": "1"}
         two = ("--nodes=2", *GPU[1:])
-        job = site.sbatch(*two, "pretrain.sh", "tiny", "--run", str(site.run))
+        # All three at first.
+        job = site.sbatch("--nodes=2-3", *GPU[1:], "pretrain.sh", "tiny", "--run", str(site.run))
         assert site.ends(job) == ["COMPLETED"], site.read("pretrain.sh.out")
         job = cluster.job(job)
         assert (job["Restarts"], job["ExcNodeList"]) == ("1", bad)
         assert f"bad: {bad}; starting again without" in site.read("pretrain.sh.out")
         assert (site.run / "DONE").exists()
+
+        # Without it there are too few, and Slurm would let the job wait for ever.
+        three = site.sbatch("--nodes=3", *GPU[1:], "pretrain.sh", "tiny", "--run", str(tmp_path / "three"))
+        assert site.ends(three) == ["FAILED"]
+        assert cluster.job(three)["Restarts"] == "0" and f"not enough nodes without {bad}" in site.read("pretrain.sh.out")
 
         # The checks alone: they say so, and requeue nothing.
         checks = site.sbatch(*two, f"--nodelist={','.join(cluster.nodes[:2])}", "preflight.sh", "tiny")

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from megamm.core.errors import CheckpointError, DataError
+from megamm.core.errors import CheckpointError, ConfigError, DataError, UnreachableData
+from megamm.data.ledger import BudgetSpent
 from megamm.telemetry.failures import FailureLog, last_failure, read_failures
 from megamm.telemetry.whereabouts import Whereabouts, Who
 
@@ -87,6 +88,15 @@ def test_of_ours_one_rank_tells_and_no_traceback_is_shown(run, capfd):
     fail(run, error, rank=0)
     assert [record["rank"] for record in read_failures(run)] == [0]
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [(RuntimeError("CUDA error"), True), (UnreachableData("no answer"), True), (BudgetSpent("rotten"), False), (ConfigError("no"), False)],
+)
+def test_a_record_says_whether_another_start_may_work(run, error, passes):
+    fail(run, error)
+    assert [record["may_pass"] for record in read_failures(run)] == [passes]
 
 
 def test_a_folder_that_is_no_run_or_no_longer_this_jobs_is_left_alone(tmp_path, run):

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megamm.core.errors import DataError
+from megamm.core.errors import DataError, UnreachableData
 from megamm.core.types import TokenSequence
 from megamm.data.ledger import Skipped
 from megamm.data.loading.source import SampleSource
@@ -319,7 +319,7 @@ def stalled(source: SampleSource, sample: PlannedSample, offset: int, patience: 
     """The error of reading that does not end. Reads nothing itself: the index of the shard may be what is stuck."""
     tar, number = source.datasets[sample.dataset].locate(sample.index)
     where = "its index" if offset < 0 else f"sample {number} at byte {offset}"
-    return DataError(f"reading {where} of shard {tar} has stood still for more than {patience.read_seconds:g} s; check the storage")
+    return UnreachableData(f"reading {where} of shard {tar} has stood still for more than {patience.read_seconds:g} s; check the storage")
 
 
 def name_of(source: SampleSource, sample: PlannedSample) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from megamm.core.errors import DataError
+from megamm.core.errors import DataError, UnreachableData
 from megamm.core.logging import get_logger
 from megamm.data.shards.places import public_url
 from megamm.data.shards.transport import ChangedError, FsspecTransport, NoRangesError, RemoteFile, TransientError, Transport, open_transport
@@ -110,7 +110,7 @@ class Fetcher:
                 raise DataError(f"shard {public_url(url)}: access is refused ({error}); check the credentials in the environment") from None
             except TransientError as error:
                 if not num_left:
-                    raise DataError(
+                    raise UnreachableData(
                         f"shard {public_url(url)}: {what} failed {self._retries + 1} times ({error}); check the server and the network"
                     ) from None
                 wait = min(max(delay * self._random.uniform(0.5, 1.0), error.wait_seconds), _LONGEST_DELAY_SECONDS)

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import xxhash
 
-from megamm.core.errors import DataError
+from megamm.core.errors import DataError, UnreachableData
 from megamm.core.logging import get_logger
 from megamm.data.ledger import BadSample
 from megamm.data.shards.index import Member, ShardIndex, load_index
@@ -240,6 +240,6 @@ def _read_patiently(reader: Reader, tar: Shard, offset: int, size: int) -> bytes
             raise DataError(f"shard {tar} does not exist any more; bring it back") from None
         except OSError as error:
             if not delays:
-                raise DataError(f"shard {tar}: reading failed again and again ({error}); check the file system") from error
+                raise UnreachableData(f"shard {tar}: reading failed again and again ({error}); check the file system") from error
             _log.warning("reading %s failed (%s), trying again in %.1f s", tar, error, delays[0])
             time.sleep(delays.pop(0))

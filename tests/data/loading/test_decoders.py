@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megamm.config import Data, Dataset, Reading
-from megamm.core.errors import ConfigError, DataError
+from megamm.core.errors import ConfigError, DataError, UnreachableData
 from megamm.data.loading.decoders import MAX_STUCK_THREADS, Watch
 from megamm.data.loading.loader import StepLoader
 from megamm.data.media.features import MediaRules
@@ -178,7 +178,7 @@ def test_errors_of_decoders_reach_whoever_waits(slow_plan, monkeypatch, kind):
         for _ in range(2):
             with pytest.raises(RuntimeError, match="broken reader"):
                 next(loader)
-    with StepLoader(slow_plan(decoders=kind), reader=Failing("slow")) as loader, pytest.raises(DataError, match="again and again"):
+    with StepLoader(slow_plan(decoders=kind), reader=Failing("slow")) as loader, pytest.raises(UnreachableData, match="again and again"):
         next(loader)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megamm.config import Reading
-from megamm.core.errors import ConfigError, DataError
+from megamm.core.errors import ConfigError, DataError, UnreachableData
 from megamm.data.shards.places import RemoteShard
 from megamm.data.shards.remote import RemoteReader, open_reader
 from tests.support.http_server import BODY_FAULTS, FAULTS, FileServer
@@ -153,7 +153,7 @@ def test_the_log_of_further_tries_holds_no_secret(server, content, caplog):
 def test_a_server_that_is_not_there_is_an_error(server):
     url = server.url
     server.__exit__()
-    with closing(RemoteReader(FAST)) as reader, pytest.raises(DataError, match=r"failed 3 times \(\w+\); check the server"):
+    with closing(RemoteReader(FAST)) as reader, pytest.raises(UnreachableData, match=r"failed 3 times \(\w+\); check the server"):
         reader.size(RemoteShard.at(f"{url}/x.tar", Path("sidecars")))
 
 
