@@ -29,7 +29,7 @@ if [ "$num_hosts" -gt 1 ]; then
     DS_ENV_FILE=$(mktemp)
     export DS_ENV_FILE
     trap 'rm -f "$DS_ENV_FILE"' EXIT
-    for name in MEGAMM_VENV MEGAMM_DS_CONFIGS OMP_NUM_THREADS DS_ACCELERATOR NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME TMPDIR; do
+    for name in MEGAMM_VENV MEGAMM_DS_CONFIGS OMP_NUM_THREADS DS_ACCELERATOR NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME TMPDIR MEGAMM_SCRATCH; do
         [ -z "${!name:-}" ] || echo "$name=${!name}" >>"$DS_ENV_FILE"
     done
 fi

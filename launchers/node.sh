@@ -24,4 +24,16 @@ export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-262144} MALLOC_TRIM_THRE
 # One warning a collective otherwise (torch's deprecation of a function that DeepSpeed calls).
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 
+if [ -n "${MEGAMM_SCRATCH:-}" ]; then
+    # Its last part alone is made: where a disk is not mounted no folder of the system's disk is to take its place.
+    mkdir "$MEGAMM_SCRATCH" 2>/dev/null || true
+    export TMPDIR=$MEGAMM_SCRATCH
+    # Python would take /tmp without a word. The checks of nodes say it with the node's name, and of all nodes at once.
+    if [ "${2:-}" != preflight ] && ! { [ -d "$MEGAMM_SCRATCH" ] && [ -w "$MEGAMM_SCRATCH" ]; }; then
+        echo "megamm: MEGAMM_SCRATCH=$MEGAMM_SCRATCH cannot be written on ${SLURMD_NODENAME:-$HOSTNAME};" \
+            "make it on every node, or name another folder in the site's settings" >&2
+        exit 2
+    fi
+fi
+
 exec "$@"

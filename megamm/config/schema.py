@@ -507,10 +507,10 @@ class Preflight:
     """What `megamm preflight` wants of nodes. A floor of 0 wants nothing.
 
     Attributes:
-        timeout_seconds: Longest time that a node may take to come, or to answer another one.
+        timeout_seconds: Longest time that a node may take to come, or to show no work.
         min_free_gib: Free space where the run folder and temporary files lie.
-        min_write_mib_per_second: Speed of writing and syncing there, all nodes at once.
-        write_mib: Size of the file that is written for it.
+        min_write_mib_per_second: Speed of writing and syncing there; nodes that share a disk take turns.
+        write_mib: Size of the file that is written for it, as far as a turn suffices.
         min_shared_memory_gib: Free space of /dev/shm.
         min_open_files: Files that a process may open.
         max_clock_skew_seconds: Distance of a node's clock from the first node's: a run's lease goes by clocks.

@@ -11,22 +11,25 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_SECONDS = 60
+_SECONDS = 30
 _FIELDS = (
     "index",
+    "uuid",
     "name",
     "driver_version",
     "clocks.sm",
     "clocks.max.sm",
     "temperature.gpu",
     "ecc.errors.uncorrected.volatile.total",
-    "clocks_throttle_reasons.hw_thermal_slowdown",
-    "clocks_throttle_reasons.hw_power_brake_slowdown",
 )
+_REMAPPED = ("gpu_uuid", "remapped_rows.pending", "remapped_rows.failure")
+# Drivers renamed these with 535: which of the two one still knows is found by asking.
+_REASON_PREFIXES = ("clocks_event_reasons", "clocks_throttle_reasons")
+_REASONS = ("hw_thermal_slowdown", "hw_power_brake_slowdown")
 _FAULTS = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected memory errors since its last reset",
-    "clocks_throttle_reasons.hw_thermal_slowdown": "slowed down by its own temperature",
-    "clocks_throttle_reasons.hw_power_brake_slowdown": "slowed down by the power supply",
+    "hw_thermal_slowdown": "slowed down by its own temperature",
+    "hw_power_brake_slowdown": "slowed down by the power supply",
     "remapped_rows.pending": "memory rows to be remapped by a reset",
     "remapped_rows.failure": "memory rows that could not be remapped",
 }
@@ -64,10 +67,9 @@ def look() -> Gpus:
     rows, problem = _query(program, "--query-gpu", _FIELDS)
     if problem:
         return Gpus(num_gpus=0, faults=(problem,))
-    # Cards without row remapping refuse this query; that is no fault.
-    remapped, _ = _query(program, "--query-remapped-rows", ("remapped_rows.pending", "remapped_rows.failure"))
-    for row, more in zip(rows, remapped, strict=False):
-        row |= more
+    more = _more(program)
+    for row in rows:
+        row |= more.get(row["uuid"], {})
     return Gpus(
         num_gpus=len(rows),
         names=tuple(sorted({row["name"] for row in rows})),
@@ -81,6 +83,19 @@ def faults_of(row: dict[str, str]) -> list[str]:
     """What is wrong with one GPU, in words."""
     bad = [(name, value) for name, value in row.items() if name in _FAULTS and value.strip().lower() not in _FINE]
     return [f"GPU {row['index']}: {_FAULTS[name]} ({name}={value})" for name, value in bad]
+
+
+def _more(program: str) -> dict[str, dict[str, str]]:
+    """UUID -> what not every card and driver can be asked for: those refuse the query, which is no fault."""
+    remapped, _ = _query(program, "--query-remapped-rows", _REMAPPED)
+    more = {row.pop("gpu_uuid"): row for row in remapped}
+    for prefix in _REASON_PREFIXES:
+        rows, problem = _query(program, "--query-gpu", ("uuid", *(f"{prefix}.{name}" for name in _REASONS)))
+        if not problem:
+            for uuid, *values in (row.values() for row in rows):
+                more.setdefault(uuid, {}).update(zip(_REASONS, values, strict=False))
+            break
+    return more
 
 
 def _query(program: str, option: str, names: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:

@@ -61,6 +61,7 @@ def judge(
     for node, seconds in clocks.items():
         if abs(seconds - usual) > settings.max_clock_skew_seconds:
             blame(node, f"its clock is {usual - seconds:+.2f} s off the usual one, {settings.max_clock_skew_seconds:g} s are borne")
+    _judge_run_folder({node: one["shared"].get("run_disk") for node, one in nodes.items()}, blame)
     for what in ("software", "recipe", "data"):
         _judge_equal(what, {node: one[what] for node, one in nodes.items()}, blame)
     _judge_equal(
@@ -106,6 +107,18 @@ def _judge_floors(settings: Preflight, nodes: Mapping[str, Facts], blame: Callab
         for fact, floor in (("shared_memory_gib", settings.min_shared_memory_gib), ("open_files", settings.min_open_files)):
             if 0 <= one[fact] < floor:
                 blame(node, f"{fact} is {one[fact]:g}, at least {floor:g} is wanted")
+
+
+def _judge_run_folder(shared: Mapping[str, str | None], blame: Callable[[str, str], None]) -> None:
+    """All nodes must write into one folder; where it is not mounted a node would train into one of its own."""
+    firsts = {node: first for node, first in shared.items() if first is not None}
+    if not firsts:
+        return
+    usual, num = Counter(firsts.values()).most_common(1)[0]
+    for node, first in firsts.items():
+        if first != usual:
+            doubt = "; which of them is right cannot be told" if 2 * num == len(firsts) else ""
+            blame(node, f"its run folder is not the one that {num} of {len(firsts)} nodes see ({usual} and others): check its mount{doubt}")
 
 
 def _judge_equal(what: str, said: Mapping[str, Any], blame: Callable[[str, str], None]) -> None:

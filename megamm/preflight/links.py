@@ -6,16 +6,20 @@ partner that it has. Every group is made by itself, with an end to its waiting: 
 
 from __future__ import annotations
 
+import os
 import statistics
-import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+# Documented as torch.distributed's, and not re-exported by it.
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+
 from megamm.core.env import RankInfo
 from megamm.preflight.meeting import Meeting, within
+from megamm.preflight.stopwatch import seconds_of
 
 _NUM_REDUCTIONS = 5
 _MAX_ROUNDS = 15
@@ -76,27 +80,35 @@ def _measure(meeting: Meeting, prefix: str, ranks: list[int], num_bytes: int) ->
 
 def _all_reduce(meeting: Meeting, prefix: str, ranks: list[int], num_bytes: int) -> dict[str, Any]:
     limit = timedelta(seconds=meeting.timeout_seconds)
-    store = dist.PrefixStore(f"{prefix}/{ranks[0]}", meeting.store)
+    store = PrefixStore(f"{prefix}/{ranks[0]}", meeting.store)
     tensor = torch.ones(num_bytes // 4, device=_device(meeting.info))
+    if tensor.is_cuda:
+        # A thread of its own begins on the first GPU.
+        torch.cuda.set_device(tensor.device)
     group = _group(store, ranks.index(meeting.info.rank), len(ranks), limit, on_gpu=tensor.is_cuda)
-    seconds = []
-    for _ in range(_NUM_REDUCTIONS):
-        tensor.fill_(1)
-        start = time.perf_counter()
-        group.allreduce([tensor]).wait(limit)
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
-        seconds.append(time.perf_counter() - start)
-        if not bool((tensor == len(ranks)).all()):
-            return {"error": f"{len(ranks)} ones add up to {float(tensor[tensor != len(ranks)][0])}"}
+    try:
+        seconds = []
+        for _ in range(_NUM_REDUCTIONS):
+            tensor.fill_(1)
+            seconds.append(seconds_of(lambda: group.allreduce([tensor]).wait(limit), tensor.device))
+            if not bool((tensor == len(ranks)).all()):
+                return {"error": f"{len(ranks)} ones add up to {float(tensor[tensor != len(ranks)][0])}"}
+    except (dist.DistError, RuntimeError):
+        # Otherwise the next group would wait for what this one has on the GPU.
+        group.abort()
+        raise
+    # NCCL keeps connections and their memory until it is told.
+    group.shutdown()
     # The first one opens connections.
     typical = statistics.median(seconds[1:])
     return {"bytes_per_second": 2 * (len(ranks) - 1) / len(ranks) * num_bytes / typical}
 
 
-def _group(store: dist.Store, rank: int, size: int, limit: timedelta, *, on_gpu: bool) -> Any:
+def _group(store: Store, rank: int, size: int, limit: timedelta, *, on_gpu: bool) -> Any:
     if not on_gpu:
         return dist.ProcessGroupGloo(store, rank, size, limit)
+    # NCCL's watchdog would end the process on a link that does not answer: here that is a result, and `wait` raises it.
+    os.environ.update(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
     return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ from megamm.core.errors import MegaMMError
 from megamm.core.files import write_json
 from megamm.core.tables import aligned
 from megamm.preflight.clocks import measure_clocks
+from megamm.preflight.disks import NAMES, check_writable, disk, folders_of, forget, measure_disks, sign, tried
 from megamm.preflight.facts import node_facts
 from megamm.preflight.judge import Verdict, judge, merged_links
 from megamm.preflight.links import measure_links
-from megamm.preflight.meeting import Meeting, Unreachable, node_of, planned_nodes
+from megamm.preflight.meeting import Meeting, Unreachable, absent_nodes, node_name, planned_nodes
 
 _MIB = 1 << 20
 
@@ -43,56 +47,101 @@ def preflight(recipe: Recipe, run: Path, info: RankInfo, report: Path) -> Verdic
         return _check(meeting, recipe, run, report)
     except Unreachable as error:
         # Rank 0 cannot tell, so whoever misses it does; all of them write the same.
-        first = node_of(0, info.world_size, planned_nodes() or [os.environ.get("MASTER_ADDR", "")])
+        (first, *_) = planned_nodes() or [os.environ.get("MASTER_ADDR", "")]
         if not report.exists():
             write_json(report, _report(Verdict({first: [str(error)]}), {}, {}, {}))
         raise MegaMMError(f"{first}: {error}; {report} says so too") from None
 
 
 def _check(meeting: Meeting, recipe: Recipe, run: Path, report: Path) -> Verdict:
-    info, settings = meeting.info, recipe.preflight
-    meeting.post("facts", node_facts(recipe, run, info))
+    info = meeting.info
+    present = _meet(meeting)
     facts: dict[int, Any] = {}
+    if info.rank in present.nodes:
+        facts = _measure_nodes(meeting, recipe, run, present)
     if info.rank == 0:
-        facts = meeting.gather("facts", range(info.world_size), settings.timeout_seconds)
-        meeting.put("present", {rank: one["node"] for rank, one in sorted(facts.items())})
-    # Twice as long as rank 0 waits itself.
-    present = meeting.ask("present", 2 * settings.timeout_seconds)
-    if present is None:
-        raise Unreachable("the first node does not go on")
-    if len(present) == info.world_size:
-        # From one task: each of some thousands that asks for the facts of all would keep the store busy for longer than anybody waits.
+        meeting.put("is_whole", len(facts) == info.world_size)
+    if meeting.follow("is_whole"):
         ranks_of: dict[str, list[int]] = {}
-        for rank, node in present.items():
-            ranks_of.setdefault(node, []).append(int(rank))
+        for rank, node in present.nodes.items():
+            ranks_of.setdefault(node, []).append(rank)
         measure_clocks(meeting, [ranks[0] for ranks in ranks_of.values()])
-        measure_links(meeting, ranks_of, settings.link_mib * _MIB)
+        measure_links(meeting, ranks_of, recipe.preflight.link_mib * _MIB)
     if info.rank == 0:
-        meeting.put("verdict", _conclude(meeting, recipe, facts, report))
-    told = meeting.ask("verdict", 2 * settings.timeout_seconds)
-    if told is None:
-        raise Unreachable("the first node does not come to an end")
+        meeting.put("verdict", _conclude(meeting, recipe, present, facts, report))
+    told = meeting.follow("verdict")
     meeting.post("left", True)
     if info.rank == 0:
         # The store ends with this task.
-        meeting.gather("left", [int(rank) for rank in present], settings.timeout_seconds)
+        meeting.gather("left", facts)
     return Verdict(**told)
 
 
-def _conclude(meeting: Meeting, recipe: Recipe, facts: dict[int, Any], report: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Present:
+    """Who came: rank -> node, and a word that no other start of these checks has."""
+
+    nodes: dict[int, str]
+    token: str
+
+
+def _meet(meeting: Meeting) -> _Present:
+    """Who is here in time. Before anything is measured, so that only machines that cannot start are late."""
+    meeting.post("here", node_name())
+    if meeting.info.rank == 0:
+        come = meeting.gather("here", range(meeting.info.world_size))
+        meeting.put("present", {"nodes": dict(sorted(come.items())), "token": secrets.token_hex(8)})
+    present = meeting.follow("present")
+    return _Present({int(rank): node for rank, node in present["nodes"].items()}, present["token"])
+
+
+def _measure_nodes(meeting: Meeting, recipe: Recipe, run: Path, present: _Present) -> dict[int, Any]:
+    """Do this task's part of what nodes measure by themselves; on rank 0 the facts of all tasks that came to the end of it."""
+    info = meeting.info
+    own = node_facts(recipe, info, meeting.beat)
+    folders = folders_of(run) if info.local_rank == 0 else {}
+    own["shared"] = {name: tried(own["problems"], "", _sign, name, folder, present.token) for name, folder in folders.items()}
+    meeting.post("facts", own)
+    facts = meeting.gather("facts", present.nodes) if info.rank == 0 else {}
+    writers = {rank: {name: who for name, who in one["shared"].items() if who} for rank, one in facts.items() if one["local_rank"] == 0}
+
+    def measure(name: str) -> dict[str, Any]:
+        problems: list[str] = []
+        size = recipe.preflight.write_mib * _MIB
+        return {"disk": tried(problems, f"{folders[name]}", disk, folders[name], size, meeting.beat), "problems": problems}
+
+    written = measure_disks(meeting, writers, measure)
+    for folder in folders.values():
+        # Where it cannot be reached that is a problem of this node already.
+        with contextlib.suppress(OSError):
+            forget(folder, present.token)
+    for rank, expected in writers.items():
+        for name in NAMES:
+            said = written.get(rank, {}).get(name, {"disk": None, "problems": []})
+            facts[rank][name] = said["disk"]
+            facts[rank]["problems"] += said["problems"]
+        if len(written.get(rank, {})) < len(expected):
+            facts.pop(rank)
+    return facts
+
+
+def _sign(name: str, folder: Path, token: str) -> str:
+    check_writable(name, folder)
+    return sign(folder, token, node_name())
+
+
+def _conclude(meeting: Meeting, recipe: Recipe, present: _Present, facts: dict[int, Any], report: Path) -> dict[str, Any]:
     world_size, seconds = meeting.info.world_size, recipe.preflight.timeout_seconds
     posts: dict[int, Any] = {}
     clocks: dict[str, float] = {}
     if len(facts) == world_size:
-        posts = meeting.gather("links", range(world_size), seconds)
-        firsts = {rank: one["node"] for rank, one in facts.items() if one["local_rank"] == 0}
-        clocks = {firsts[rank]: value for rank, value in meeting.gather("clock", list(firsts), 1.0).items()}
-    gone = [rank for rank in range(world_size) if rank not in (posts or facts)]
-    planned = planned_nodes() if gone else []
-    # A task that came and went is of a node whose name is known.
-    names = {rank: facts[rank]["node"] if rank in facts else node_of(rank, world_size, planned) for rank in gone}
-    when = "went away during the checks" if posts else f"did not come within {seconds:g} s"
-    missing = {node: f"{num} of its tasks {when}" for node, num in Counter(names.values()).items()}
+        posts = meeting.gather("links", range(world_size))
+        firsts = {rank: one["node"] for rank, one in facts.items() if one["local_rank"] == 0 and rank in posts}
+        clocks = {firsts[rank]: value for rank, value in meeting.gather("clock", firsts).items() if value is not None}
+    late = absent_nodes(present.nodes, world_size, planned_nodes() if len(present.nodes) < world_size else [])
+    missing = {node: f"{num} of its tasks did not come within {seconds:g} s" for node, num in late.items()}
+    gone = Counter(node for rank, node in present.nodes.items() if rank not in (posts or facts))
+    missing |= {node: f"{num} of its tasks went away during the checks, or showed no work for {seconds:g} s" for node, num in gone.items()}
     links = merged_links(posts)
     verdict = judge(recipe.preflight, facts, clocks=clocks, links=links, missing=missing)
     write_json(report, _report(verdict, facts, clocks, links))

@@ -46,6 +46,20 @@ def test_local_without_a_number_says_how_it_is_used():
     assert result.returncode == 2 and "NUM_RANKS" in result.stderr
 
 
+def test_scratch_is_where_temporary_files_go_and_refused_where_it_cannot_be(tmp_path):
+    node = [str(CHECKOUT / "launchers" / "node.sh"), "python3", "-c", "import tempfile; print(tempfile.gettempdir())"]
+
+    def start(scratch, *more):
+        variables = os.environ | {"MEGAMM_SCRATCH": str(scratch), "SLURMD_NODENAME": "n3"}
+        return subprocess.run([*node, *more], env=variables, capture_output=True, text=True, check=False)
+
+    assert start(tmp_path / "mine").stdout == f"{tmp_path}/mine\n"
+    # What lies above it may be a disk that is not mounted.
+    refused = start(tmp_path / "disk" / "mine")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith(f"megamm: MEGAMM_SCRATCH={tmp_path}/disk/mine cannot be written on n3; make it on every node")
+
+
 def test_srun_variables_become_ranks():
     script = CHECKOUT / "launchers" / "node.sh"
     variables = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "PATH": os.environ["PATH"]}

@@ -24,6 +24,7 @@ def facts_of(nodes=NODES, num_tasks=2):
         "scratch_disk": {"free_gib": 100.0, "write_mib_per_second": 500.0},
         "shared_memory_gib": 10.0,
         "open_files": 65536,
+        "shared": {"run_disk": "a"},
         "data": "d",
         "problems": [],
     }
@@ -63,6 +64,7 @@ def test_equal_nodes_may_train():
         ({"software": {"torch": "2.12.0", "python": "3.11"}}, "software torch is 2.12.0, on 3 of 4 nodes 2.13.0"),
         ({"software": {"torch": "2.13.0"}}, "software python is None, on 3 of 4 nodes 3.11"),
         ({"gpus": Gpus(num_gpus=2, driver="535.1").to_json()}, "GPU driver is 535.1, on 3 of 4 nodes"),
+        ({"shared": {"run_disk": "b"}}, "its run folder is not the one that 3 of 4 nodes see (a and others)"),
         ({"recipe": "other"}, "recipe is other, on 3 of 4 nodes r"),
         ({"data": "other"}, "data is other, on 3 of 4 nodes d"),
         ({"gflops": 40.0}, "rank 2 multiplies matrices at 40 GFLOP/s, the median is 100"),
@@ -84,6 +86,14 @@ def test_what_most_nodes_have_wrong_is_no_nodes_fault():
     found = verdict(facts)
     assert not found.bad_nodes and not found.may_train
     assert found.problems == ["the data: no shard matches (4 of 4 nodes)"]
+
+
+def test_run_folders_that_nobody_shares_are_no_nodes_fault():
+    facts = facts_of()
+    for one in facts.values():
+        one["shared"] = {"run_disk": one["node"]}
+    found = verdict(facts)
+    assert not found.bad_nodes and "check its mount (3 of 4 nodes)" in found.problems[0]
 
 
 def test_clocks_and_tasks_that_are_missing():

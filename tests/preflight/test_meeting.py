@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from megamm.core.env import RankInfo
 from megamm.preflight.links import measure_links
-from megamm.preflight.meeting import Meeting, Unreachable, node_of, planned_nodes, within
+from megamm.preflight.meeting import Meeting, Unreachable, absent_nodes, planned_nodes, within
 
 SERVER = """
 import time, torch.distributed as dist
@@ -37,11 +38,11 @@ def test_a_first_node_that_hangs_is_not_waited_for():
             store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False, timeout=timedelta(seconds=60))
             meeting = meeting_of(1, 2, store, 30.0)
             meeting.put("here", 1)
-            assert meeting.ask("here", 30) == 1
+            assert meeting.follow("here") == 1
             os.kill(server.pid, signal.SIGSTOP)
             meeting.timeout_seconds = 1.0
             # Each by itself waits for ever: nothing closes the connection.
-            for call in (lambda: meeting.ask("present", 1), lambda: meeting.put("here", 2), meeting.end_round):
+            for call in (lambda: meeting.follow("present"), lambda: meeting.put("here", 2), meeting.end_round):
                 with pytest.raises(Unreachable, match="does not answer within 1 s"):
                     call()
         finally:
@@ -58,7 +59,7 @@ def test_a_round_that_misses_a_task_is_the_last_one():
     assert not late.is_whole
     began = meeting.num_rounds
     measure_links(meeting, {"a": [0], "b": [1]}, 1 << 20)
-    assert meeting.num_rounds == began and meeting.ask("links/0", 1) == {}
+    assert meeting.num_rounds == began and meeting.gather("links", [0]) == {0: {}}
 
 
 def test_a_round_that_all_come_to_is_whole():
@@ -77,9 +78,33 @@ def test_within_gives_values_and_errors_and_leaves_behind_what_hangs():
         within(0.01, time.sleep, 1)
 
 
+def test_who_works_is_waited_for_and_who_is_silent_is_not():
+    store = dist.HashStore()
+    waiting, working = (meeting_of(rank, 3, store, 1.0) for rank in (0, 1))
+    # Longer than anybody may be silent; the third task never says anything.
+    ready = threading.Event()
+
+    def work():
+        end = time.monotonic() + 3 * waiting.timeout_seconds
+        while time.monotonic() < end:
+            working.beat()
+            ready.wait(0.05)
+        working.post("facts", "slow")
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(work)
+        assert waiting.gather("facts", [1, 2]) == {1: "slow"}
+    with pytest.raises(Unreachable, match="shows no work for 1 s"):
+        meeting_of(2, 3, store, 1.0).follow("never")
+
+
 def test_who_does_not_come_has_the_name_that_the_script_knows(monkeypatch):
     monkeypatch.delenv("MEGAMM_NODES", raising=False)
-    assert node_of(3, 4, planned_nodes()) == "the node of rank 3"
+    assert absent_nodes({0: "n1", 1: "n1", 2: "n7"}, 4, planned_nodes()) == {"the node of rank 3": 1}
     # No scontrol needs to be at hand, as in a container.
-    monkeypatch.setenv("MEGAMM_NODES", "n1 n7")
-    assert [node_of(rank, 4, planned_nodes()) for rank in range(4)] == ["n1", "n1", "n7", "n7"]
+    monkeypatch.setenv("MEGAMM_NODES", "n1 n7 n9")
+    # However ranks are dealt to nodes: one after the other, or in turn.
+    assert absent_nodes({0: "n1", 1: "n1", 4: "n9", 5: "n9"}, 6, planned_nodes()) == {"n7": 2}
+    assert absent_nodes({0: "n1", 2: "n9", 3: "n1", 4: "n7", 5: "n9"}, 6, planned_nodes()) == {"n7": 1}
+    # Names that the script does not know are no reason to accuse those that it does.
+    assert absent_nodes({0: "n1", 1: "n1", 4: "x", 5: "x"}, 6, planned_nodes()) == {"the node of rank 2": 1, "the node of rank 3": 1}

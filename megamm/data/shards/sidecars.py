@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -39,8 +39,16 @@ def resolved_reading(data: Data) -> Reading:
     return replace(data.reading, sidecars=str(sidecar_folder(Path(data.root), data.reading)))
 
 
-def find_remote_shards(pattern: str, sidecars: Path, reading: Reading) -> tuple[RemoteShard, ...]:
+def find_remote_shards(
+    pattern: str, sidecars: Path, reading: Reading, on_index: Callable[[], None] | None = None
+) -> tuple[RemoteShard, ...]:
     """The shards that a URL, brace range or glob names, sorted by URL; their indexes are fetched where they are missing here.
+
+    Args:
+        pattern: What names them.
+        sidecars: Where the indexes go.
+        reading: Settings of reading.
+        on_index: Called after each index that was fetched.
 
     Raises:
         ConfigError: The pattern cannot be read.
@@ -49,12 +57,12 @@ def find_remote_shards(pattern: str, sidecars: Path, reading: Reading) -> tuple[
     with closing(Fetcher(reading.timeout_seconds, reading.retries)) as fetcher:
         urls = {url for one in expand(pattern) for url in (_listed(one, fetcher) if has_magic(one) else (one,))}
         shards = tuple(RemoteShard.at(url, sidecars) for url in sorted(urls))
-        fetch_indexes(shards, fetcher)
+        fetch_indexes(shards, fetcher, on_index)
     return shards
 
 
-def fetch_indexes(shards: Sequence[RemoteShard], fetcher: Fetcher) -> None:
-    """Bring the indexes that lie beside remote shards here, those that are not here yet.
+def fetch_indexes(shards: Sequence[RemoteShard], fetcher: Fetcher, on_index: Callable[[], None] | None = None) -> None:
+    """Bring the indexes that lie beside remote shards here, those that are not here yet; `on_index` is called after each.
 
     Raises:
         DataError: As `find_remote_shards`.
@@ -66,7 +74,8 @@ def fetch_indexes(shards: Sequence[RemoteShard], fetcher: Fetcher) -> None:
     with ThreadPoolExecutor(_NUM_FETCHERS) as pool:
         try:
             for _ in pool.map(lambda shard: _fetch_index(shard, fetcher), missing):
-                pass
+                if on_index:
+                    on_index()
         except BaseException:
             # One missing shard must not be told after the indexes of all others.
             pool.shutdown(cancel_futures=True)
