@@ -1,4 +1,4 @@
-"""Checkpoints of the real engine: bit-equal continuation, any number of ranks, a rank that cannot write."""
+"""Checkpoints of the real engine: bit-equal continuation, one rank to two to three to one, a rank that cannot write."""
 
 import re
 import resource
@@ -44,7 +44,7 @@ VARIANTS = {
     "zero1": {"preset": "zero1", "micro": True, "frozen": "model.embed", "elsewhere": {"preset": "zero2"}},
 }
 FLOAT32 = ["float32", "zero2"]
-SAVED, LAST = 3, 6
+BEGUN, SAVED, LAST = 1, 3, 6
 
 
 class AdaptedDecoder(Qwen3ForCausalLM):
@@ -96,15 +96,28 @@ def go_on(engine, world, first, last):
     return losses
 
 
+def begin_alone(folder):
+    """Every variant: one step of one rank."""
+    world = distributed.start()
+    for variant in VARIANTS:
+        engine = build(world, variant)
+        go_on(engine, world, 0, BEGUN)
+        save(Path(folder) / variant / "begun", engine, world, Progress(BEGUN))
+        engine.close()
+    distributed.stop()
+
+
 def train_unbroken(folder):
-    """Every variant: save after three steps, go on to six, save again."""
+    """Every variant: take over from one rank, save at once, after three steps, and after six."""
     world = distributed.start()
     found = {}
     for variant in VARIANTS:
-        engine = build(world, variant)
-        torch.manual_seed(50 + world.rank)
+        engine = build(world, variant, seed=33)
         root = Path(folder) / variant
-        go_on(engine, world, 0, SAVED)
+        load(newest_good(root / "begun", world).folder, engine, world)
+        save(root / "begun_read_by_2", engine, world, Progress(BEGUN))
+        torch.manual_seed(50 + world.rank)
+        go_on(engine, world, BEGUN, SAVED)
         save(root / "run", engine, world, Progress(SAVED, {"row": 17}, [{"key": "bad"}], {"config": "c0ffee"}))
         losses = go_on(engine, world, SAVED, LAST)
         save(root / "unbroken", engine, world, Progress(LAST))
@@ -180,6 +193,7 @@ def assert_same_state(one, other):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
+    run_ranks(begin_alone, 1, str(folder), timeout_seconds=_TIMEOUT_SECONDS)
     return folder, run_ranks(train_unbroken, 2, str(folder), timeout_seconds=_TIMEOUT_SECONDS)
 
 
@@ -237,8 +251,18 @@ def test_training_between_the_checkpoints_changed_everything_that_trains(unbroke
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_hold_the_state_of_one(unbroken, variant):
+    """Under another preset and another accumulation, where the variant says so."""
+    folder, _ = unbroken
+    begun, read = (folder / variant / name / "step_00000001" for name in ("begun", "begun_read_by_2"))
+    assert [read_manifest(path).world_size for path in (begun, read)] == [1, 2]
+    assert_same_state(read, begun)
+    assert read_manifest(read).engine == read_manifest(begun).engine
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_other_numbers_of_ranks_hold_the_same_state(unbroken, by_others, variant):
-    """Two to three to one, through engines: weights, moments and buffers tensor by tensor."""
+    """On from one to two: to three, to one, through engines; weights, moments and buffers tensor by tensor."""
     folder, _ = unbroken
     for num_ranks in by_others:
         path = folder / variant / f"read_by_{num_ranks}" / "step_00000003"
