@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megamm.core.errors import ConfigError, DataError
-from megamm.core.files import canonical_json, digest_text
+from megamm.core.files import atomic_file, canonical_json, digest_text
 from megamm.prepare.inputs import failure
 from megamm.prepare.journal import Journal
 from megamm.prepare.plan import Limits, SplitPlan, Splitting, make_plan
@@ -90,6 +92,7 @@ def _prepare(source: Source, job: Job, options: Mapping[str, Any]) -> tuple[list
         for journal, what in zip(journals, facts, strict=True):
             held.enter_context(journal.alone())
             journal.claim(what)
+        _write_files(listing, job)
         own = _write(listing, plans, journals, job)
     reports = []
     for plan, journal, what in zip(plans, journals, facts, strict=True):
@@ -131,6 +134,7 @@ def _facts(source: Source, listing: Listing, job: Job, plan: SplitPlan, *, optio
         "records": len(plan.order),
         "inputs": plan.digest,
         "settings": _settings_digest(listing),
+        **({"files": _files_digest(listing)} if listing.files else {}),
     }
     return json.loads(canonical_json(facts))  # tuples become lists, as they do on disk
 
@@ -139,6 +143,22 @@ def _settings_digest(listing: Listing) -> str:
     """Digest of what `make` was given besides the records, such as the names of classes."""
     given = getattr(listing.make, "keywords", {})
     return digest_text(repr(sorted((name, value) for name, value in given.items() if not isinstance(value, Path))))
+
+
+def _files_digest(listing: Listing) -> str:
+    return digest_text(canonical_json({name: xxhash.xxh3_128_hexdigest(content) for name, content in listing.files.items()}))
+
+
+def _write_files(listing: Listing, job: Job) -> None:
+    """Write what lies beside the shards, where it is not there yet."""
+    for name, content in listing.files.items():
+        path = job.output / name
+        # One part alone, because two on different nodes could take the same temporary name.
+        if not path.exists() and job.part[0] == 0:
+            with atomic_file(path) as file:
+                file.write(content)
+        elif path.exists() and path.read_bytes() != content:
+            raise DataError(f"{job.output} already holds another {name}; name another --output, or remove that file if nothing needs it")
 
 
 def _write(listing: Listing, plans: Sequence[SplitPlan], journals: Sequence[Journal], job: Job) -> list[Finished]:

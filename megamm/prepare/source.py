@@ -55,11 +55,13 @@ class Listing:
             them from others, picklable because other processes call it. A `DataError` that it raises skips the record with that
             reason; an `OSError` ends the command, because the data is not to blame for it.
         notes: What of the input is no record, and why.
+        files: Name -> content of what lies beside the shards and belongs to no sample, such as the list of a shop's items.
     """
 
     records: Sequence[Record]
     make: Callable[[Record], Draft]
     notes: Sequence[str] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 from megamm.config import Data, Recipe
-from megamm.core.logging import get_logger
 from megamm.core.types import Part
-from megamm.data.ledger import BadSample
-from megamm.data.samples.datasets import find_shards
-from megamm.data.samples.mapping import SampleForm, read_sample
-from megamm.data.shards.index import load_index
-from megamm.data.shards.places import Shard
-from megamm.data.shards.reader import Reader, ShardReader
-from megamm.data.shards.remote import open_reader
+from megamm.prepare.items import make_items
+from megamm.prepare.samples import training_samples
 from megamm.tokenizers import text
-
-_log = get_logger("prepare")
 
 
 def texts(data: Data) -> Iterator[str]:
@@ -33,44 +24,32 @@ def texts(data: Data) -> Iterator[str]:
         ConfigError: A mapping contradicts itself.
         DataError: A dataset matches nothing, or a shard is gone, has no index or changed; names it.
     """
-    with closing(open_reader(data.reading)) as reader:
-        for name, dataset in data.train.items():
-            form = SampleForm.of(name, dataset, data)
-            for tar in find_shards(name, dataset, Path(data.root), reading=data.reading):
-                yield from _shard_texts(tar, form, reader)
+    for _, sample in training_samples(data):
+        for message in sample.messages:
+            for part in message.content:
+                yield from _part_texts(part)
 
 
 def make_tokenizer(recipe: Recipe) -> str:
-    """Write the recipe's tokenizer folder: adopted, or trained on its training shards (never on held-out ones).
+    """Write the recipe's tokenizer folder: adopted, or trained on its training shards (never on held-out ones), with codes for its items.
 
     Returns:
         What was written, in one line.
 
     Raises:
-        ConfigError: As `text.train` and `text.adopt`.
-        DataError: As `texts`.
+        ConfigError: As `text.train`, `text.adopt` and `make_items`.
+        DataError: As `texts` and `make_items`.
     """
     config = recipe.tokenizer
     folder = Path(config.folder)
+    items = make_items(recipe)
     if config.adopt:
-        tokenizer = text.adopt(config, folder)
+        tokenizer = text.adopt(config, folder, items=items)
     else:
-        tokenizer = text.train(texts(recipe.data), config, folder)
+        tokenizer = text.train(texts(recipe.data), config, folder, items=items)
     blocks = ", ".join(f"{block.name} {block.size}" for block in tokenizer.vocabulary.blocks if block.size)
-    return f"{folder}: {tokenizer.vocabulary.size} ids ({blocks}), fingerprint {tokenizer.fingerprint}"
-
-
-def _shard_texts(tar: Shard, form: SampleForm, reader: Reader) -> Iterator[str]:
-    shard = ShardReader(tar, load_index(tar), reader)
-    for number in range(shard.index.num_samples):
-        try:
-            sample = read_sample(shard, number, form, media=False)
-        except BadSample as error:
-            _log.warning("sample %s of shard %s gives no text: %s", shard.index.key(number), tar, error)
-            continue
-        for message in sample.messages:
-            for part in message.content:
-                yield from _part_texts(part)
+    listed = "" if items is None else f"{len(items)} items, "
+    return f"{folder}: {tokenizer.vocabulary.size} ids ({blocks}), {listed}fingerprint {tokenizer.fingerprint}"
 
 
 def _part_texts(part: Part) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The text tokenizer and its folder: trained or adopted, with the whole vocabulary laid out behind its pieces.
 
 The folder is what `megamm tokenizer` writes, what training reads and what the export ships: `tokenizer.json`, `tokenizer_config.json` and
-`chat_template.jinja` load in transformers, `tokenizer.model` (trained ones) in sentencepiece, `vocabulary.json` here.
+`chat_template.jinja` load in transformers, `tokenizer.model` (trained ones) in sentencepiece, `vocabulary.json` and `items.jsonl` (where
+there are items) here.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from megamm.core.errors import ConfigError
 from megamm.core.files import atomic_file, canonical_json, digest_text
 from megamm.tokenizers.adopted import read_adopted, text_size
 from megamm.tokenizers.chat_template import CHAT_TEMPLATE, TEMPLATE_VERSION
+from megamm.tokenizers.items import ITEMS_FILE, ItemTable
 from megamm.tokenizers.pieces import to_tokenizers, train_pieces
 from megamm.tokenizers.vocabulary import CONTROL_NAMES, Vocabulary
 
-_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocabulary.json")
+_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", ITEMS_FILE, "vocabulary.json")
 """All that a tokenizer folder may hold, in the order of writing: with its last file it is complete."""
 
 _PROBES = ("seven", " two  words\n", "12 + 30 = 42", "数字 七", "🙂é")
@@ -33,12 +35,17 @@ class TextTokenizer:
 
     Attributes:
         vocabulary: The id space that the text pieces are a block of.
+        items: The items that it can write; None where it knows none.
         fingerprint: Hexadecimal digest of everything that decides which ids a sample gets.
     """
 
-    def __init__(self, tokenizer_json: dict[str, Any], vocabulary: Vocabulary, chat_template: str) -> None:
+    def __init__(self, tokenizer_json: dict[str, Any], vocabulary: Vocabulary, chat_template: str, items: ItemTable | None = None) -> None:
         self.vocabulary = vocabulary
-        self.fingerprint = digest_text(canonical_json([tokenizer_json, vocabulary.to_json(), chat_template, TEMPLATE_VERSION]))
+        self.items = items
+        if items is not None:
+            items.check_fits(vocabulary)
+        parts = [tokenizer_json, vocabulary.to_json(), chat_template, TEMPLATE_VERSION, *([] if items is None else [items.digest])]
+        self.fingerprint = digest_text(canonical_json(parts))
         # Without the strings of our blocks, and with an adopted tokenizer's own special tokens read as text, nothing that a user
         # writes can become a control token.
         pieces = {**tokenizer_json, "added_tokens": [token for token in tokenizer_json["added_tokens"] if token["id"] < vocabulary.text]}
@@ -65,7 +72,8 @@ class TextTokenizer:
             raise ConfigError(f"tokenizer folder {folder} lacks {Path(error.filename).name}; write it with `megamm tokenizer`") from None
         except ValueError as error:
             raise ConfigError(f"tokenizer folder {folder} holds damaged JSON ({error}); write it again with `megamm tokenizer`") from None
-        return cls(tokenizer_json, Vocabulary.from_json(vocabulary_json), chat_template)
+        items = ItemTable.load(folder / ITEMS_FILE) if (folder / ITEMS_FILE).exists() else None
+        return cls(tokenizer_json, Vocabulary.from_json(vocabulary_json), chat_template, items)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text block; control strings in `text` are plain characters."""
@@ -76,34 +84,38 @@ class TextTokenizer:
         return self._pieces.decode([int(token_id) for token_id in ids if 0 <= token_id < self.vocabulary.text])
 
 
-def train(texts: Iterable[str], config: Tokenizer, folder: Path) -> TextTokenizer:
-    """Train text pieces on `texts` and write the tokenizer folder.
+def train(texts: Iterable[str], config: Tokenizer, folder: Path, *, items: ItemTable | None = None) -> TextTokenizer:
+    """Train text pieces on `texts` and write the tokenizer folder, with `items` in it where there are any.
 
     Raises:
-        ConfigError: No text, an impossible `text_size`, or a folder that already holds another tokenizer.
+        ConfigError: No text, an impossible `text_size`, items of other codes than `config`'s, or a folder that already holds another
+            tokenizer.
     """
     model = train_pieces(texts, config.text_size)
     tokenizer_json = to_tokenizers(model)
     vocabulary = Vocabulary.from_config(config, len(tokenizer_json["model"]["vocab"]))
-    return _write_folder(tokenizer_json, vocabulary, folder, {"tokenizer.model": model})
+    return _write_folder(tokenizer_json, vocabulary, folder, {"tokenizer.model": model}, items=items)
 
 
-def adopt(config: Tokenizer, folder: Path) -> TextTokenizer:
+def adopt(config: Tokenizer, folder: Path, *, items: ItemTable | None = None) -> TextTokenizer:
     """Keep the ids of the Hugging Face tokenizer in the local folder `config.adopt`, with our blocks behind them.
 
     Raises:
-        ConfigError: That folder has no usable `tokenizer.json`, or `folder` already holds another tokenizer.
+        ConfigError: That folder has no usable `tokenizer.json`, the items have other codes than `config`'s, or `folder` already holds
+            another tokenizer.
     """
     tokenizer_json = read_adopted(Path(config.adopt), _block_strings(Vocabulary.from_config(config, 1)))
     vocabulary = Vocabulary.from_config(config, text_size(tokenizer_json))
-    return _write_folder(tokenizer_json, vocabulary, folder, {})
+    return _write_folder(tokenizer_json, vocabulary, folder, {}, items=items)
 
 
 def _block_strings(vocabulary: Vocabulary) -> list[str]:
     return [vocabulary.token_string(token_id) for token_id in range(vocabulary.text, vocabulary.size)]
 
 
-def _write_folder(tokenizer_json: dict[str, Any], vocabulary: Vocabulary, folder: Path, files: dict[str, bytes]) -> TextTokenizer:
+def _write_folder(
+    tokenizer_json: dict[str, Any], vocabulary: Vocabulary, folder: Path, files: dict[str, bytes], *, items: ItemTable | None
+) -> TextTokenizer:
     """Add our blocks, check that the result keeps its word, and write what is not there yet."""
     tokenizer_json["added_tokens"] += [
         {
@@ -118,7 +130,7 @@ def _write_folder(tokenizer_json: dict[str, Any], vocabulary: Vocabulary, folder
         }
         for token_id in range(vocabulary.text, vocabulary.size)
     ]
-    tokenizer = TextTokenizer(tokenizer_json, vocabulary, CHAT_TEMPLATE)
+    tokenizer = TextTokenizer(tokenizer_json, vocabulary, CHAT_TEMPLATE, items)
     _check_ids(tokenizer_json, tokenizer)
     contents = {
         **files,
@@ -126,6 +138,7 @@ def _write_folder(tokenizer_json: dict[str, Any], vocabulary: Vocabulary, folder
         "tokenizer_config.json": (json.dumps(_transformers_config(), indent=2, sort_keys=True) + "\n").encode(),
         "chat_template.jinja": CHAT_TEMPLATE.encode(),
         "vocabulary.json": (json.dumps(vocabulary.to_json(), indent=2) + "\n").encode(),
+        **({} if items is None else {ITEMS_FILE: items.to_bytes()}),
     }
     for name in _FILES:
         if (path := folder / name).exists() and path.read_bytes() != contents.get(name):

@@ -143,4 +143,4 @@ def test_texts_names_what_is_missing_or_changed(prepared, tmp_path, caplog):
     path.write_bytes(path.read_bytes().replace(b'"task":"text"', b'"task":"TEXT"', 1))
     with caplog.at_level("WARNING", logger="megamm"):
         assert len(list(texts(shards_of(path)))) == len(whole) - 1
-    assert re.search(r"sample text-\d+ of shard .*test-00000\.tar gives no text: the bytes of .* changed", caplog.text)
+    assert re.search(r"sample text-\d+ of shard .*test-00000\.tar cannot be read: the bytes of .* changed", caplog.text)

@@ -3,6 +3,9 @@
 A sample shows up to `--history` items that a user met and asks for the items of the next basket. Events of one user at one time are a
 basket, or those that share a value of the column `basket`. With `--hold-out both` a user's last basket is asked for in `test` only and
 the one before in `validation` only, so that neither is ever an answer, or a part of a history, in training.
+
+`items.jsonl` beside the shards lists all items, those of held-out baskets and those that nobody met included: codes are made for the whole
+shop, and nothing in the list tells who met what, when or how often.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from megamm.core.errors import ConfigError, DataError
+from megamm.core.files import canonical_json
 from megamm.prepare.columns import map_option, need, resolve
 from megamm.prepare.fields import as_text
 from megamm.prepare.inputs import existing_input
 from megamm.prepare.names import plain_key
 from megamm.prepare.rows import COLUMNS, Table, is_text, open_table
 from megamm.prepare.source import PROMPT, Draft, Listing, Option, Record, Source, count, one_of
+from megamm.tokenizers.items import ITEMS_FILE
 
 _FIELDS = {
     "user": "who",
@@ -84,7 +89,14 @@ def _records(
         records += _records_of(user, tuple(baskets), _HELD_OUT[hold_out], history)
     if num_short:
         notes.append(f"{num_short} users have one basket only, which nothing came before")
-    return Listing(records, partial(_make, prompt=prompt or _QUESTION, texts=texts), notes)
+    return Listing(records, partial(_make, prompt=prompt or _QUESTION, texts=texts), notes, {ITEMS_FILE: _item_list(met, texts)})
+
+
+def _item_list(met: Iterable[str], texts: Mapping[str, str]) -> bytes:
+    """A line an item, by id; what is no Unicode is left out, as it is of samples."""
+    known = sorted(item for item in {*met, *texts} if item and is_text(item))
+    described = {item: texts.get(item, "") for item in known}
+    return "".join(canonical_json({"id": item, "text": text if is_text(text) else ""}) + "\n" for item, text in described.items()).encode()
 
 
 def _records_of(user: str, baskets: tuple[_Basket, ...], held_out: Sequence[str], history: int) -> Iterator[Record]:
