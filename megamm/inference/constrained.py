@@ -102,12 +102,13 @@ def answer_items(
     """
     if not 0 <= min_items <= num_items or num_items < 1 or num_beams < 1:
         raise ConfigError(
-            f"min_items={min_items}, num_items={num_items}, num_beams={num_beams} give no answer; take 0 to num_items, 1 item and 1 beam or more"
+            f"min_items={min_items}, num_items={num_items}, num_beams={num_beams} give no answer; take 1 or more "
+            "items and beams, and a min_items from 0 to num_items"
         )
     output = _generate(
         loaded, trie, prompts, num_items=num_items, min_items=min_items, num_beams=num_beams, num_answers=1, excluded=excluded, is_open=True
     )
-    return [_items(loaded, trie, written) for written, _ in output]
+    return [_items(trie, written) for written, _ in output]
 
 
 def beam_rank(
@@ -202,7 +203,7 @@ def _greedy_scores(logits: Sequence[torch.Tensor], written: torch.Tensor) -> tor
     return torch.cat(chosen, dim=1).sum(1)
 
 
-def _items(loaded: Loaded, trie: ItemTrie, written: list[int]) -> list[str]:
+def _items(trie: ItemTrie, written: list[int]) -> list[str]:
     """The whole items at the beginning of what was written."""
     items = []
     for start in range(0, len(written) - trie.num_levels + 1, trie.num_levels):

@@ -47,6 +47,8 @@ def rank_items(
     """
     if excluded and len(excluded) != len(prompts):
         raise ConfigError(f"{len(excluded)} lists of excluded items for {len(prompts)} prompts; give one for each")
+    if not prompts:
+        return []
     scores = item_log_probabilities(loaded, trie, prompts).cpu().numpy()
     rankings = []
     for row, of_prompt in enumerate(scores):

@@ -43,10 +43,10 @@ def tokenizer(folder: Path) -> TextTokenizer:
     return text.train(SENTENCES * 4, TOKENIZER, folder)
 
 
-def random_model(folder: Path, *, seed: int = 0, **model: Any) -> Loaded:
+def random_model(folder: Path, *, seed: int = 0, pieces: TextTokenizer | None = None, **model: Any) -> Loaded:
     """A model of random weights, in fp32, large enough that answers differ between prompts."""
     one = recipe(**model)
-    pieces = tokenizer(folder / "tokenizer")
+    pieces = tokenizer(folder / "tokenizer") if pieces is None else pieces
     torch.manual_seed(seed)
     network = MegaMMForConditionalGeneration(run_config(one, pieces.vocabulary)).eval()
     with torch.no_grad():
