@@ -16,6 +16,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default="", help="comma-separated tasks to keep (default: all)")
     parser.add_argument("--max-samples", type=int, default=0, help="samples of each dataset, spread evenly over it (default: all)")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="bound on an answer (default: 128)")
+    parser.add_argument("--slices", default="", help="comma-separated metadata fields whose values get rows of their own")
 
 
 def evaluate(arguments: Arguments) -> None:
@@ -32,8 +34,11 @@ def evaluate(arguments: Arguments) -> None:
         output=arguments.output or arguments.source / "evaluation",
         max_samples=arguments.max_samples or None,
         batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        slices=tuple(filter(None, arguments.slices.split(","))),
     )
-    print(report.to_markdown())
+    if report is not None:
+        print(report.to_markdown())
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,11 @@ class Box:
         """Plain JSON values."""
         return {"label": self.label, "xyxy": list(self.xyxy), "score": self.score}
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Box:
+        """Read what `to_json` wrote."""
+        return cls(value["label"], tuple(value["xyxy"]), value["score"])
+
 
 @dataclass(frozen=True, slots=True)
 class Instance:
@@ -47,6 +52,11 @@ class Instance:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `size` and `counts` are an RLE that pycocotools reads."""
         return {"label": self.label, "size": list(self.size), "counts": list(self.counts), "score": self.score}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Instance:
+        """Read what `to_json` wrote."""
+        return cls(value["label"], tuple(value["size"]), tuple(value["counts"]), value["score"])
 
 
 @dataclass(frozen=True, slots=True)

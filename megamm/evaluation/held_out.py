@@ -16,6 +16,7 @@ from megamm.data.shards.index import read_shard_facts
 from megamm.data.shards.places import Shard, rooted
 from megamm.data.shards.reader import ShardPool
 from megamm.data.shards.remote import open_reader
+from megamm.evaluation.records import SkippedSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +27,10 @@ class Place:
     tar: Shard
     number: int
 
-
-@dataclass(frozen=True, slots=True)
-class SkippedSample:
-    """A sample that could not be evaluated, and why."""
-
-    dataset: str
-    shard: str
-    key: str
-    reason: str
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """What tells it from every other place."""
+        return self.dataset, self.tar.name, self.number
 
 
 def held_out_patterns(recipe: Recipe | None) -> dict[str, str]:
@@ -103,7 +99,7 @@ def read_samples(
 
 def skipped(place: Place, key: str, reason: object) -> SkippedSample:
     """The entry of a sample that cannot be evaluated."""
-    return SkippedSample(place.dataset, place.tar.name, key, str(reason))
+    return SkippedSample(dataset=place.dataset, shard=place.tar.name, number=place.number, key=key, reason=str(reason))
 
 
 def _read(pool: ShardPool, place: Place, form: SampleForm) -> Sample | SkippedSample:

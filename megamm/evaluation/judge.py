@@ -14,74 +14,14 @@ from megamm.core.geometry import PictureView
 from megamm.core.types import IGNORE_LABEL, Part, Sample, TokenSequence
 from megamm.data.samples.encode import SampleEncoder
 from megamm.data.samples.shapes import read_masks
-from megamm.evaluation.held_out import Place, SkippedSample, skipped
+from megamm.evaluation.held_out import Place, skipped
+from megamm.evaluation.records import Answered, Result, Scored, SkippedSample
 from megamm.inference.generate import Sampling, generate
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import Prompt, make_prompt
 from megamm.inference.score import token_losses
 from megamm.tasks import TASKS, template
 from megamm.tasks.reply import Reply, read_reply, stored_reply
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A sample that counts.
-
-    Attributes:
-        dataset: Name of its dataset.
-        task: Name of its task.
-        shard: File name of its shard.
-        number: Its number in the shard.
-        key: Its key.
-    """
-
-    dataset: str
-    task: str
-    shard: str
-    number: int
-    key: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values for one line of `predictions.jsonl`."""
-        return {name: getattr(self, name) for name in ("dataset", "task", "shard", "number", "key")}
-
-
-@dataclass(frozen=True, slots=True)
-class Answered(Record):
-    """A chat whose last answer the model gave anew.
-
-    Attributes:
-        reference: The stored answer.
-        answer: The model's.
-    """
-
-    reference: Reply
-    answer: Reply
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values for one line of `predictions.jsonl`."""
-        return Record.to_dict(self) | {"reference": self.reference.to_json(), "answer": self.answer.to_json()}
-
-
-@dataclass(frozen=True, slots=True)
-class Scored(Record):
-    """A document whose tokens the model predicted one by one.
-
-    Attributes:
-        nats: Sum of the negative log likelihoods.
-        num_tokens: Supervised tokens.
-        num_bytes: Length of the text in UTF-8.
-        token_counts: Supervised token id -> how often.
-    """
-
-    nats: float
-    num_tokens: int
-    num_bytes: int
-    token_counts: dict[int, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values for one line of `predictions.jsonl`."""
-        return Record.to_dict(self) | {name: getattr(self, name) for name in ("nats", "num_tokens", "num_bytes")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +47,7 @@ def judge(
     tasks: Collection[str],
     batch_size: int,
     max_new_tokens: int,
-) -> Iterator[Record | SkippedSample]:
+) -> Iterator[Result]:
     """Answer or score each sample once; of every sample of `tasks` comes one record or one reason to skip it.
 
     The order is that of full batches. Samples of other tasks are left out; a sample that cannot be read, or whose task nobody
@@ -161,6 +101,8 @@ def _prepare(loaded: Loaded, encoder: SampleEncoder, place: Place, sample: Sampl
         item: _Question | _Document = _Document(place, sample, sequence)
     else:
         messages, parts = template.split_answer(sample.messages)
+        if all(not part.text.strip() for part in parts if part.type in ("text", "label")) and not _holds_places(parts):
+            raise DataError("the stored answer is blank, so nothing can be compared with it")
         prompt = make_prompt(loaded, messages, sample.media)
         num_tokens = len(prompt.input_ids) + max_new_tokens
         reference = stored_reply(parts, read_masks(parts, sample.media, loaded.media))
@@ -180,7 +122,11 @@ def _answer(loaded: Loaded, questions: list[_Question], max_new_tokens: int) -> 
             probabilities=answer.probabilities,
             is_finished=answer.is_finished,
         )
-        yield Answered(*_identity(question.place, question.sample), question.reference, reply)
+        yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
+
+
+def _holds_places(parts: Sequence[Part]) -> bool:
+    return any(part.type in ("boxes", "mask") for part in parts)
 
 
 def _view_of(parts: Sequence[Part], prompt: Prompt) -> PictureView | None:
@@ -195,8 +141,21 @@ def _score(loaded: Loaded, documents: list[_Document]) -> Iterator[Scored]:
         labels = document.sequence.labels[document.sequence.labels != IGNORE_LABEL]
         num_bytes = sum(len(part.text.encode()) for part in document.sample.messages[0].content)
         counts = dict(Counter(labels.tolist()))
-        yield Scored(*_identity(document.place, document.sample), float(nats.sum(dtype=np.float64)), len(labels), num_bytes, counts)
+        yield Scored(
+            **_identity(document.place, document.sample),
+            nats=float(nats.sum(dtype=np.float64)),
+            num_tokens=len(labels),
+            num_bytes=num_bytes,
+            token_counts=counts,
+        )
 
 
-def _identity(place: Place, sample: Sample) -> tuple[str, str, str, int, str]:
-    return place.dataset, sample.task, place.tar.name, place.number, sample.key
+def _identity(place: Place, sample: Sample) -> dict[str, Any]:
+    return {
+        "dataset": place.dataset,
+        "shard": place.tar.name,
+        "number": place.number,
+        "key": sample.key,
+        "task": sample.task,
+        "metadata": sample.metadata,
+    }

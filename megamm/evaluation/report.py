@@ -1,23 +1,29 @@
-"""What an evaluation found: rows of figures beside chance, confusions, and what was skipped."""
+"""What an evaluation found: rows of figures with their intervals beside chance, classes, confusions, and what was skipped."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megamm.core.errors import ConfigError
+import numpy as np
+
+from megamm.core.errors import ConfigError, DataError
 from megamm.core.files import read_json, write_json, write_text
-from megamm.evaluation.held_out import SkippedSample
-from megamm.evaluation.judge import Answered, Record, Scored
-from megamm.tasks import TASKS
+from megamm.core.tables import markdown
+from megamm.evaluation.progress import FOLDER
+from megamm.evaluation.records import Answered, Record, Scored, SkippedSample
+from megamm.metrics.bootstrap import interval, ratio_of
+from megamm.metrics.classes import ClassScore, Confusion, class_scores, confusion
+from megamm.tasks import TASKS, Figure
 
 REPORT_JSON, REPORT_MARKDOWN, PREDICTIONS = "report.json", "report.md", "predictions.jsonl"
-_OTHER = "(other)"
+ALL = ""
+"""The slice of a row that is over all samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +33,24 @@ class Row:
     Attributes:
         dataset: Name of the held-out dataset.
         task: Name of the task.
+        slice: `field=value` of the samples' metadata; empty for all samples.
         samples: Samples that it is over.
         metric: Its name.
         value: None where it is not a finite number.
+        low: Lower end of its 95 % interval by bootstrap over samples; None where there is none.
+        high: Upper end.
         chance: What the best guess without looking gets on the same samples; None where that means nothing.
     """
 
     dataset: str
     task: str
+    slice: str
     samples: int
     metric: str
     value: float | None
+    low: float | None
+    high: float | None
     chance: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Confusion:
-    """How often each label (row) got each answer (column); the last column counts answers that are no label."""
-
-    labels: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,11 @@ class Report:
         source: The checkpoint or exported folder that was evaluated.
         step: Its optimizer steps; None for an exported folder.
         settings: How it was evaluated.
-        rows: By dataset and task.
+        rows: By dataset, task and slice.
         unfinished: `dataset/task` -> answers that `max_new_tokens` cut off.
-        confusions: `dataset/task` of classification -> its confusion matrix.
+        malformed: `dataset/task` -> boxes and instances in answers that follow no layout.
+        classes: `dataset/task` -> how each class fares, where answers are classes.
+        confusions: `dataset/task` -> its confusion matrix, where answers are classes.
         skipped: Samples that count in no row.
         records: One entry a sample that counts.
     """
@@ -69,6 +75,8 @@ class Report:
     settings: dict[str, Any]
     rows: tuple[Row, ...]
     unfinished: dict[str, int]
+    malformed: dict[str, int]
+    classes: dict[str, tuple[ClassScore, ...]]
     confusions: dict[str, Confusion]
     skipped: tuple[SkippedSample, ...]
     records: tuple[Record, ...]
@@ -78,23 +86,22 @@ class Report:
         return {name: value for name, value in asdict(self).items() if name != "records"}
 
     def to_markdown(self) -> str:
-        """A table of the rows, and the skipped samples."""
-        lines = [
-            f"# Evaluation of {self.source}",
-            "",
-            "| dataset | task | samples | metric | value | chance |",
-            "|---|---|---:|---|---:|---:|",
-        ]
-        lines += [f"| {r.dataset} | {r.task} | {r.samples} | {r.metric} | {_figure(r.value)} | {_figure(r.chance)} |" for r in self.rows]
+        """Tables of the rows and of the classes, and the skipped samples."""
+        header = ("dataset", "task", "slice", "samples", "metric", "value", "95 % interval", "chance")
+        lines = [f"# Evaluation of {self.source}", "", *markdown(header, [_cells(row) for row in self.rows])]
         lines += [f"\n{count} answers of {name} were cut off." for name, count in self.unfinished.items() if count]
+        lines += [f"\n{count} boxes or instances in answers of {name} follow no layout." for name, count in self.malformed.items() if count]
+        for name, scores in self.classes.items():
+            rows = [(one.label, one.num_references, _figure(one.recall), _figure(one.precision), _figure(one.f1)) for one in scores]
+            lines += ["", f"## Classes of {name}", "", *markdown(("class", "samples", "recall", "precision", "F1"), rows)]
         if self.skipped:
-            lines += ["", "## Skipped samples", "", "| dataset | shard | key | reason |", "|---|---|---|---|"]
-            lines += [f"| {_cell(s.dataset)} | {_cell(s.shard)} | {_cell(s.key)} | {_cell(s.reason)} |" for s in self.skipped]
+            rows = [(one.dataset, one.shard, one.key, one.reason.replace("\n", " ")) for one in self.skipped]
+            lines += ["", "## Skipped samples", "", *markdown(("dataset", "shard", "key", "reason"), rows)]
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:
         """Write `predictions.jsonl`, `report.md` and, last, `report.json`, each whole or not at all."""
-        lines = (json.dumps(record.to_dict(), ensure_ascii=False) for record in self.records)
+        lines = (json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) for record in self.records)
         write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
         write_text(folder / REPORT_MARKDOWN, self.to_markdown())
         write_json(folder / REPORT_JSON, self.to_dict())
@@ -112,7 +119,7 @@ def check_output(folder: Path) -> None:
         raise ConfigError(f"output {folder} is a file; name a folder for the report")
     own = {REPORT_JSON, REPORT_MARKDOWN, PREDICTIONS}
     # A run that was killed while it wrote one of them may have left its temporary neighbour.
-    left = tuple(f".{name}." for name in own)
+    left = (*(f".{name}." for name in own), FOLDER)
     if foreign := sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(left)):
         raise ConfigError(f"output {folder} holds {foreign[0]}, which is no part of a report; name an empty folder or one of an evaluation")
     path = folder / REPORT_JSON
@@ -129,74 +136,110 @@ def _is_report(path: Path) -> bool:
 
 
 def make_report(
-    records: Sequence[Record], skipped: Sequence[SkippedSample], *, source: str, step: int | None, settings: dict[str, Any]
+    records: Sequence[Record],
+    skipped: Sequence[SkippedSample],
+    *,
+    source: str,
+    step: int | None,
+    settings: dict[str, Any],
+    slices: Sequence[str] = (),
 ) -> Report:
-    """Compute the figures; the order of `records` and `skipped` does not matter."""
+    """Compute the figures; the order of `records` and `skipped` does not matter.
+
+    Args:
+        records: Samples that count.
+        skipped: Samples that do not.
+        source: What was evaluated.
+        step: Its optimizer steps.
+        settings: How it was evaluated.
+        slices: Metadata fields whose values get rows of their own.
+    """
     records = tuple(sorted(records, key=lambda record: (record.dataset, record.task, record.shard, record.number)))
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.dataset, record.task), []).append(record)
     rows: list[Row] = []
-    unfinished, confusions = {}, {}
+    unfinished, malformed, classes, confusions = {}, {}, {}, {}
     for (dataset, task), group in groups.items():
         answered = [record for record in group if isinstance(record, Answered)]
         scored = [record for record in group if isinstance(record, Scored)]
+        name = f"{dataset}/{task}"
         if answered:
-            rows += _answer_rows(dataset, task, answered)
-            unfinished[f"{dataset}/{task}"] = sum(not record.answer.is_finished for record in answered)
+            predictions = [TASKS[task].parse(record.answer) for record in answered]
+            references = [TASKS[task].parse(record.reference) for record in answered]
+            rows += _rows(dataset, task, answered, TASKS[task].figures(predictions, references), slices)
+            unfinished[name] = sum(not record.answer.is_finished for record in answered)
+            malformed[name] = sum(record.answer.num_malformed for record in answered)
+            if TASKS[task].has_classes:
+                classes[name], confusions[name] = class_scores(predictions, references), confusion(predictions, references)
         if scored:
-            rows += _score_rows(dataset, task, scored)
-        if task == "classification":
-            confusions[f"{dataset}/{task}"] = _confusion(task, answered)
-    ordered = tuple(sorted(skipped, key=lambda one: (one.dataset, one.shard, one.key)))
-    return Report(source, step, settings, tuple(rows), unfinished, confusions, ordered, records)
+            rows += _rows(dataset, task, scored, _score_figures(scored), slices)
+    ordered = tuple(sorted(skipped, key=lambda one: (one.dataset, one.shard, one.number)))
+    return Report(source, step, settings, tuple(rows), unfinished, malformed, classes, confusions, ordered, records)
 
 
-def _answer_rows(dataset: str, task: str, group: Sequence[Answered]) -> list[Row]:
-    predictions = [TASKS[task].parse(record.answer) for record in group]
-    references = [TASKS[task].parse(record.reference) for record in group]
-    # Chance is that of a task's first metric.
-    chances = [TASKS[task].chance(references)]
-    metrics = TASKS[task].metrics(predictions, references)
-    return [
-        Row(dataset, task, len(group), name, _finite(value), _finite(chances.pop()) if chances else None) for name, value in metrics.items()
-    ]
+def _rows(dataset: str, task: str, group: Sequence[Record], figures: Sequence[Figure], slices: Sequence[str]) -> Iterator[Row]:
+    """Rows over all samples of a task, then over each slice."""
+    for name, chosen in _slices(group, slices):
+        for figure in figures:
+            value = _finite(_quiet(figure, chosen))
+            low, high = _interval(figure, chosen) if value is not None else (None, None)
+            # Chance was computed over all of them.
+            chance = _finite(figure.chance) if name == ALL else None
+            yield Row(dataset, task, name, len(chosen), figure.name, value, low, high, chance)
 
 
-def _score_rows(dataset: str, task: str, group: Sequence[Scored]) -> list[Row]:
-    num_tokens = sum(record.num_tokens for record in group)
-    num_bytes = sum(record.num_bytes for record in group)
-    nats = sum(record.nats for record in group)
+def _slices(group: Sequence[Record], names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Name of a slice and which samples are in it, int64[n]; samples without the field are in none."""
+    yield ALL, np.arange(len(group))
+    for name in names:
+        values = [record.metadata.get(name) for record in group]
+        for value in sorted({str(value) for value in values if value is not None}):
+            yield f"{name}={value}", np.array([index for index, one in enumerate(values) if one is not None and str(one) == value])
+
+
+def _interval(figure: Figure, chosen: np.ndarray) -> tuple[float | None, float | None]:
+    if len(chosen) < 2:
+        return None, None
+    try:
+        found = interval(lambda drawn: figure.statistic(chosen[drawn]), len(chosen), num_resamples=figure.num_resamples)
+    except DataError:
+        # Undefined in every resample.
+        return None, None
+    return _finite(found.low), _finite(found.high)
+
+
+def _quiet(figure: Figure, chosen: np.ndarray) -> float:
+    try:
+        return figure.statistic(chosen)
+    except OverflowError:
+        return math.inf
+
+
+def _score_figures(group: Sequence[Scored]) -> list[Figure]:
+    num_tokens = np.array([record.num_tokens for record in group])
+    nats = np.array([record.nats for record in group])
+    bits = nats / math.log(2)
+    num_bytes = np.array([record.num_bytes for record in group])
     counts: Counter[int] = sum((Counter(record.token_counts) for record in group), Counter())
+    total = int(num_tokens.sum())
     # The best guess without looking: these tokens' own frequencies.
-    guess = -sum(count * math.log(count / num_tokens) for count in counts.values())
+    guess = -sum(count * math.log(count / total) for count in counts.values())
+    a_token = ratio_of(nats, num_tokens)
     return [
-        Row(dataset, task, len(group), "perplexity", _exp(nats / num_tokens), _exp(guess / num_tokens)),
-        Row(dataset, task, len(group), "bits_per_byte", _finite(nats / math.log(2) / num_bytes), _finite(guess / math.log(2) / num_bytes)),
+        Figure("perplexity", lambda indices: math.exp(a_token(indices)), math.exp(guess / total) if total else None),
+        Figure("bits_per_byte", ratio_of(bits, num_bytes), guess / math.log(2) / float(num_bytes.sum()) if total else None),
     ]
 
 
-def _confusion(task: str, group: Sequence[Answered]) -> Confusion:
-    pairs = Counter((TASKS[task].parse(record.reference), TASKS[task].parse(record.answer)) for record in group)
-    labels = tuple(sorted({reference for reference, _ in pairs}))
-    counts = []
-    for reference in labels:
-        known = [pairs[reference, answer] for answer in labels]
-        counts.append((*known, sum(count for (label, _), count in pairs.items() if label == reference) - sum(known)))
-    return Confusion((*labels, _OTHER), tuple(counts))
+def _cells(row: Row) -> tuple[str, ...]:
+    between = "" if row.low is None or row.high is None else f"{_figure(row.low)} – {_figure(row.high)}"
+    return row.dataset, row.task, row.slice, str(row.samples), row.metric, _figure(row.value), between, _figure(row.chance)
 
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _exp(nats: float) -> float | None:
-    return _finite(math.exp(nats)) if nats < 700 else None
-
-
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

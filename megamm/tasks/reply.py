@@ -50,6 +50,13 @@ class Reply:
         ending = {} if self.is_finished else {"is_finished": False}
         return {"text": self.text} | {name: value for name, value in lists.items() if value} | counts | ending
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Reply:
+        """Read what `to_json` wrote."""
+        boxes = tuple(Box.from_json(one) for one in value.get("boxes", ()))
+        instances = tuple(Instance.from_json(one) for one in value.get("instances", ()))
+        return cls(value["text"], boxes, instances, value.get("num_malformed", 0), value.get("is_finished", True))
+
 
 def stored_reply(parts: Sequence[Part], masks: Mapping[str, np.ndarray]) -> Reply:
     """The answer that a sample holds.

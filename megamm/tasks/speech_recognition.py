@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megamm.metrics.classes import accuracy, majority_share
-from megamm.metrics.speech import error_rates
+from megamm.metrics.bootstrap import mean_of, ratio_of
+from megamm.metrics.classes import correct, majority_share
+from megamm.metrics.speech import character_edits, word_edits
 from megamm.tasks.reply import Reply
-from megamm.tasks.task import Task
+from megamm.tasks.task import Figure, Task
 
 
 def _parse(reply: Reply) -> str:
     return " ".join(reply.text.lower().split())
 
 
-def _metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    return {"accuracy": accuracy(predictions, references), **error_rates(predictions, references)}
+def _figures(predictions: Sequence[str], references: Sequence[str]) -> list[Figure]:
+    words, characters = word_edits(predictions, references), character_edits(predictions, references)
+    return [
+        Figure("accuracy", mean_of(correct(predictions, references)), majority_share(references)),
+        Figure("word_error_rate", ratio_of(words.edits, words.lengths)),
+        Figure("character_error_rate", ratio_of(characters.edits, characters.lengths)),
+    ]
 
 
-TASK = Task("speech_recognition", "Write down what is said.", _parse, _metrics, majority_share)
+TASK = Task("speech_recognition", "Write down what is said.", _parse, _figures)

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megamm.tasks.reply import Reply
-from megamm.tasks.task import Task
+from megamm.tasks.task import Figure, Task
 
 
 def _parse(reply: Reply) -> str:
     return reply.text
 
 
-def _metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    return {}
+def _figures(predictions: Sequence[str], references: Sequence[str]) -> list[Figure]:
+    return []
 
 
-def _chance(references: Sequence[str]) -> None:
-    return None
-
-
-TASK = Task("text", "Continue.", _parse, _metrics, _chance)
+TASK = Task("text", "Continue.", _parse, _figures)

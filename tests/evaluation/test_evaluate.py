@@ -1,18 +1,24 @@
+import dataclasses
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from megamm.core.errors import ConfigError, DataError
+from megamm.core.predictions import Box, Instance
 from megamm.data.shards.index import write_index
-from megamm.evaluation import evaluate
-from megamm.evaluation.held_out import SkippedSample, list_places, read_samples
-from megamm.evaluation.judge import Answered, Scored, judge
+from megamm.evaluation import evaluate, progress
+from megamm.evaluation.held_out import list_places, read_samples
+from megamm.evaluation.judge import judge
+from megamm.evaluation.progress import FOLDER
+from megamm.evaluation.records import Answered, Scored, SkippedSample, result_from_json
 from megamm.evaluation.report import make_report
 from megamm.tasks import TASKS
 from megamm.tasks.reply import Reply
+from tests.support.ranks import run_ranks
 from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
 from tests.support.tiny_run import random_model, write_run
 
@@ -84,7 +90,8 @@ def test_rows_say_dataset_task_samples_metric_and_chance(report):
     assert accuracy.chance == 2 / 6
     assert rows["sounds", "speech_recognition", "accuracy"].samples == 2
     assert rows["sounds", "speech_recognition", "accuracy"].chance == 1.0
-    assert rows["pictures", "classification", "macro_recall"].chance is None
+    assert rows["pictures", "classification", "macro_recall"].chance == pytest.approx(1 / 3)
+    assert accuracy.low is not None and accuracy.low <= accuracy.value <= accuracy.high
     assert {metric for dataset, _, metric in rows if dataset == "texts"} == {"perplexity", "bits_per_byte"}
 
 
@@ -119,26 +126,61 @@ def test_perplexity_is_that_of_each_document_alone(run, report):
 def test_figures_are_those_of_the_answers():
     pairs = {"p0": ("zero", " zero\n"), "p1": ("one", "one"), "p2": ("two", "two"), "p3": ("two", "unheard of"), "p4": ("zero", "one")}
     records = [
-        Answered("digits", "classification", "a.tar", number, key, Reply(reference), Reply(answer, is_finished=answer != "unheard of"))
+        answered("digits", number, key, reference, answer, is_finished=answer != "unheard of", voice="ab"[number % 2])
         for number, (key, (reference, answer)) in enumerate(pairs.items())
     ]
-    report = make_report(records[::-1], [], source="here", step=1, settings={})
-    assert [(row.metric, row.value, row.chance) for row in report.rows] == [
-        ("accuracy", 3 / 5, 2 / 5),
-        ("macro_recall", pytest.approx((1 + 1 / 2 + 1 / 2) / 3), None),
+    report = make_report(records[::-1], [], source="here", step=1, settings={}, slices=["voice", "unknown"])
+    figures = [(row.slice, row.samples, row.metric, row.value) for row in report.rows if row.metric != "macro_f1"]
+    assert figures == [
+        ("", 5, "accuracy", 3 / 5),
+        ("", 5, "macro_recall", pytest.approx((1 + 1 / 2 + 1 / 2) / 3)),
+        ("voice=a", 3, "accuracy", 2 / 3),
+        ("voice=a", 3, "macro_recall", pytest.approx((1 / 2 + 1) / 2)),
+        ("voice=b", 2, "accuracy", 1 / 2),
+        ("voice=b", 2, "macro_recall", pytest.approx((1 + 0) / 2)),
     ]
-    assert report.confusions["digits/classification"].labels == ("one", "two", "zero", "(other)")
-    assert report.confusions["digits/classification"].counts == ((1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 0))
+    assert [row.chance for row in report.rows[:2]] == [2 / 5, pytest.approx(1 / 3)]
+    assert {row.chance for row in report.rows if row.slice} == {None}
+    confusion = report.confusions["digits/classification"]
+    assert (confusion.classes, confusion.answers) == (("one", "two", "zero"), ("one", "two", "zero", "unheard of"))
+    assert confusion.counts == ((1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 0))
+    assert [(one.label, one.recall) for one in report.classes["digits/classification"]] == [("one", 1), ("two", 0.5), ("zero", 0.5)]
     assert report.unfinished == {"digits/classification": 1}
     assert [record.key for record in report.records] == list(pairs)
 
 
+def answered(dataset, number, key, reference, answer, *, task="classification", is_finished=True, **metadata):
+    names = {"dataset": dataset, "task": task, "shard": "a.tar", "number": number, "key": key, "metadata": metadata}
+    return Answered(**names, reference=Reply(reference), answer=Reply(answer, is_finished=is_finished))
+
+
+def scored(nats):
+    names = {"dataset": "texts", "task": "text", "shard": "a.tar", "number": 0, "key": "t0"}
+    return Scored(**names, nats=nats, num_tokens=2, num_bytes=3, token_counts={1: 2})
+
+
 def test_a_figure_that_is_not_a_number_is_shown_as_none(tmp_path):
-    record = Scored("texts", "text", "a.tar", 0, "t0", nats=math.nan, num_tokens=2, num_bytes=3, token_counts={1: 2})
-    report = make_report([record], [], source="here", step=None, settings={})
+    report = make_report([scored(math.nan)], [], source="here", step=None, settings={})
     assert [row.value for row in report.rows] == [None, None]
     report.write(tmp_path)
-    assert "| perplexity | – | 1 |" in (tmp_path / "report.md").read_text()
+    assert "| perplexity | – |  | 1 |" in (tmp_path / "report.md").read_text()
+    huge = make_report([scored(1e6)], [], source="here", step=None, settings={})
+    assert huge.rows[0].value is None
+
+
+def test_results_come_back_from_their_lines():
+    box = Box("RBC", (1.0, 2.0, 3.5, 4.0), 0.25)
+    instance = Instance("nucleus", (2, 3), (1, 2, 3), 0.5)
+    reply = Reply("seven", (box,), (instance,), num_malformed=2, is_finished=False)
+    found = answered("digits", 3, "p3", "zero", "one", voice="a")
+    for result in (
+        found,
+        dataclasses.replace(found, answer=reply),
+        scored(1.5),
+        SkippedSample(dataset="d", shard="s", number=1, key="k", reason="r"),
+    ):
+        assert result_from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert math.isnan(result_from_json(json.loads(json.dumps(scored(math.nan).to_json()))).nats)
 
 
 def test_the_report_is_written_whole(run, report):
@@ -154,7 +196,7 @@ def test_the_report_is_written_whole(run, report):
     assert [one["key"] for one in predictions] == [record.key for record in report.records]
     text = (folder / "report.md").read_text()
     assert text == report.to_markdown()
-    assert "| pictures | classification | 6 | accuracy |" in text
+    assert "| pictures | classification |  | 6 | accuracy |" in text
     assert "p3" in text
 
 
@@ -169,6 +211,59 @@ def test_parts_of_the_samples_add_up_to_the_whole(run, datasets, report):
     keys = Counter(result.key for result in results)
     assert keys == Counter([record.key for record in report.records] + [one.key for one in report.skipped])
     assert sum(isinstance(result, SkippedSample) for result in results) == len(report.skipped)
+
+
+def judge_places(run, datasets, output, max_judged):
+    """An evaluation that is killed after so many samples."""
+    done = []
+
+    def judged(self, result):
+        if len(done) == max_judged:
+            raise KeyboardInterrupt
+        done.append(result.key)
+        write(self, result)
+
+    write = progress.Progress.write
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(progress.Progress, "write", judged)
+        evaluate(run, datasets=datasets, output=output, **SETTINGS)
+    return done
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(run, datasets, report, tmp_path, caplog):
+    done = judge_places(run, datasets, tmp_path, 4) + judge_places(run, datasets, tmp_path, 3)
+    assert len(done) == len(set(done)) == 7
+    # Cut in the middle of a line, as by a kill.
+    newest = sorted((tmp_path / FOLDER).glob("*.jsonl"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-5])
+    whole = evaluate(run, datasets=datasets, output=tmp_path, **SETTINGS)
+    assert "6 of 15 samples were evaluated before" in caplog.text
+    assert [record.key for record in whole.records] == [record.key for record in report.records]
+    assert [row.value for row in whole.rows] == pytest.approx([row.value for row in report.rows], rel=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "predictions.jsonl"}
+
+
+def test_a_part_of_another_evaluation_is_not_taken_over(run, datasets, tmp_path, caplog):
+    judge_places(run, datasets, tmp_path, 4)
+    again = evaluate(run, datasets={"texts": datasets["texts"]}, output=tmp_path, **SETTINGS)
+    assert "a part of another evaluation, which begins anew" in caplog.text
+    assert len(again.records) == 4
+
+
+@pytest.mark.distributed
+def test_ranks_share_the_samples_and_one_report(run, datasets, report, tmp_path):
+    judge_places(run, datasets, tmp_path, 4)
+    rows, none = run_ranks(evaluate_on_rank, 2, str(run), datasets, str(tmp_path))
+    assert none is None and rows == pytest.approx([row.value for row in report.rows], rel=1e-5)
+    table = json.loads((tmp_path / "report.json").read_text())
+    assert table["settings"]["num_ranks"] == 2
+    predictions = [json.loads(line)["key"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert predictions == [record.key for record in report.records]
+
+
+def evaluate_on_rank(run, datasets, output):
+    report = evaluate(Path(run), datasets=datasets, output=Path(output), **SETTINGS)
+    return None if report is None else [row.value for row in report.rows]
 
 
 def test_a_bound_on_samples_spreads_over_the_dataset(datasets):

@@ -1,0 +1,8 @@
+"""Classification of sounds: the answer is the label's text."""
+
+from __future__ import annotations
+
+from megamm.tasks.classification import label_figures, parse_label
+from megamm.tasks.task import Task
+
+TASK = Task("audio_classification", "What do you hear?", parse_label, label_figures, has_classes=True)
