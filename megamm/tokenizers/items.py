@@ -68,7 +68,7 @@ class ItemTable:
     @cached_property
     def digest(self) -> str:
         """Of all items, texts and codes: 32 hexadecimal digits."""
-        return digest_text("".join(self._lines()))
+        return digest_text(canonical_json([self.ids, self.texts, self.codes.tolist(), self.num_codes]))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -173,13 +173,14 @@ class ItemTable:
             facts = json.loads(head)
             if facts["format"] != FORMAT:
                 raise ConfigError(f"{path} has format {facts['format']}, this is {FORMAT}; {fix}")
-            if digest_text(body) != facts["digest"]:
-                raise ConfigError(f"{path} is not what was written (its digest differs); {fix}")
             # Not `splitlines`: a text may hold what Unicode calls a line's end.
             items: list[dict[str, Any]] = [json.loads(line) for line in body.split("\n") if line]
             ids, texts = (tuple(item[name] for item in items) for name in ("id", "text"))
             codes = np.array([item["codes"] for item in items], dtype=np.int32)
-            return cls(ids, texts, codes, facts["codes"], facts["made_from"])
+            table = cls(ids, texts, codes, facts["codes"], facts["made_from"])
+            if table.digest != facts["digest"]:
+                raise ConfigError(f"{path} is not what was written (its digest differs); {fix}")
+            return table
         except (ValueError, KeyError, TypeError, DataError) as error:
             raise ConfigError(f"{path} is no table of items ({error}); {fix}") from None
 
