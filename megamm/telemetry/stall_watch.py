@@ -132,21 +132,28 @@ class StallWatch:
 
     def _keep_clock(self) -> None:
         stillness = Stillness(2 * self._look_seconds)
-        armed = -self._beat_seconds
+        armed, shown = -self._beat_seconds, float("inf")
         while not self._stalled.is_set():
             now, place = time.monotonic(), self._where.place
+            if now > shown:
+                self._explain_stacks(now - armed)
             seconds = stillness.look(place, now)
             limit = allowance(self._stall_seconds, place, self._where.longest_step_seconds)
             if now - armed > self._beat_seconds:
                 # Python threads stand still where native code keeps the interpreter's lock; this one's stacks come without it.
                 faulthandler.dump_traceback_later(limit + self._gather_seconds, exit=False, file=sys.__stderr__ or sys.stderr)
-                armed = now
+                armed, shown = now, now + limit + self._gather_seconds
             if seconds > limit:
                 self._message = f"no progress for {seconds:.0f} s in {place.phase} of step {place.step}, {limit:.0f} s are allowed"
                 self._stalled.set()
             self._stalled.wait(self._look_seconds)
         if not self._left.is_set():
             self._end()
+
+    def _explain_stacks(self, seconds: float) -> None:
+        """The timer without the interpreter cannot tell a job that is suspended and woken from one that hangs, and has shown stacks."""
+        why = "suspended, or in native code that kept the interpreter's lock"
+        _say(f"rank {self._who.rank} did nothing at all for {seconds:.0f} s: {why}; stacks under `Timeout` are of then, and it goes on")
 
     def _end(self) -> None:
         faulthandler.cancel_dump_traceback_later()

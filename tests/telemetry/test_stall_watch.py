@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -276,6 +277,53 @@ def test_stacks_are_shown_without_the_interpreters_lock(tmp_path):
         timer.cancel()
         process.kill()
     assert "Timeout" in lines[0] and "<string>" in lines[-1], lines
+
+
+@pytest.mark.integration
+def test_a_rank_that_was_suspended_as_a_whole_says_so_and_goes_on(tmp_path):
+    program = """
+        import select
+        import sys
+        from pathlib import Path
+        from megamm.telemetry.heartbeat import read_beats
+        from megamm.telemetry.stall_watch import StallWatch
+        from megamm.telemetry.whereabouts import Whereabouts, Who
+
+        run = Path(sys.argv[1])
+        (run / "config.json").touch()
+        where = Whereabouts()
+        where.enter("data", 1)
+        where.enter("train", 1)
+        where.enter("data", 2)
+        watch = StallWatch(run, Who(1, 0, 1), where, stall_seconds=1, num_collectives=lambda: 0)
+        watch._gather_seconds = 0.1
+        with watch:
+            while not any(beat.count > 3 for beat in read_beats(run, 1)):
+                where.enter("data", 2)
+            print("begun", flush=True)
+            while not select.select([sys.stdin], [], [], 0.01)[0]:
+                where.enter("data", 2)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(words, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        # The timer's time passes, and a process that is stopped tells nobody of it.
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        told = []
+        while not told or "did nothing at all for" not in told[-1]:
+            told.append(process.stderr.readline())
+            assert told[-1], told
+        process.stdin.write("leave\n")
+        process.stdin.close()
+        assert process.wait() == 0
+        timer.cancel()
+    assert "Timeout" in told[0] and "suspended" in told[-1]
 
 
 def test_a_rank_that_leaves_takes_its_heartbeat_along_and_what_earlier_starts_left(tmp_path):
