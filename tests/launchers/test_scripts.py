@@ -47,17 +47,18 @@ def test_local_without_a_number_says_how_it_is_used():
 
 
 def test_scratch_is_where_temporary_files_go_and_refused_where_it_cannot_be(tmp_path):
-    node = [str(CHECKOUT / "launchers" / "node.sh"), "python3", "-c", "import tempfile; print(tempfile.gettempdir())"]
-
-    def start(scratch, *more):
+    def start(scratch, *words):
         variables = os.environ | {"MEGAMM_SCRATCH": str(scratch), "SLURMD_NODENAME": "n3"}
-        return subprocess.run([*node, *more], env=variables, capture_output=True, text=True, check=False)
+        return subprocess.run([CHECKOUT / "launchers" / "node.sh", *words], env=variables, capture_output=True, text=True, check=False)
 
-    assert start(tmp_path / "mine").stdout == f"{tmp_path}/mine\n"
+    tells = ("python3", "-c", "import tempfile; print(tempfile.gettempdir())")
+    assert start(tmp_path / "mine", *tells).stdout == f"{tmp_path}/mine\n"
     # What lies above it may be a disk that is not mounted.
-    refused = start(tmp_path / "disk" / "mine")
+    refused = start(tmp_path / "disk" / "mine", *tells)
     assert refused.returncode == 2 and refused.stdout == ""
     assert refused.stderr.startswith(f"megamm: MEGAMM_SCRATCH={tmp_path}/disk/mine cannot be written on n3; make it on every node")
+    # The checks say themselves what they find.
+    assert start(tmp_path / "disk" / "mine", "echo", "preflight").stdout == "preflight\n"
 
 
 def test_srun_variables_become_ranks():
