@@ -19,13 +19,19 @@ Arguments = argparse.Namespace
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand: its words after `megamm`, one line of help, how it parses and what it calls."""
+    """A subcommand: its words after `megamm`, one line of help, how it parses and what it calls.
+
+    Attributes:
+        takes_overrides: Words that it does not know override keys of a recipe.
+        takes_words: Words that it does not know are for another command.
+    """
 
     words: tuple[str, ...]
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Arguments], None]
     takes_overrides: bool = False
+    takes_words: bool = False
 
 
 def recipe_argument(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         env.apply_defaults()
-        command, arguments = _parse(words)
+        command, arguments = parse(words)
         command.run(arguments)
     except MegaMMError as error:
         if debug:
@@ -60,7 +60,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"megamm: {message}; see `{self.prog} --help`\n")
 
 
-def _parse(words: Sequence[str]) -> tuple[Command, Arguments]:
+def parse(words: Sequence[str]) -> tuple[Command, Arguments]:
+    """The subcommand that words name, and its arguments; `overrides` holds the words that it does not know.
+
+    Raises:
+        ConfigError: A word is none of the command's.
+        SystemExit: The words do not parse; it is said on standard error.
+    """
     parser = _Parser(prog="megamm", description="Train vision-audio-language models at scale.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"megamm {__version__}")
     groups: dict[tuple[str, ...], Any] = {(): parser.add_subparsers(metavar="COMMAND", required=True)}
@@ -77,11 +83,13 @@ def _parse(words: Sequence[str]) -> tuple[Command, Arguments]:
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         one.set_defaults(command=command)
     arguments, rest = parser.parse_known_args(words)
-    if rest and not arguments.command.takes_overrides:
-        raise ConfigError(f"{rest[0]!r} is not an argument of `megamm {' '.join(arguments.command.words)}`; see its --help")
-    _check_undotted(arguments, rest)
+    command = arguments.command
+    if rest and not (command.takes_overrides or command.takes_words):
+        raise ConfigError(f"{rest[0]!r} is not an argument of `megamm {' '.join(command.words)}`; see its --help")
+    if command.takes_overrides:
+        _check_undotted(arguments, rest)
     arguments.overrides = rest
-    return arguments.command, arguments
+    return command, arguments
 
 
 def _check_undotted(arguments: Arguments, overrides: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ COMMANDS = (
     Command(("data", "trace"), "List the samples of a run's step: rank, row, dataset and key.", data.trace_arguments, data.trace),
     Command(("pretrain",), "Train a recipe, or resume it.", training.pretrain_arguments, training.pretrain, True),
     Command(("preflight",), "Check machines before they train.", training.preflight_arguments, training.preflight, True),
-    Command(("submit",), "Check a run and hand it to a scheduler.", submit.arguments, submit.submit, True),
+    Command(("submit",), "Check a job and hand it to a scheduler.", submit.arguments, submit.submit, takes_words=True),
     Command(("status",), "Say how runs are doing.", status.arguments, status.status),
     Command(("checkpoint", "list"), "List a run's checkpoints.", checkpoints.list_arguments, checkpoints.list_),
     Command(("checkpoint", "show"), "Say what a checkpoint holds.", checkpoints.argument, checkpoints.show),

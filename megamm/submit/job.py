@@ -14,9 +14,31 @@ from megamm.submit.options import Options, option_in
 from megamm.submit.script import directives
 from megamm.submit.site import site_environment, site_file
 
-_SCRIPTS = {"pretrain": "pretrain.sh"}
-COMMANDS = tuple(_SCRIPTS)
-"""Commands that can be submitted."""
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A batch script of `slurm/`, and what is looked at before it is submitted.
+
+    Attributes:
+        words: The command of `megamm` that its arguments go to.
+        checks: Names of `checks.CHECKS`, in the order in which they are told.
+    """
+
+    words: tuple[str, ...]
+    checks: tuple[str, ...]
+
+
+SCRIPTS = {
+    "prepare": Script(("prepare",), ("scripts", "parts", "output", "slurm")),
+    "tokenize": Script(("tokenizer",), ("scripts", "shards", "slurm")),
+    "preflight": Script(("preflight",), ("scripts", "ranks", "slurm")),
+    "pretrain": Script(("pretrain",), ("scripts", "ranks", "run", "data", "space", "slurm")),
+    "evaluate": Script(("evaluate",), ("scripts", "model", "slurm")),
+    "export": Script(("export",), ("scripts", "model", "output", "slurm")),
+}
+"""Name of what can be submitted, which is its script's as well."""
+JOBS = Path("jobs")
+"""Where submissions and logs of what belongs to no run are kept, below the working folder."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +46,31 @@ class Request:
     """What somebody asks for.
 
     Attributes:
-        command: One of `COMMANDS`.
-        recipe: Name of a shipped recipe, or a TOML file.
-        run: The run folder; None for `runs/NAME`.
-        arguments: Further options of the command, as its own words.
+        command: One of `SCRIPTS`.
+        recipe: Name of a shipped recipe, or a TOML file; None where the command takes none.
+        run: The run folder that is trained in, evaluated or exported; None for `runs/NAME`, or where there is none.
+        arguments: Further words of the command, as somebody said them.
         overrides: Words that override the recipe.
         sbatch: Options of sbatch; they win over the site's and the script's.
+        output: The folder that the command makes, where it is told one.
         resume: What the command is told to resume.
         data_may_change: Whether the command is told to accept changed data.
     """
 
     command: str
-    recipe: str
+    recipe: str | None
     run: Path | None
     arguments: tuple[str, ...]
     overrides: tuple[str, ...]
     sbatch: tuple[str, ...]
+    output: Path | None = None
     resume: str = "auto"
     data_may_change: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a run that is submitted, and not something before or after one."""
+        return self.command == "pretrain"
 
 
 @dataclass(frozen=True)
@@ -50,9 +79,10 @@ class Plan:
 
     Attributes:
         request: What was asked for.
-        recipe: With overrides, and as the run's archive has it where the run exists.
+        recipe: With overrides, and as the archive has it of a run that exists; None where the command takes none.
         stated: Without overrides: the recipe, or the run's archive.
-        run: The run folder, absolute.
+        run: The run folder, absolute; None where there is none.
+        folder: Where snapshot and output of the job are kept: the run that is trained, else `JOBS`.
         home: The checkout that is snapshotted.
         site: The site's settings; None where there are none.
         site_environment: What they set.
@@ -60,9 +90,10 @@ class Plan:
     """
 
     request: Request
-    recipe: Recipe
-    stated: Recipe
-    run: Path
+    recipe: Recipe | None
+    stated: Recipe | None
+    run: Path | None
+    folder: Path
     home: Path
     site: Path | None
     site_environment: dict[str, str]
@@ -71,7 +102,13 @@ class Plan:
     @property
     def script(self) -> Path:
         """The batch script, in the checkout."""
-        return self.home / "slurm" / _SCRIPTS[self.request.command]
+        return _script(self.home, self.request.command)
+
+    @property
+    def trained(self) -> tuple[Recipe, Path]:
+        """Recipe and folder of the run that is trained."""
+        assert self.recipe is not None and self.run is not None, f"{self.request.command} has a recipe and a run"
+        return self.recipe, self.run
 
     @property
     def world_sizes(self) -> range:
@@ -90,7 +127,7 @@ class Plan:
             own["MEGAMM_VENV"] = sys.prefix
         return {**self.site_environment, **own}
 
-    def command(self, home: Path, recipe: str, *, test: bool = False) -> list[str]:
+    def command(self, home: Path, recipe: str | None, *, test: bool = False) -> list[str]:
         """The command line of sbatch for the code in `home`.
 
         Args:
@@ -99,9 +136,11 @@ class Plan:
             test: Only ask whether it could run.
         """
         how = "--test-only" if test else "--parsable"
-        script = home / "slurm" / self.script.name
-        words = [recipe, "--run", str(self.run), *self.request.arguments, *self.request.overrides]
-        return ["sbatch", how, *self.options.words, str(script), *words]
+        words = [] if recipe is None else [recipe]
+        # The script works it out from its own folder elsewhere.
+        words += ["--run", str(self.run)] if self.request.trains else []
+        script = str(_script(home, self.request.command))
+        return ["sbatch", how, *self.options.words, script, *words, *self.request.arguments, *self.request.overrides]
 
 
 def plan_job(request: Request) -> Plan:
@@ -111,20 +150,21 @@ def plan_job(request: Request) -> Plan:
         ConfigError: The recipe, an option or the site's settings are not valid, or there are no scripts.
     """
     home = Path(megamm.__file__).resolve().parents[1]
-    if not (script := home / "slurm" / _SCRIPTS[request.command]).is_file():
+    if not (script := _script(home, request.command)).is_file():
         raise ConfigError(f"{script} does not exist: this megamm is installed without its scripts; submit from a checkout")
-    recipe = load_recipe(request.recipe, request.overrides)
-    run = (request.run or Path("runs") / recipe.name).absolute()
-    archived = run / "config.json"
+    recipe, stated, run = _recipes(request)
+    folder = run if run is not None and request.trains else JOBS.absolute()
     site = site_file(home)
     environment = site_environment(site)
     own = Options(request.sbatch, {**os.environ, **environment}, tuple(directives(script)))
-    words = _own_words(own, run, recipe.name, environment)
+    name = folder.name if request.trains else request.command
+    words = _own_words(own, folder / "logs", name, environment)
     return Plan(
         request=request,
-        recipe=resumed_recipe(archived, recipe, request.overrides),
-        stated=resumed_recipe(archived, load_recipe(request.recipe), ()),
+        recipe=recipe,
+        stated=stated,
         run=run,
+        folder=folder,
         home=home,
         site=site,
         site_environment=environment,
@@ -132,14 +172,31 @@ def plan_job(request: Request) -> Plan:
     )
 
 
-def _own_words(options: Options, run: Path, name: str, site: dict[str, str]) -> list[str]:
+def _script(home: Path, command: str) -> Path:
+    return home / "slurm" / f"{command}.sh"
+
+
+def _recipes(request: Request) -> tuple[Recipe | None, Recipe | None, Path | None]:
+    """The recipe with overrides and without them, and the run folder."""
+    run = request.run.absolute() if request.run else None
+    if request.recipe is None:
+        return None, None, run
+    recipe, stated = load_recipe(request.recipe, request.overrides), load_recipe(request.recipe)
+    if not request.trains:
+        return recipe, stated, run
+    run = run or (Path("runs") / recipe.name).absolute()
+    archived = run / "config.json"
+    return resumed_recipe(archived, recipe, request.overrides), resumed_recipe(archived, stated, ()), run
+
+
+def _own_words(options: Options, logs: Path, name: str, site: dict[str, str]) -> list[str]:
     """Options that follow from others; what somebody says comes after them and wins."""
     words = []
     if option_in(options.words, "job-name") is None:
-        words.append(f"--job-name={run.name if run.name != name else name}")
+        words.append(f"--job-name={name}")
     if option_in(options.words, "output") is None:
         # Percent signs are patterns to sbatch.
-        words.append(f"--output={str(run / 'logs').replace('%', '%%')}/job-%j.out")
+        words.append(f"--output={str(logs).replace('%', '%%')}/job-{'%A_%a' if options.get('array') else '%j'}.out")
     exported = options.get("export")
     if exported is not None and "ALL" not in exported.split(","):
         # The site lets no variables through but those that are named.

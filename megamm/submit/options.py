@@ -10,6 +10,7 @@ from megamm.core.errors import ConfigError
 
 # Option -> its short form and the variable that sbatch reads for it (not every option has one).
 _NAMES = {
+    "array": ("-a", "SBATCH_ARRAY_INX"),
     "nodes": ("-N", ""),
     "ntasks": ("-n", ""),
     "ntasks-per-node": ("", ""),

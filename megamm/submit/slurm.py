@@ -1,4 +1,4 @@
-"""A run handed to Slurm: told what would happen, checked, snapshotted, submitted, recorded."""
+"""A job handed to Slurm: told what would happen, checked, snapshotted, submitted, recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megamm.config import to_dict
+from megamm.config import Recipe, to_dict
 from megamm.core.errors import ConfigError
 from megamm.core.files import write_json
 from megamm.status.submissions import FILE, Submission
@@ -41,7 +41,7 @@ def submit(request: Request, *, dry_run: bool) -> Iterator[str]:
     for name, finding in check(plan):
         num_problems += finding.level == "problem"
         yield f"{finding.level:<8} {name:<8} {finding.text}"
-    folder = next_folder(plan.run)
+    folder = next_folder(plan.folder)
     if dry_run:
         yield from _rehearsal(plan, folder)
     if num_problems:
@@ -50,7 +50,7 @@ def submit(request: Request, *, dry_run: bool) -> Iterator[str]:
         return
     submission = _submit(plan, folder)
     yield ""
-    yield f"submitted job {submission.job_id}: {plan.run}, code and settings in {folder}"
+    yield f"submitted job {submission.job_id}: {_subject(plan)}, code and settings in {folder}"
     yield from _next_steps(plan, submission)
 
 
@@ -60,9 +60,11 @@ def _rehearsal(plan: Plan, folder: Path) -> Iterator[str]:
     yield ""
     yield f"code       {plan.home}, commit {commit.name or 'unknown'}{', modified' if commit.is_modified else ''}"
     yield f"snapshot   {folder}"
-    yield f"settings that differ from {'those of the run' if (plan.run / 'config.json').is_file() else 'the recipe'}"
-    changed = [f"  {line}" for line in _changes(plan)]
-    yield from changed or ["  none"]
+    if plan.recipe is not None and plan.stated is not None:
+        is_run = plan.request.trains and (plan.folder / "config.json").is_file()
+        yield f"settings that differ from {'those of the run' if is_run else 'the recipe'}"
+        changed = [f"  {line}" for line in _changes(plan.stated, plan.recipe)]
+        yield from changed or ["  none"]
     yield "environment"
     yield from (f"  {name}={shlex.quote(value)}" for name, value in sorted(plan.environment(folder).items()))
     yield "command"
@@ -70,8 +72,8 @@ def _rehearsal(plan: Plan, folder: Path) -> Iterator[str]:
     yield "nothing was submitted and nothing written (--dry-run)"
 
 
-def _changes(plan: Plan) -> Iterator[str]:
-    old, new = to_dict(plan.stated), to_dict(plan.recipe)
+def _changes(stated: Recipe, recipe: Recipe) -> Iterator[str]:
+    old, new = to_dict(stated), to_dict(recipe)
     for key in differences(old, new):
         yield f"{key}: {_at(old, key)} -> {_at(new, key)}"
 
@@ -83,9 +85,9 @@ def _at(table: Any, key: str) -> str:
 
 
 def _submit(plan: Plan, folder: Path) -> Submission:
-    logs = plan.run / "logs"
+    logs = plan.folder / "logs"
     with contextlib.ExitStack() as undo:
-        for path in (*reversed(plan.run.parents), plan.run, logs, folder.parent):
+        for path in (*reversed(plan.folder.parents), plan.folder, logs, folder.parent):
             if not path.exists():
                 undo.callback(_remove_if_empty, path)
         # Slurm opens the job's output before its first command, and makes no folder for it.
@@ -145,8 +147,14 @@ def _remove_if_empty(path: Path) -> None:
 
 
 def _next_steps(plan: Plan, submission: Submission) -> Iterator[str]:
-    run = shlex.quote(str(plan.run))
-    yield f"  megamm status {run}"
-    yield f"  tail -F {run}/logs/job-{submission.job_id}.out"
-    yield f"  touch {run}/STOP          ends it after a step, with a checkpoint"
+    folder = shlex.quote(str(plan.folder))
+    if plan.request.trains:
+        yield f"  megamm status {folder}"
+    yield f"  tail -F {folder}/logs/job-{submission.job_id}{'_0' if plan.options.get('array') else ''}.out"
+    if plan.request.trains:
+        yield f"  touch {folder}/STOP          ends it after a step, with a checkpoint"
     yield f"  scancel {submission.job_id}"
+
+
+def _subject(plan: Plan) -> str:
+    return str(plan.folder) if plan.request.trains else plan.request.command

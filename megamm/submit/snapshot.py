@@ -1,4 +1,5 @@
-"""The code and the settings of a submission, kept in the run folder: a checkout that is edited later changes no job that waits.
+"""The code and the settings of a submission, kept in the run folder (in `jobs` for what trains none): a checkout that is edited later
+changes no job that waits.
 
 RUN/submissions/0001/megamm slurm launchers ds_configs   what the job runs (its MEGAMM_HOME)
 RUN/submissions/0001/recipe.toml                         the recipe, where it is a file of somebody's own
@@ -52,16 +53,16 @@ def commit_of(home: Path) -> Commit:
     return Commit(name, patch, bool(patch or new.strip()))
 
 
-def next_folder(run: Path) -> Path:
-    """Where the next submission of a run will be kept."""
-    folder = run / FOLDER
+def next_folder(parent: Path) -> Path:
+    """Where the next submission of a run, or of a folder of other jobs, will be kept."""
+    folder = parent / FOLDER
     numbers = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     return folder / f"{max(numbers, default=0) + 1:04d}"
 
 
-def recipe_word(plan: Plan, folder: Path) -> str:
-    """The recipe as a job of the snapshot in `folder` is told it."""
-    return plan.request.recipe if _is_shipped(plan) else str(folder / "recipe.toml")
+def recipe_word(plan: Plan, folder: Path) -> str | None:
+    """The recipe as a job of the snapshot in `folder` is told it; None where it takes none."""
+    return str(folder / "recipe.toml") if _own_recipe(plan) else plan.request.recipe
 
 
 def take_snapshot(plan: Plan, folder: Path) -> Commit:
@@ -77,11 +78,12 @@ def take_snapshot(plan: Plan, folder: Path) -> Commit:
             shutil.copytree(plan.home / part, draft / part, ignore=_LEFT_OUT)
         if plan.site is not None:
             shutil.copyfile(plan.site, draft / "slurm" / "site.env")
-        if not _is_shipped(plan):
-            shutil.copyfile(plan.request.recipe, draft / "recipe.toml")
+        if (recipe := _own_recipe(plan)) is not None:
+            shutil.copyfile(recipe, draft / "recipe.toml")
         if commit.patch:
             write_text(draft / "code.patch", commit.patch)
-        write_json(draft / "config.json", to_dict(plan.recipe))
+        if plan.recipe is not None:
+            write_json(draft / "config.json", to_dict(plan.recipe))
         _rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -94,12 +96,14 @@ def _rename(draft: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-        raise ConfigError(f"{folder} was made by another submission of the same run at this moment; see `megamm status`") from None
+        raise ConfigError(f"{folder} was made by another submission at this moment; submit again") from None
 
 
-def _is_shipped(plan: Plan) -> bool:
+def _own_recipe(plan: Plan) -> str | None:
+    """The recipe's file, where it is somebody's own."""
+    name = plan.request.recipe
     # As `load_recipe` decides: a file of that name comes before a recipe of that name.
-    return plan.request.recipe in recipe_names() and not Path(plan.request.recipe).is_file()
+    return None if name is None or (name in recipe_names() and not Path(name).is_file()) else name
 
 
 def _git(home: Path, *words: str) -> str:

@@ -31,10 +31,11 @@ def existing(path: Path) -> Path:
 
 def check_space(plan: Plan) -> Iterator[Finding]:
     """Bytes and inodes for the checkpoints that are kept, and for the one that is written before an older one goes."""
-    settings, folder = plan.recipe.checkpoint, existing(plan.run)
+    recipe, run = plan.trained
+    settings, folder = recipe.checkpoint, existing(run)
     system = os.statvfs(folder)
     free_bytes, num_free_inodes = system.f_bavail * system.f_frsize, system.f_favail
-    size, source = _checkpoint_bytes(plan)
+    size, source = _checkpoint_bytes(recipe, run)
     num_kept = settings.keep_last + 1
     num_files = num_kept * (plan.world_sizes[-1] + _FILES_BESIDE_RANKS)
     # Some file systems count no inodes and say 0 of 0.
@@ -43,23 +44,23 @@ def check_space(plan: Plan) -> Iterator[Finding]:
     if size is None:
         yield note(f"{num_bytes(free_bytes)} free on {folder}; what a checkpoint takes is not known: {source}")
         return
-    wanted = max(0, num_kept * size - _held_bytes(plan.run / "checkpoints"))
+    wanted = max(0, num_kept * size - _held_bytes(run / "checkpoints"))
     text = f"{num_kept:,} checkpoints of {num_bytes(size)} ({source}), {num_bytes(free_bytes)} free on {folder}"
     if wanted > free_bytes:
         yield problem(f"{text}: {num_bytes(wanted - free_bytes)} short; make room, lower checkpoint.keep_last, or name a --run elsewhere")
     else:
         yield good(text)
-    num_forever = plan.recipe.train.steps // settings.keep_every if settings.keep_every else 0
+    num_forever = recipe.train.steps // settings.keep_every if settings.keep_every else 0
     if num_forever and wanted <= free_bytes < wanted + num_forever * size:
         yield note(f"checkpoint.keep_every={settings.keep_every} keeps {num_forever:,} more for ever: {num_bytes(num_forever * size)}")
 
 
-def _checkpoint_bytes(plan: Plan) -> tuple[int | None, str]:
+def _checkpoint_bytes(recipe: Recipe, run: Path) -> tuple[int | None, str]:
     """Size of a checkpoint and where the figure is from; None and why where there is none."""
-    if plan.run.is_dir() and (saved := newest_saved(plan.run)[0]) is not None:
+    if run.is_dir() and (saved := newest_saved(run)[0]) is not None:
         return saved.num_bytes, f"as that of step {saved.step}"
     try:
-        counts = _count_parameters(plan.recipe)
+        counts = _count_parameters(recipe)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return None, f"parameters are counted with torch, which failed here ({_reason(error)})"
     size = _BYTES_A_TRAINED * (counts["total"] - counts["frozen"]) + _BYTES_A_FROZEN * counts["frozen"]

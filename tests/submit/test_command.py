@@ -1,6 +1,5 @@
 """`megamm submit` as it is called, where there is no torch and no Slurm."""
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -8,25 +7,54 @@ from pathlib import Path
 import pytest
 
 from megamm.cli import main
-from megamm.cli.submit import words_of_pretrain
-from megamm.cli.training import pretrain_arguments
+from megamm.cli.submit import own_words
 from tests.support.login_node import login_node
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "overrides", "own"),
     [
-        [],
-        ["--resume", "never", "--accept-data-change"],
-        ["--exclude", "keys.txt", "--max-seconds", "60", "--stop-after", "7"],
-        ["--skip-steps", "41-49", "--rewind-on-spike"],
+        ([], [], []),
+        (["--resume", "never", "--accept-data-change"], [], ["--resume", "never", "--accept-data-change"]),
+        (["--run", "a", "--optim.lr", "1e-3", "--max-seconds", "60"], ["--optim.lr", "1e-3"], ["--max-seconds", "60"]),
+        (["--optim.lr=1e-3", "--run=a", "--exclude", "a"], ["--optim.lr=1e-3"], ["--exclude", "a"]),
     ],
 )
-def test_options_of_the_command_reach_the_job_as_they_were_said(words):
-    parser = argparse.ArgumentParser()
-    pretrain_arguments(parser)
-    said = parser.parse_args(["tiny", *words])
-    assert parser.parse_args(["tiny", *words_of_pretrain(said)]) == said
+def test_words_of_the_command_reach_the_job_as_they_were_said(words, overrides, own):
+    assert own_words(words, overrides, without_run=True) == own
+
+
+SOURCE = {"prepare": ("text", "/raw"), "tokenize": ("tiny",), "preflight": ("tiny",), "evaluate": ("run",), "export": ("run",)}
+
+
+@pytest.mark.parametrize("script", SOURCE)
+def test_every_script_is_rehearsed_with_its_own_words(script: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEGAMM_SITE", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_CONF", "/nowhere")
+    output = ("--output", "out") if script in ("prepare", "export") else ()
+    assert main(["submit", "slurm", script, *SOURCE[script], *output, "--time=5", "--dry-run"]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith("megamm: nothing was submitted: ") and "problem  slurm " in told.out
+    *_, command, _ = told.out.splitlines()
+    words = command.split()
+    kept = tmp_path / "jobs" / "submissions" / "0001" / "slurm" / f"{script}.sh"
+    assert words[0] == "sbatch" and "--time=5" in words and f"--job-name={script}" in words
+    assert words[words.index(str(kept)) :] == [str(kept), *SOURCE[script], *output]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_words_that_the_job_would_refuse_are_refused_here(capsys):
+    assert main(["submit", "slurm", "pretrain", "--run", "tiny", "tiny"]) == 1
+    assert "the recipe tiny comes first" in capsys.readouterr().err
+    assert main(["submit", "slurm", "pretrain", "tiny", "--exlude", "keys"]) == 1
+    assert "did you mean 'exclude'?" in capsys.readouterr().err
+    assert main(["submit", "slurm", "evaluate", "run", "--optim.lr", "1"]) == 1
+    assert "'--optim.lr' is not an argument of `megamm evaluate`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["submit", "slurm", "export", "run"])
+    assert "--output" in capsys.readouterr().err
 
 
 def test_a_rehearsal_without_torch_and_slurm_tells_everything_and_writes_nothing(recipe: Path, tmp_path: Path):

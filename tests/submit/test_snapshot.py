@@ -58,7 +58,7 @@ def test_two_submissions_at_one_moment_do_not_mix(plan):
     planned = plan()
     folder = next_folder(planned.run)
     take_snapshot(planned, folder)
-    with pytest.raises(ConfigError, match="another submission of the same run"):
+    with pytest.raises(ConfigError, match="another submission at this moment"):
         take_snapshot(planned, folder)
 
 
