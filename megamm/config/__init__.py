@@ -2,6 +2,7 @@
 
 from megamm.config.read import apply_overrides, from_dict, load_recipe, load_resolved, recipe_names, resumed_recipe, to_dict
 from megamm.config.schema import (
+    Adapter,
     AudioFeatures,
     Augment,
     Batching,
@@ -10,6 +11,7 @@ from megamm.config.schema import (
     Dataset,
     Engine,
     Evaluation,
+    Head,
     ImageFeatures,
     Limits,
     Loss,
@@ -29,6 +31,7 @@ from megamm.config.schema import (
 )
 
 __all__ = [
+    "Adapter",
     "AudioFeatures",
     "Augment",
     "Batching",
@@ -37,6 +40,7 @@ __all__ = [
     "Dataset",
     "Engine",
     "Evaluation",
+    "Head",
     "ImageFeatures",
     "Limits",
     "Loss",

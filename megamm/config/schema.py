@@ -117,8 +117,41 @@ class AudioFeatures:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Head:
+    """A head that answers from the backbone's states in place of tokens: every sample of the recipe is then its own.
+
+    Attributes:
+        kind: `linear` (labels of a sample), `detector` (labelled boxes of a picture), `segmenter` (labelled instances, pixel by pixel)
+            or `ctc` (the characters that a sound says).
+        labels: What it can answer, in its fixed order; the characters of `ctc`. An answer outside sends its sample into the ledger.
+        states: What it looks at: the `decoder`'s states (of the whole sample, or of its picture or sound), or those of the `vision` or
+            `audio` tower alone, before its projector.
+        multi_label: A sample may have several labels, or none (`linear`); they stand in label parts of their own, or between commas.
+        pool: How states of a sample become one: their `mean`, or the `last` (`linear`).
+        hidden_size: Width inside (all but `linear`).
+        num_layers: Layers that look at the picture (`detector`), 2^n times finer than its cells (`segmenter`).
+        num_heads: Attention heads (`detector`).
+        num_queries: Most boxes of a picture (`detector`).
+        time_steps: Steps that each state of a sound is spread over (`ctc`): characters and pauses between equal ones need one each.
+        lr_scale: Factor on the optimizer's learning rate.
+    """
+
+    kind: Literal["linear", "detector", "segmenter", "ctc"]
+    labels: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    states: Literal["decoder", "vision", "audio"] = "decoder"
+    multi_label: bool = False
+    pool: Literal["mean", "last"] = "mean"
+    hidden_size: Positive = 128
+    num_layers: Annotated[int, Field(gt=0, le=24)] = 2
+    num_heads: Positive = 4
+    num_queries: Positive = 100
+    time_steps: Positive = 4
+    lr_scale: NonNegative = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Model:
-    """The composed model. A missing vision or audio tower leaves the modality out."""
+    """The composed model. A missing vision or audio tower leaves the modality out, a missing head answers in tokens."""
 
     text: Tower
     vision: Tower | None = None
@@ -126,6 +159,39 @@ class Model:
     image_features: ImageFeatures = ImageFeatures()
     audio_features: AudioFeatures = AudioFeatures()
     projector_lr_scale: NonNegative = 1.0
+    head: Head | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Adapter:
+    """Small trainable parts inside the model, whose own weights then stay as they are (`docs/finetuning.md`).
+
+    Attributes:
+        method: `lora` and `dora` change linear layers, `prefix` adds keys and values to the decoder's attention, `bottleneck` a narrow
+            network behind blocks; `none` trains the model itself.
+        targets: `TOWER.PATTERN`, where TOWER is text, vision, audio or projector: linear layers by the last word of their name, such as
+            `text.[qv]_proj`; blocks by their number. A prefix is the decoder's alone and takes none.
+        rank: Rank of a linear layer's change.
+        alpha: The change is multiplied by `alpha / rank`.
+        dropout: Share of the change's inputs that is dropped in training.
+        prefix_tokens: Keys and values of a prefix, a layer and head each.
+        bottleneck_size: Width of the network behind a block.
+        train_base: Train the model's own weights as well, as its towers' `trainable` says.
+    """
+
+    method: Literal["none", "lora", "dora", "prefix", "bottleneck"] = "none"
+    targets: Annotated[tuple[Annotated[str, Field(pattern=r"^(text|vision|audio|projector)\..+$")], ...], Field(min_length=1)] = ("text.*",)
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    prefix_tokens: Positive = 16
+    bottleneck_size: Positive = 64
+    train_base: bool = False
+
+    @property
+    def freezes_base(self) -> bool:
+        """Whether nothing but the adapter trains."""
+        return self.method != "none" and not self.train_base
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -541,6 +607,7 @@ class Recipe:
     model: Model
     seed: Count = 0
     description: str = ""
+    adapter: Adapter = Adapter()
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()
     batch: Batching = Batching()

@@ -111,6 +111,24 @@ class AudioInput:
 
 
 @dataclass(slots=True)
+class HeadTarget:
+    """What a head is to answer of one sample.
+
+    Attributes:
+        ids: int64[n], numbers of labels: of the sample, of each box, or of each character.
+        counts: float64[k], what this sample adds to each count that the head's loss is divided by.
+        boxes: float32[n, 4], centre x and y, width and height in shares of the view; None but for a detector.
+        pixels: int16[2, h, w] on a grid over the view: one more than the label's number, 0 where nothing is, and whether the pixel
+            is inside its instance, away from its border; None but for a segmenter.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    boxes: np.ndarray | None = None
+    pixels: np.ndarray | None = None
+
+
+@dataclass(slots=True)
 class TokenSequence:
     """One sample in the model's language.
 
@@ -123,6 +141,8 @@ class TokenSequence:
         weights: float32[T]; loss weight of the label at the same position, 0 where it is ignored.
         images: In the order of their placeholders.
         audios: In the order of their placeholders.
+        target: What a head is to answer; None where the answer is in tokens. Then no label is there, and the weight of the last
+            token is the sample's.
     """
 
     dataset: str
@@ -133,6 +153,7 @@ class TokenSequence:
     weights: np.ndarray
     images: list[ImageInput] = field(default_factory=list)
     audios: list[AudioInput] = field(default_factory=list)
+    target: HeadTarget | None = None
 
 
 @dataclass(slots=True)
@@ -140,6 +161,31 @@ class PackedRow:
     """The sequences that share one row, in order; an empty list is an empty row."""
 
     sequences: list[TokenSequence] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class HeadTargets:
+    """What a head is to answer of the documents of a micro-batch, padding left out: their `HeadTarget`s one behind the other.
+
+    Legend: D documents, K counts.
+
+    Attributes:
+        weights: float32[D], loss weight of each document.
+        counts: float64[D, K].
+        num_ids: int64[D].
+        ids: int64[sum of num_ids].
+        boxes: float32[sum of num_ids, 4]; empty but for a detector.
+        grids: int64[D, 2], rows and columns of pixels; zeros but for a segmenter.
+        pixels: int16[2, sum of rows x columns]; empty but for a segmenter.
+    """
+
+    weights: np.ndarray
+    counts: np.ndarray
+    num_ids: np.ndarray
+    ids: np.ndarray
+    boxes: np.ndarray
+    grids: np.ndarray
+    pixels: np.ndarray
 
 
 @dataclass(slots=True)
@@ -163,6 +209,7 @@ class Batch:
         mel: float32[N, M, F], zero-padded to a multiple of the tower's chunk; None without audio.
         mel_mask: int64[N, F], 1 for real frames; None without audio.
         keys: For each row the `dataset/key` of its documents.
+        head: What a head is to answer; None where answers are in tokens.
     """
 
     input_ids: np.ndarray
@@ -179,6 +226,7 @@ class Batch:
     mel: np.ndarray | None = None
     mel_mask: np.ndarray | None = None
     keys: list[list[str]] = field(default_factory=list)
+    head: HeadTargets | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megamm.core.errors import ConfigError
-from megamm.core.types import AudioInput, ImageInput, TokenSequence
+from megamm.core.types import AudioInput, HeadTarget, ImageInput, TokenSequence
 from megamm.data.media.features import MediaRules
 from megamm.data.planning.rows import PlannedSample
 
@@ -147,4 +147,10 @@ def map_arrays(sequence: TokenSequence, change: Callable) -> TokenSequence:
         weights=change(sequence.weights),
         images=[ImageInput(change(image.pixels), image.grid, image.num_tokens, image.view) for image in sequence.images],
         audios=[AudioInput(change(audio.mel), audio.num_tokens) for audio in sequence.audios],
+        target=None if sequence.target is None else _map_target(sequence.target, change),
     )
+
+
+def _map_target(target: HeadTarget, change: Callable) -> HeadTarget:
+    boxes, pixels = (None if one is None else change(one) for one in (target.boxes, target.pixels))
+    return HeadTarget(change(target.ids), change(target.counts), boxes, pixels)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megamm.config import Head
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
-from megamm.core.types import IGNORE_LABEL, AudioInput, Batch, ImageInput, PackedRow
+from megamm.core.types import IGNORE_LABEL, AudioInput, Batch, HeadTargets, ImageInput, PackedRow
+from megamm.data.samples.targets import collate_targets
 
 
-def collate(rows: Sequence[PackedRow], row_tokens: int, pad_id: int, tasks: tuple[str, ...]) -> Batch:
+def collate(rows: Sequence[PackedRow], row_tokens: int, pad_id: int, tasks: tuple[str, ...], *, head: Head | None = None) -> Batch:
     """Lay rows out side by side; what a row does not fill becomes a padding document of its own.
 
     Args:
@@ -18,6 +20,7 @@ def collate(rows: Sequence[PackedRow], row_tokens: int, pad_id: int, tasks: tupl
         row_tokens: S.
         pad_id: Id of padding.
         tasks: Names that `task_ids` will index.
+        head: What answers in place of tokens.
     """
     shape = (len(rows), row_tokens)
     batch = Batch(
@@ -48,12 +51,18 @@ def collate(rows: Sequence[PackedRow], row_tokens: int, pad_id: int, tasks: tupl
     sequences = [sequence for row in rows for sequence in row.sequences]
     _add_images(batch, [image for sequence in sequences for image in sequence.images])
     _add_audios(batch, [audio for sequence in sequences for audio in sequence.audios])
+    if head is not None:
+        batch.head = collate_targets(head, sequences)
     return batch
 
 
 def batch_bytes(batch: Batch) -> int:
     """Size of the arrays of a micro-batch."""
-    return sum(value.nbytes for name in batch.__slots__ if isinstance(value := getattr(batch, name), np.ndarray))
+    return _array_bytes(batch) + (0 if batch.head is None else _array_bytes(batch.head))
+
+
+def _array_bytes(arrays: Batch | HeadTargets) -> int:
+    return sum(value.nbytes for name in arrays.__slots__ if isinstance(value := getattr(arrays, name), np.ndarray))
 
 
 def _add_images(batch: Batch, images: list[ImageInput]) -> None:

@@ -116,7 +116,8 @@ def held_out_batches(
     def collated(jobs: list[RowJob]) -> Batch:
         packed = [PackedRow(_delivered(decoders.result(job))) for job in jobs]
         packed += [PackedRow()] * (micro_rows - len(packed))
-        return collate(packed, held_out.batch.row_tokens, held_out.tokenizer.vocabulary.control_id("pad"), names)
+        pad_id = held_out.tokenizer.vocabulary.control_id("pad")
+        return collate(packed, held_out.batch.row_tokens, pad_id, names, head=held_out.rules.head)
 
     with closing(source), closing(decoders):
         ahead: list[RowJob] | None = None

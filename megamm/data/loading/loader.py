@@ -278,7 +278,13 @@ class StepLoader:
             outcomes = [self._outcomes(row) for row in rows]
             sequences = [[one for one in row if isinstance(one, TokenSequence)] for row in outcomes]
             micro_batches.append(
-                collate([PackedRow(row) for row in sequences], self._plan.batch.row_tokens, self._pad_id, self._plan.tasks)
+                collate(
+                    [PackedRow(row) for row in sequences],
+                    self._plan.batch.row_tokens,
+                    self._pad_id,
+                    self._plan.tasks,
+                    head=self._plan.rules.head,
+                )
             )
             results += [one if isinstance(one, Skipped) else None for row in outcomes for one in row]
             # Nothing may hold a view of a row's arrays when its memory is given to another row.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megamm.config import AudioFeatures, Data, ImageFeatures, Limits, Model
+from megamm.config import AudioFeatures, Data, Head, ImageFeatures, Limits, Model
 from megamm.core.files import canonical_json, digest_text
 from megamm.core.lengths import audio_num_mel_frames, audio_num_tokens, image_num_tokens, patch_grid
 from megamm.core.types import MediaFacts
@@ -30,18 +30,20 @@ class MediaRules:
         audio: None where the model has no audio tower.
         limits: What is refused.
         outline_points: Corners of the outline that an instance of a mask is laid out with.
+        head: What answers in place of tokens, so that samples are laid out without their answers; None where tokens answer.
     """
 
     image: ImageFeatures | None
     audio: AudioFeatures | None
     limits: Limits = DEFAULT_LIMITS
     outline_points: int = Data.outline_points
+    head: Head | None = None
 
     @classmethod
     def of(cls, model: Model, data: Data) -> MediaRules:
         """The rules that a recipe states."""
         image, audio = model.image_features if model.vision else None, model.audio_features if model.audio else None
-        return cls(image, audio, data.limits, data.outline_points)
+        return cls(image, audio, data.limits, data.outline_points, model.head)
 
     @property
     def fingerprint(self) -> str:

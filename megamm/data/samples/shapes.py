@@ -66,6 +66,20 @@ def read_masks(parts: Sequence[Part], media: Mapping[str, bytes], rules: MediaRu
     return {part.member: _decoded(part, media, rules) for part in parts if part.type == "mask"}
 
 
+def instance_map(part: Part, media: Mapping[str, bytes], view: PictureView, rules: MediaRules) -> np.ndarray:
+    """int32[H, W] of a mask part over its source picture, the value k where instance k is.
+
+    Raises:
+        MediaError: The mask is missing, damaged, of another size than its picture, or its instances are not those of its labels.
+    """
+    mask, labels = _decoded(part, media, rules), part.data["labels"]
+    if mask.shape != (view.height, view.width):
+        raise MediaError(f"mask {part.member} has {mask.shape[1]} x {mask.shape[0]} pixels, its picture {view.width} x {view.height}")
+    if mask.max(initial=0) > len(labels):
+        raise MediaError(f"mask {part.member} holds instance {mask.max()}, and {len(labels)} labels; label every instance")
+    return mask
+
+
 def _parts(messages: Sequence[Message]) -> list[Part]:
     return [part for message in messages for part in message.content if part.type in ("boxes", "mask")]
 
@@ -78,11 +92,7 @@ def _boxes(part: Part, view: PictureView) -> list[Shape]:
 
 
 def _outlines(part: Part, media: Mapping[str, bytes], view: PictureView, rules: MediaRules) -> list[Shape]:
-    mask, labels = _decoded(part, media, rules), part.data["labels"]
-    if mask.shape != (view.height, view.width):
-        raise MediaError(f"mask {part.member} has {mask.shape[1]} x {mask.shape[0]} pixels, its picture {view.width} x {view.height}")
-    if mask.max(initial=0) > len(labels):
-        raise MediaError(f"mask {part.member} holds instance {mask.max()}, and {len(labels)} labels; label every instance")
+    mask, labels = instance_map(part, media, view, rules), part.data["labels"]
     return [_outline(label, mask == number, view, rules.outline_points) for number, label in enumerate(labels, 1)]
 
 
