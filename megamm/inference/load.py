@@ -117,7 +117,7 @@ def newest_checkpoint(run: Path) -> Path:
 def run_config(recipe: Recipe, vocabulary: Vocabulary) -> MegaMMConfig:
     """Configuration of the model that a recipe trains over a vocabulary."""
     ids = {name: vocabulary.control_id(name) for name in CONTROL_NAMES}
-    return config_from_recipe(recipe.model, vocab_size=vocabulary.size, control_ids=ids)
+    return config_from_recipe(recipe.model, vocab_size=vocabulary.size, control_ids=ids, adapter=recipe.adapter)
 
 
 def checkpoint_state(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -1,13 +1,15 @@
 """Causal attention over packed rows: a token sees the earlier tokens of its own document and nothing else.
 
-Shape legend: B rows, S tokens of a row, H query heads, K key-value heads, D head size, T tokens of one document.
+An attention layer may hold a learned prefix (`adapters.Prefix`): keys and values that every token of every document sees besides.
+
+Shape legend: B rows, S tokens of a row, H query heads, K key-value heads, D head size, T tokens of one document, P of the prefix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -23,6 +25,9 @@ except ImportError:
 
 DOCUMENT_ATTENTION = "megamm_documents"
 """Name under which transformers knows this attention."""
+
+KeysValues: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
+"""Keys and values of a prefix, [K, P, D] each."""
 
 _PADDING_BLOCK = 128
 
@@ -94,7 +99,7 @@ def document_attention(
     """Attend within documents; without `documents` this is transformers' `sdpa`, KV cache and masks included.
 
     Args:
-        module: The attention layer that calls.
+        module: The attention layer that calls; its `prefix`, where it has one, stands before every document.
         query: [B, H, S, D].
         key: [B, K, S, D].
         value: [B, K, S, D].
@@ -111,7 +116,11 @@ def document_attention(
     Raises:
         ValueError: Dropout or a sliding window over documents.
     """
+    # Always called, whatever the rows hold: ranks must gather it in the same order.
+    prefix = module.prefix() if hasattr(module, "prefix") else None
     if documents is None:
+        if prefix is not None:
+            key, value, attention_mask = _behind_prefix(prefix, query, key, value, attention_mask)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
@@ -121,30 +130,66 @@ def document_attention(
             "set attention_dropout=0 and use_sliding_window=false in the text config"
         )
     if documents.boundaries is not None:
-        return _varlen(query, key, value, documents, scaling), None
-    return _group_by_group(query, key, value, documents, scaling), None
+        return _varlen(query, key, value, documents, scaling, prefix), None
+    return _group_by_group(query, key, value, documents, scaling, prefix), None
+
+
+def _behind_prefix(
+    prefix: KeysValues, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys and values of unpacked rows with the prefix before them, and the mask over both; the KV cache never holds a prefix."""
+    num_tokens, num_keys = query.shape[2], key.shape[2]
+    num_prefix = prefix[0].shape[1]
+    key, value = (torch.cat([own.expand(key.shape[0], -1, -1, -1), x], dim=2) for own, x in zip(prefix, (key, value), strict=True))
+    if mask is not None:
+        return key, value, F.pad(mask, (num_prefix, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if num_tokens > 1:
+        mask = query.new_ones((num_tokens, num_prefix + num_keys), dtype=torch.bool).tril(num_prefix + num_keys - num_tokens)[None, None]
+    return key, value, mask
 
 
 def _group_by_group(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scaling: float | None,
+    prefix: KeysValues | None,
 ) -> torch.Tensor:
     """One call for all documents of a length: short documents cost a kernel call more than they cost arithmetic."""
+    before = _before_documents(prefix, query)
     num_rows, num_heads, row_tokens, _ = query.shape
     sizes = [count * length for count, length in documents.groups]
     # All groups in one selection: a backward of many selections would add up as many gradients of the whole batch.
     q, k, v = (x.transpose(1, 2).flatten(0, 1).index_select(0, documents.places).split(sizes) for x in (query, key, value))
     outputs = [
         F.scaled_dot_product_attention(
-            *(x[group].unflatten(0, shape).transpose(1, 2) for x in (q, k, v)),
+            *(_with_prefix(own, x[group].unflatten(0, shape)).transpose(1, 2) for own, x in zip(before, (q, k, v), strict=True)),
             is_causal=True,
             scale=scaling,
             enable_gqa=num_heads != key.shape[1],
-        )
+        )[:, :, 0 if prefix is None else prefix[0].shape[1] :]
         for group, shape in enumerate(documents.groups)
     ]
     real = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
     out = real.new_zeros(num_rows * row_tokens, num_heads, value.shape[3]).index_copy(0, documents.places, real)
     return out.view(num_rows, row_tokens, num_heads, value.shape[3])
+
+
+def _before_documents(prefix: KeysValues | None, query: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """What stands before each document's queries, keys and values: [P, heads, D] each, or nothing.
+
+    Queries of zeros, whose results are dropped, keep the attention causal and square, which is all that the fast kernels do.
+    """
+    if prefix is None:
+        return None, None, None
+    keys, values = (x.transpose(0, 1) for x in prefix)
+    return query.new_zeros(keys.shape[0], query.shape[1], query.shape[3]), keys, values
+
+
+def _with_prefix(own: torch.Tensor | None, documents: torch.Tensor) -> torch.Tensor:
+    """[documents, T, heads, D] with [P, heads, D] before each."""
+    return documents if own is None else torch.cat([own.expand(documents.shape[0], -1, -1, -1), documents], dim=1)
 
 
 def _grouped(lengths: Sequence[Sequence[int]], row_tokens: int, device: torch.device) -> Documents:
@@ -159,15 +204,43 @@ def _grouped(lengths: Sequence[Sequence[int]], row_tokens: int, device: torch.de
     return Documents(groups, places.to(device, non_blocking=True), None, 0)
 
 
-def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scaling: float | None) -> torch.Tensor:
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scaling: float | None,
+    prefix: KeysValues | None,
+) -> torch.Tensor:
     num_rows, num_heads, row_tokens, head_size = query.shape
     groups = num_heads // key.shape[1]
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    bounds, longest, places = documents.boundaries, documents.longest, None
+    if prefix is not None:
+        num_prefix = prefix[0].shape[1]
+        flat, places = _insert_prefix(_before_documents(prefix, query), flat, bounds)
+        bounds, longest = bounds + num_prefix * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), longest + num_prefix
     # Repeated heads, because grouped queries came to this kernel only after its first releases.
-    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    q, k, v = (x.transpose(1, 2).reshape(num_rows * row_tokens, num_heads, head_size) for x in (query, key, value))
-    bounds, longest = documents.boundaries, documents.longest
+    q, k, v = (x.repeat_interleave(groups, dim=1) if x.shape[1] != num_heads else x for x in flat)
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
-    return out.view(num_rows, row_tokens, num_heads, head_size)
+    return (out if places is None else out[places]).view(num_rows, row_tokens, num_heads, head_size)
+
+
+def _insert_prefix(
+    before: Sequence[torch.Tensor], flat: Sequence[torch.Tensor], bounds: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The flattened batch with the prefix before each document of `bounds`, and where each of its own tokens went."""
+    num_documents, num_tokens, num_prefix = len(bounds) - 1, flat[0].shape[0], before[0].shape[0]
+    tokens = torch.arange(num_tokens, device=bounds.device)
+    places = tokens + num_prefix * torch.bucketize(tokens, bounds[1:].long(), right=True).add(1)
+    starts = bounds[:-1] + num_prefix * torch.arange(num_documents, device=bounds.device)
+    prefix_places = (starts[:, None] + torch.arange(num_prefix, device=bounds.device)).flatten()
+    size = num_tokens + num_documents * num_prefix
+    longer = [
+        x.new_zeros(size, *x.shape[1:]).index_copy(0, places, x).index_copy(0, prefix_places, own.to(x.dtype).repeat(num_documents, 1, 1))
+        for own, x in zip(before, flat, strict=True)
+    ]
+    return longer, places
 
 
 def _runs_varlen(embeds: torch.Tensor) -> bool:

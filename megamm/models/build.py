@@ -11,10 +11,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from megamm.config.schema import ImageFeatures, Model, Optimizer, Tower
+from megamm.config.schema import Adapter, ImageFeatures, Model, Optimizer, Tower
 from megamm.core.errors import ConfigError
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
 from megamm.core.names import did_you_mean
+from megamm.models.adapters import is_adapter
 from megamm.models.configuration_megamm import MegaMMConfig
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.parts import FrozenBatchNorm2d
@@ -24,23 +25,32 @@ _TOWERS_WITH_HEAD = (_PATCH_TOWER, "siglip_vision_model")
 _AUDIO_TOWER = "qwen3_asr_encoder"
 # Older names that every text configuration translates.
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+_NO_ADAPTER = Adapter()
+_ADAPTER_KEYS = ("method", "targets", "rank", "alpha", "dropout", "prefix_tokens", "bottleneck_size")
 _PARTS = ("language_model", "vision_tower", "vision_projector", "audio_tower", "multi_modal_projector")
 
 
-def config_from_recipe(model: Model, *, vocab_size: int, control_ids: dict[str, int]) -> MegaMMConfig:
+def config_from_recipe(
+    model: Model,
+    *,
+    vocab_size: int,
+    control_ids: dict[str, int],
+    adapter: Adapter = _NO_ADAPTER,
+) -> MegaMMConfig:
     """Configuration of the model that a recipe describes.
 
     Args:
         model: The recipe's model.
+        adapter: The recipe's adapter.
         vocab_size: Size of the whole id space, a multiple of 128; final, embeddings are never resized.
         control_ids: Name of a control token (`pad`, `bos`, `image`, ...) to its id.
 
     Raises:
-        ConfigError: A tower that is not known or does not fit, keys that its configuration does not have, or features
-            that contradict it.
+        ConfigError: A tower that is not known or does not fit, keys that its configuration does not have, features
+            that contradict it, or an adapter that does not fit.
     """
     text = _text_config(model.text, vocab_size)
-    return MegaMMConfig(
+    config = MegaMMConfig(
         text_config=text,
         vision_config=None if model.vision is None else _vision_config(model.vision, model.image_features),
         audio_config=None if model.audio is None else _audio_config(model, text.hidden_size),
@@ -57,6 +67,13 @@ def config_from_recipe(model: Model, *, vocab_size: int, control_ids: dict[str, 
         bos_token_id=control_ids["bos"],
         eos_token_id=[control_ids["end"], control_ids["eos"]],
     )
+    if adapter.method != "none":
+        config.adapter = {key: value for key, value in _plain(adapter).items() if key in _ADAPTER_KEYS}
+        try:
+            num_parameters(config)
+        except ValueError as error:
+            raise ConfigError(f"adapter: {error}") from None
+    return config
 
 
 def num_parameters(config: MegaMMConfig) -> dict[str, int]:
@@ -72,16 +89,23 @@ def num_parameters(config: MegaMMConfig) -> dict[str, int]:
     return counts
 
 
-def parameter_groups(model: MegaMMForConditionalGeneration, recipe: Model, optim: Optimizer) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: MegaMMForConditionalGeneration,
+    recipe: Model,
+    optim: Optimizer,
+    adapter: Adapter = _NO_ADAPTER,
+) -> list[dict[str, Any]]:
     """Freeze what the recipe freezes and group what is left for the optimizer.
 
-    Each tower has its own learning rate; norms, biases and embeddings of positions are not decayed. Groups come in a
-    fixed order and empty ones are left out, the same on all ranks.
+    Adapters train, and the model's own weights beside them only where the recipe says so. Each tower has its own learning rate, its
+    adapters included; norms, biases and embeddings of positions are not decayed. Groups come in a fixed order and empty ones are left
+    out, the same on all ranks.
 
     Args:
         model: The composed model, whole or partitioned by ZeRO-3.
         recipe: Which towers train, and their `lr_scale`.
         optim: Peak learning rate and weight decay.
+        adapter: The recipe's adapter.
 
     Returns:
         Groups with `name`, `params`, `lr` and `weight_decay`.
@@ -96,7 +120,8 @@ def parameter_groups(model: MegaMMForConditionalGeneration, recipe: Model, optim
     for name, parameter in model.named_parameters():
         owner = _owner(name)
         tower = towers.get(owner)
-        parameter.requires_grad_(id(parameter) not in frozen and (tower is None or tower.trainable))
+        is_base_trained = id(parameter) not in frozen and (tower is None or tower.trainable) and not adapter.freezes_base
+        parameter.requires_grad_(is_adapter(name) or is_base_trained)
         if parameter.requires_grad:
             members[owner, _decays(name, parameter)].append(parameter)
     groups = [

@@ -37,6 +37,8 @@ class MegaMMConfig(PreTrainedConfig):
         image_end_token_id: Token after them.
         audio_start_token_id: Token before a sound's placeholders.
         audio_end_token_id: Token after them.
+        adapter: What small trainable parts the model has: the fields of `megamm.config.schema.Adapter` that `adapters.attach` reads; None
+            for none.
         end_token_id: Token that closes a message; generation stops there and at `eos_token_id`.
         projector_hidden_size: Width between the two layers of the vision projector; None takes the decoder's.
         projector_hidden_act: Activation of the vision projector.
@@ -52,6 +54,7 @@ class MegaMMConfig(PreTrainedConfig):
     audio_config: dict | PreTrainedConfig | None = None
     image_features: dict | None = None
     audio_features: dict | None = None
+    adapter: dict | None = None
     image_token_id: int | None = None
     audio_token_id: int | None = None
     image_start_token_id: int | None = None

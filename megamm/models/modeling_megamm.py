@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
 
+from .adapters import attach
 from .attention import DOCUMENT_ATTENTION, make_documents
 from .configuration_megamm import MegaMMConfig
 from .loss import LinearHead
@@ -85,6 +86,7 @@ class MegaMMModel(MegaMMPreTrainedModel):
             self.audio_tower = AutoModel.from_config(config.audio_config)
             self.multi_modal_projector = AudioProjector(config)
         self.run_every_tower = False
+        attach(self, config.adapter)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
