@@ -7,6 +7,7 @@ parameter on this rank, none of it on the next. Frozen parameters are whole on e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class FlatState:
     def masters(self) -> list[torch.Tensor]:
         """Flat float32 masters, a parameter group each."""
         return self._optimizer.fp32_groups_flat_partition if self._is_bf16_only else self._optimizer.single_partition_of_fp32_groups
+
+    def in_memory(self, number: int, *, keep: bool) -> AbstractContextManager[None]:
+        """Nothing to fetch: lower stages keep their state in memory."""
+        return nullcontext()
 
     def fragments(self, kinds: tuple[str, ...], *, keep: bool) -> Iterator[tuple[nn.Parameter, list[torch.Tensor]]]:
         """Each trainable parameter of which this rank holds something, with that part of master and moments; changes stay.

@@ -166,12 +166,15 @@ def _buffers(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 def _ensure_moments(engine: Engine) -> None:
     """Give every flat master its AdamW state, which torch makes at the first step only."""
     optimizer = engine.deepspeed.optimizer.optimizer
-    for master in _state_of(engine).masters():
+    partitioned = _state_of(engine)
+    for number, master in enumerate(partitioned.masters()):
         state = optimizer.state[master]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(master)
+            # A master on a drive has no elements before it is fetched, and its moments join it there.
+            with partitioned.in_memory(number, keep=True):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+                for moment in MOMENTS:
+                    state[moment] = torch.zeros_like(master)
 
 
 def _set_counters(engine: Engine, values: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from megamm.core.errors import MegaMMError
 from megamm.engine.distributed import fail_together, import_deepspeed
-from megamm.engine.drive import check_drive
+from megamm.engine.drive import OwnFolder, open_drive
 
 
 class Engine:
@@ -22,8 +22,9 @@ class Engine:
     Within a step also how many backwards it had: checkpoints lie between steps, where there are none.
     """
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Any, drive: OwnFolder | None = None):
         self._engine = engine
+        self._drive = drive
         self._num_backwards = 0
 
     @property
@@ -130,8 +131,10 @@ class Engine:
             self._engine.train(was_training)
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
+        """Remove DeepSpeed's hooks and buffers, and what it has on a drive; the engine cannot be used afterwards."""
         self._engine.destroy()
+        if self._drive is not None:
+            self._drive.close()
 
 
 def initialize(
@@ -149,7 +152,7 @@ def initialize(
         ConfigError: The optimizer's state belongs on a drive that is not there or cannot be used, on some rank.
     """
     with fail_together():
-        check_drive(ds_config)
+        ds_config, drive = open_drive(ds_config)
     deepspeed = import_deepspeed()
     optimizer = torch.optim.AdamW(param_groups, fused=True)
     engine, *_ = deepspeed.initialize(
@@ -163,4 +166,4 @@ def initialize(
     if getattr(scaler, "dynamic", False):
         # Else DeepSpeed ends the run by a bare exception where the scale cannot fall further: the caller counts such steps.
         scaler.raise_error_at_min_scale = False
-    return Engine(engine)
+    return Engine(engine, drive)

@@ -50,7 +50,7 @@ class SplitState:
             The parameter, and the flat master and moments, which are valid until the next one is asked for.
         """
         for number, params in enumerate(self._optimizer.fp16_groups):
-            with self._in_memory(number, keep):
+            with self.in_memory(number, keep=keep):
                 master = self._optimizer.fp32_partitioned_groups_flat[number]
                 state = self._optimizer.optimizer.state[master]
                 for param in params:
@@ -95,8 +95,13 @@ class SplitState:
             persistent[0].all_gather(persistent)
 
     @contextmanager
-    def _in_memory(self, number: int, keep: bool) -> Iterator[None]:
-        """Fetch a sub-group that lies on a drive, once for all of its parameters."""
+    def in_memory(self, number: int, *, keep: bool) -> Iterator[None]:
+        """Fetch a sub-group that lies on a drive, once for all of its parameters.
+
+        Args:
+            number: Which of `masters`.
+            keep: What is written into its tensors stays, and so do moments that are made inside; else they are only read.
+        """
         optimizer = self._optimizer
         if not optimizer._swappable_optimizer_subgroup(number):
             yield

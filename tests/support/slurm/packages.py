@@ -32,7 +32,13 @@ def missing_for_ports() -> str | None:
 
 def install(programs: tuple[str, ...] = _PROGRAMS, names: tuple[str, ...] = _PACKAGES) -> None:
     """Install packages (Slurm's) where root and apt are at hand; what is missing afterwards is for `missing` to say."""
-    if os.geteuid() or shutil.which("apt-get") is None or all(map(shutil.which, programs)):
+    if not all(map(shutil.which, programs)):
+        install_packages(names)
+
+
+def install_packages(names: tuple[str, ...]) -> None:
+    """Install Debian packages where root and apt are at hand."""
+    if os.geteuid() or shutil.which("apt-get") is None:
         return
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     # No daemon of the system's own may start along with the packages.
