@@ -379,7 +379,14 @@ def _slices_of_ranks(own: dict[str, tuple[int, int]]) -> dict[str, list[list[int
 
 
 def _wait_until_seen(folder: Path) -> None:
-    """A network file system may show rank 0's rename late; that is no damage."""
+    """A network file system may show rank 0's rename late; that is no damage.
+
+    In the thread: training goes on meanwhile. Only what waits for this save anyway waits for it too, which is the next save, the end
+    of the run, and every step boundary with a save where `checkpoint.asynchronous` is off. The checkpoint exists by then, so that a
+    job that is killed here loses none.
+
+    Source: nfs(5), `acdirmax`: a client may believe in its listing of a folder for 60 seconds.
+    """
     end = time.monotonic() + _SEEN_SECONDS
     while not folder.is_dir() and time.monotonic() < end:
         time.sleep(0.1)

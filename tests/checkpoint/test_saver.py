@@ -2,6 +2,7 @@
 
 import errno
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megamm.checkpoint.choose import newest_good
 from megamm.checkpoint.commit import Attempt, Progress, write_files
 from megamm.checkpoint.fence import Fence, starts
 from megamm.checkpoint.hold import Hold, hold_run
-from megamm.checkpoint.io import LOCAL
+from megamm.checkpoint.io import LOCAL, Io
 from megamm.checkpoint.lock import LostRun, RunLock, read_owner
 from megamm.checkpoint.manifest import committed, read_data_state, read_ledger, read_manifest, verify
 from megamm.checkpoint.saver import Committed, Failed, Saver
@@ -274,6 +275,37 @@ def test_what_reads_back_damaged_is_set_aside_and_replaces_nothing(make_saver, f
     saver.save(Progress(3))
     saver.finish()
     assert names(folder) == ["step_00000002.damaged-1", "step_00000003"]
+
+
+class Late(Io):
+    """A checkpoint's name can be seen some time after the rename was said to be done, as by another client of a network's file system."""
+
+    def __init__(self):
+        self.is_done, self.may_be_seen = threading.Event(), threading.Event()
+
+    def rename(self, source, target):
+        threading.Thread(target=self._show, args=(source, target)).start()
+        self.is_done.set()
+
+    def _show(self, source, target):
+        assert self.may_be_seen.wait(60)
+        super().rename(source, target)
+
+
+def test_training_goes_on_while_a_rename_cannot_be_seen_yet(make_saver, engine, folder):
+    io = Late()
+    saver = make_saver(io)
+    saver.save(Progress(1))
+    outcomes, num_steps = [], 0
+    while num_steps < 5:
+        train(engine, 0, 1, num_steps, num_steps + 1)
+        outcomes += saver.poll()
+        num_steps += io.is_done.is_set()
+    assert saver.is_pending and outcomes == []
+    io.may_be_seen.set()
+    (outcome,) = poll_to_the_end(saver)
+    assert isinstance(outcome, Committed)
+    assert names(folder) == ["step_00000001"]
 
 
 def test_older_ones_go_only_once_the_new_one_was_read_back(make_saver, folder):
