@@ -285,8 +285,10 @@ end_with() {
 min_nodes() {
     local asked_for
     asked_for=$(job_field ReqTRES)
-    # Before Slurm 23.02 only this told it.
-    asked_for=${asked_for:-$(squeue --json --job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*"tres_req_str": *"\([^"]*\)".*/\1/p' | head -n 1)}
+    # Before Slurm 23.02 only this told it, and always of everybody's jobs.
+    asked_for=${asked_for:-$(squeue --json 2>/dev/null | python3 -c '
+import json, sys
+print(next(job["tres_req_str"] for job in json.load(sys.stdin)["jobs"] if str(job["job_id"]) == sys.argv[1]))' "$SLURM_JOB_ID" 2>/dev/null)}
     [[ $asked_for =~ (^|,)node=([0-9]+) ]] && echo "${BASH_REMATCH[2]}"
 }
 

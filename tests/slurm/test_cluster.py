@@ -83,9 +83,9 @@ def test_a_cancelled_job_leaves_no_process(cluster: Cluster, tmp_path: Path):
 def test_an_urgent_job_sends_another_back_to_the_queue(cluster: Cluster, tmp_path: Path, partition: str, says_goodbye: bool):
     goodbye, ready = tmp_path / "goodbye", tmp_path / "ready"
     # Tasks hear of it in both partitions; with grace they may stay for longer than Slurm's KillWait.
-    task = f'trap "sleep 8; touch {goodbye}; exit 1" TERM; touch {ready}; while true; do sleep 0.1; done'
+    task = f'trap "sleep 12; touch {goodbye}; exit 1" TERM; touch {ready}; while true; do sleep 0.1; done'
     script = f"test $SLURM_RESTART_COUNT && exit 0\nsrun bash -c '{task}' & wait; wait; sleep 1000"
-    cluster.run("scontrol", "update", "PartitionName=graceful", "GraceTime=12")
+    cluster.run("scontrol", "update", "PartitionName=graceful", "GraceTime=30")
     job = cluster.submit("--nodes=2", f"--partition={partition}", "--output=/dev/null", "--wrap", script)
     while not ready.exists():
         time.sleep(0.1)
