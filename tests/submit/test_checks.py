@@ -111,3 +111,38 @@ def test_where_there_is_no_slurm(plan, tmp_path, monkeypatch):
 def test_scripts_are_read_by_bash(plan):
     (told,) = found(plan(), "scripts")
     assert told.level == "ok"
+
+
+def test_parts_of_an_array(plan, monkeypatch):
+    def parts(array):
+        return found(plan(command="prepare", recipe=None, run=None, sbatch=(f"--array={array}",)), "parts")[0]
+
+    assert parts("0-63%8").text == "64 parts"
+    assert parts("3,7").level == "problem" and "set MEGAMM_PARTS" in parts("3,7").text
+    monkeypatch.setenv("MEGAMM_PARTS", "64")
+    assert parts("3,7").level == "ok"
+
+
+def test_a_model_that_is_there_and_its_output(plan, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "out"
+
+    def planned(command="evaluate"):
+        return plan(command=command, recipe=None, output=output)
+
+    assert "is no run folder" in problems(planned(), "model")
+    write_json(run / "config.json", to_dict(plan().recipe))
+    assert "has no checkpoint yet" in problems(planned(), "model")
+    write_checkpoint(run / "checkpoints", 5, {})
+    (told,) = found(planned(), "model")
+    assert told.level == "note" and "newest checkpoint is of step 5" in told.text
+    assert [one.level for one in found(planned("export"), "output")] == ["ok"]
+    output.mkdir()
+    (output / "model.safetensors").touch()
+    assert "is in use" in problems(planned("export"), "output")
+    assert [one.level for one in found(planned("prepare"), "output")] == ["ok"]
+
+
+def test_shards_before_there_is_a_tokenizer(plan, tmp_path):
+    told = found(plan(f"--tokenizer.folder={tmp_path}", command="tokenize"), "shards")
+    assert [one.level for one in told] == ["ok"] * 4
+    assert "no shard matches" in problems(plan("--data.train.texts.shards=none/*.tar", command="tokenize"), "shards")

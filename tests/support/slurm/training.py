@@ -32,7 +32,7 @@ _RECIPE = (
     "--batch.global_rows=8",
     "--batch.micro_rows=2",
     "--telemetry.tensorboard=false",
-    "--telemetry.stall_seconds=20",
+    "--telemetry.stall_seconds=60",
     "--train.stop_margin_seconds=20",
 )
 
