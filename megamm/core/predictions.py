@@ -10,6 +10,18 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class LabelScore:
+    """A label of the whole sample and how likely it is, in [0, 1]."""
+
+    label: str
+    score: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"label": self.label, "score": self.score}
+
+
+@dataclass(frozen=True, slots=True)
 class Box:
     """A labelled box.
 
@@ -69,3 +81,8 @@ class RankedItem:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"id": self.id, "log_probability": self.log_probability}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RankedItem:
+        """Read what `to_json` wrote."""
+        return cls(value["id"], value["log_probability"])

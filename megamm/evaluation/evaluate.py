@@ -21,9 +21,11 @@ from megamm.evaluation.progress import Progress
 from megamm.evaluation.records import Record, Result, SkippedSample
 from megamm.evaluation.report import Report, check_output, make_report
 from megamm.inference.load import Loaded, load_model
+from megamm.metrics.libraries import library
 from megamm.tasks import TASKS
 
 _log = get_logger("evaluation")
+_LIBRARIES = ("jiwer", "pycocotools", "sacrebleu", "sklearn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ def evaluate(
         ConfigError: No such source or task, no sample to evaluate, an output folder that holds other files, or several ranks without one.
         CheckpointError: The run has no good checkpoint.
         DataError: Shards are missing, or changed since they were indexed.
+        MegaMMError: A library that judges answers is not installed.
     """
     _check(tasks, max_samples=max_samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
     ranks = _Ranks.join()
@@ -195,6 +198,9 @@ def _check(tasks: Sequence[str], **counts: int | None) -> None:
     for name in tasks:
         if name not in TASKS:
             raise ConfigError(f"task {name!r} is not known; the tasks are {', '.join(TASKS)}")
+    # Before the model is loaded, not after all answers.
+    for module in () if set(tasks) == {"text"} else _LIBRARIES:
+        library(module)
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"{name}={count} evaluates nothing; give 1 or more")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from megamm.data.samples.shapes import read_masks
 from megamm.evaluation.held_out import Place, skipped
 from megamm.evaluation.records import Answered, Result, Scored, SkippedSample
 from megamm.inference.generate import Sampling, generate
+from megamm.inference.item_trie import ItemTrie
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import Prompt, make_prompt
+from megamm.inference.ranking import rank_items
 from megamm.inference.score import token_losses
-from megamm.tasks import TASKS, template
+from megamm.tasks import TASKS, recommendation, template
 from megamm.tasks.reply import Reply, read_reply, stored_reply
 
 
@@ -60,9 +63,8 @@ def judge(
         batch_size: Samples that run at once.
         max_new_tokens: Bound on an answer.
     """
-    encoder = SampleEncoder(loaded.tokenizer, loaded.media)
-    questions: list[_Question] = []
-    documents: list[_Document] = []
+    judge = _Judge(loaded, max_new_tokens)
+    waiting: dict[str, list[Any]] = {"answer": [], "rank": [], "score": []}
     for place, sample in samples:
         if isinstance(sample, SkippedSample):
             yield sample
@@ -73,81 +75,95 @@ def judge(
             yield skipped(place, sample.key, f"task {sample.task!r} is not known; the tasks are {', '.join(TASKS)}")
             continue
         try:
-            item = _prepare(loaded, encoder, place, sample, max_new_tokens)
+            way, item = judge.prepare(place, sample)
         except DataError as error:
             yield skipped(place, sample.key, error)
             continue
-        if isinstance(item, _Question):
-            questions.append(item)
-        else:
-            documents.append(item)
-        if len(questions) == batch_size:
-            yield from _answer(loaded, questions, max_new_tokens)
-            questions = []
-        if len(documents) == batch_size:
-            yield from _score(loaded, documents)
-            documents = []
-    if questions:
-        yield from _answer(loaded, questions, max_new_tokens)
-    if documents:
-        yield from _score(loaded, documents)
+        waiting[way].append(item)
+        if len(waiting[way]) == batch_size:
+            yield from getattr(judge, way)(waiting[way])
+            waiting[way] = []
+    for way, rest in waiting.items():
+        if rest:
+            yield from getattr(judge, way)(rest)
 
 
-def _prepare(loaded: Loaded, encoder: SampleEncoder, place: Place, sample: Sample, max_new_tokens: int) -> _Question | _Document:
-    limit = loaded.config.text_config.max_position_embeddings
-    if template.is_document(sample.messages):
-        sequence, _ = encoder.encode(place.dataset, sample)
-        num_tokens = len(sequence.input_ids)
-        item: _Question | _Document = _Document(place, sample, sequence)
-    else:
+class _Judge:
+    """The three ways to judge a batch of samples. State: the trie of the model's items, made when it is first needed."""
+
+    def __init__(self, loaded: Loaded, max_new_tokens: int):
+        self._loaded, self._max_new_tokens = loaded, max_new_tokens
+        self._encoder = SampleEncoder(loaded.tokenizer, loaded.media)
+
+    def prepare(self, place: Place, sample: Sample) -> tuple[str, _Question | _Document]:
+        """How a sample is judged, and what that takes.
+
+        Raises:
+            DataError: It cannot be judged.
+        """
+        if template.is_document(sample.messages):
+            sequence, _ = self._encoder.encode(place.dataset, sample)
+            self._check(len(sequence.input_ids))
+            return "score", _Document(place, sample, sequence)
         messages, parts = template.split_answer(sample.messages)
-        if all(not part.text.strip() for part in parts if part.type in ("text", "label")) and not _holds_places(parts):
+        if all(part.type in ("text", "label") and not part.text.strip() for part in parts):
             raise DataError("the stored answer is blank, so nothing can be compared with it")
-        prompt = make_prompt(loaded, messages, sample.media)
-        num_tokens = len(prompt.input_ids) + max_new_tokens
-        reference = stored_reply(parts, read_masks(parts, sample.media, loaded.media))
-        item = _Question(place, sample, prompt, reference, _view_of(parts, prompt))
-    if num_tokens > limit:
-        raise DataError(f"the sample takes {num_tokens} tokens, answer included; the decoder has {limit} positions")
-    return item
+        prompt = make_prompt(self._loaded, messages, sample.media)
+        reference = stored_reply(parts, read_masks(parts, sample.media, self._loaded.media))
+        question = _Question(place, sample, prompt, reference, _view_of(parts, prompt))
+        if sample.task == recommendation.TASK.name:
+            self._check(len(prompt.input_ids) + self._trie.num_levels)
+            return "rank", question
+        self._check(len(prompt.input_ids) + self._max_new_tokens)
+        return "answer", question
 
+    def answer(self, questions: Sequence[_Question]) -> Iterator[Answered]:
+        """Greedy answers."""
+        answers = generate(self._loaded, [one.prompt for one in questions], Sampling(max_new_tokens=self._max_new_tokens))
+        for question, answer in zip(questions, answers, strict=True):
+            reply = read_reply(
+                answer.token_ids,
+                self._loaded.tokenizer,
+                question.view,
+                probabilities=answer.probabilities,
+                is_finished=answer.is_finished,
+            )
+            yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
 
-def _answer(loaded: Loaded, questions: list[_Question], max_new_tokens: int) -> Iterator[Answered]:
-    answers = generate(loaded, [question.prompt for question in questions], Sampling(max_new_tokens=max_new_tokens))
-    for question, answer in zip(questions, answers, strict=True):
-        reply = read_reply(
-            answer.token_ids,
-            loaded.tokenizer,
-            question.view,
-            probabilities=answer.probabilities,
-            is_finished=answer.is_finished,
-        )
-        yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
+    def rank(self, questions: Sequence[_Question]) -> Iterator[Answered]:
+        """All items of the catalogue, of which the best are kept."""
+        rankings = rank_items(self._loaded, self._trie, [one.prompt for one in questions], max_items=max(recommendation.CUTOFFS))
+        for question, ranking in zip(questions, rankings, strict=True):
+            reply = Reply(items=tuple(ranking))
+            yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
 
+    def score(self, documents: Sequence[_Document]) -> Iterator[Scored]:
+        """How likely each token of a document was."""
+        losses = token_losses(self._loaded, [document.sequence for document in documents])
+        for document, nats in zip(documents, losses, strict=True):
+            labels = document.sequence.labels[document.sequence.labels != IGNORE_LABEL]
+            yield Scored(
+                **_identity(document.place, document.sample),
+                nats=float(nats.sum(dtype=np.float64)),
+                num_tokens=len(labels),
+                num_bytes=sum(len(part.text.encode()) for part in document.sample.messages[0].content),
+                token_counts=dict(Counter(labels.tolist())),
+            )
 
-def _holds_places(parts: Sequence[Part]) -> bool:
-    return any(part.type in ("boxes", "mask") for part in parts)
+    @cached_property
+    def _trie(self) -> ItemTrie:
+        return ItemTrie.of(self._loaded)
+
+    def _check(self, num_tokens: int) -> None:
+        limit = self._loaded.config.text_config.max_position_embeddings
+        if num_tokens > limit:
+            raise DataError(f"the sample takes {num_tokens} tokens, answer included; the decoder has {limit} positions")
 
 
 def _view_of(parts: Sequence[Part], prompt: Prompt) -> PictureView | None:
     """The picture that an answer is about: that of its boxes or masks, else the first."""
     number = next((part.data["image"] for part in parts if part.type in ("boxes", "mask")), 0)
     return prompt.images[number].view if number < len(prompt.images) else None
-
-
-def _score(loaded: Loaded, documents: list[_Document]) -> Iterator[Scored]:
-    losses = token_losses(loaded, [document.sequence for document in documents])
-    for document, nats in zip(documents, losses, strict=True):
-        labels = document.sequence.labels[document.sequence.labels != IGNORE_LABEL]
-        num_bytes = sum(len(part.text.encode()) for part in document.sample.messages[0].content)
-        counts = dict(Counter(labels.tolist()))
-        yield Scored(
-            **_identity(document.place, document.sample),
-            nats=float(nats.sum(dtype=np.float64)),
-            num_tokens=len(labels),
-            num_bytes=num_bytes,
-            token_counts=counts,
-        )
 
 
 def _identity(place: Place, sample: Sample) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from megamm.tasks import (
     detection,
     matching,
     question_answering,
+    recommendation,
     segmentation,
     sentiment,
     speech_recognition,
@@ -25,6 +26,7 @@ _ALL = (
     audio_classification,
     sentiment,
     translation,
+    recommendation,
     matching,
     text,
 )

@@ -15,7 +15,7 @@ import numpy as np
 from megamm.core.errors import DataError
 from megamm.core.geometry import PictureView, Shape
 from megamm.core.masks import fill, run_lengths
-from megamm.core.predictions import Box, Instance
+from megamm.core.predictions import Box, Instance, RankedItem
 from megamm.core.types import Part
 from megamm.tokenizers.text import TextTokenizer
 from megamm.tokenizers.vocabulary import Vocabulary
@@ -33,19 +33,21 @@ class Reply:
         text: All of its text and labels, but for the labels of boxes and instances.
         boxes: In their order.
         instances: In their order.
-        num_malformed: Boxes and instances that do not follow the layout.
+        items: In their order, or best first.
+        num_malformed: Boxes, instances and items that do not follow the layout.
         is_finished: False where it was cut off.
     """
 
     text: str = ""
     boxes: tuple[Box, ...] = ()
     instances: tuple[Instance, ...] = ()
+    items: tuple[RankedItem, ...] = ()
     num_malformed: int = 0
     is_finished: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is empty is left out."""
-        lists = {"boxes": [box.to_json() for box in self.boxes], "instances": [one.to_json() for one in self.instances]}
+        lists = {name: [one.to_json() for one in getattr(self, name)] for name in _LISTS}
         counts = {"num_malformed": self.num_malformed} if self.num_malformed else {}
         ending = {} if self.is_finished else {"is_finished": False}
         return {"text": self.text} | {name: value for name, value in lists.items() if value} | counts | ending
@@ -53,9 +55,11 @@ class Reply:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Reply:
         """Read what `to_json` wrote."""
-        boxes = tuple(Box.from_json(one) for one in value.get("boxes", ()))
-        instances = tuple(Instance.from_json(one) for one in value.get("instances", ()))
-        return cls(value["text"], boxes, instances, value.get("num_malformed", 0), value.get("is_finished", True))
+        lists = {name: tuple(kind.from_json(one) for one in value.get(name, ())) for name, kind in _LISTS.items()}
+        return cls(value["text"], **lists, num_malformed=value.get("num_malformed", 0), is_finished=value.get("is_finished", True))
+
+
+_LISTS = {"boxes": Box, "instances": Instance, "items": RankedItem}
 
 
 def stored_reply(parts: Sequence[Part], masks: Mapping[str, np.ndarray]) -> Reply:
@@ -70,7 +74,8 @@ def stored_reply(parts: Sequence[Part], masks: Mapping[str, np.ndarray]) -> Repl
     """
     boxes = [Box(box["label"], tuple(box["xyxy"])) for part in parts if part.type == "boxes" for box in part.data["boxes"]]
     instances = [one for part in parts if part.type == "mask" for one in _instances(part, masks)]
-    return Reply("".join(part.text for part in parts if part.type in ("text", "label")), tuple(boxes), tuple(instances))
+    items = tuple(RankedItem(part.data["id"]) for part in parts if part.type == "item")
+    return Reply("".join(part.text for part in parts if part.type in ("text", "label")), tuple(boxes), tuple(instances), items)
 
 
 def read_reply(
@@ -94,7 +99,7 @@ def read_reply(
     """
     chances = [1.0] * len(token_ids) if probabilities is None else list(probabilities)
     vocabulary, texts, shapes = tokenizer.vocabulary, [], {"box": [], "mask": []}
-    num_malformed = 0
+    items, num_malformed = _items(token_ids, chances, tokenizer)
     position = 0
     while position < len(token_ids):
         start = position
@@ -114,7 +119,29 @@ def read_reply(
     whole = [box for box in boxes if box.xyxy[0] < box.xyxy[2] and box.xyxy[1] < box.xyxy[3]]
     covering = [instance for instance in instances if sum(instance.counts[1::2])]
     num_malformed += len(boxes) - len(whole) + len(instances) - len(covering)
-    return Reply("".join(texts), tuple(whole), tuple(covering), num_malformed, is_finished)
+    return Reply("".join(texts), tuple(whole), tuple(covering), tuple(items), num_malformed, is_finished)
+
+
+def _items(ids: Sequence[int], chances: Sequence[float], tokenizer: TextTokenizer) -> tuple[list[RankedItem], int]:
+    """Items that stand in tokens, and how many runs of item tokens are none."""
+    vocabulary, found, num_malformed = tokenizer.vocabulary, [], 0
+    position = 0
+    while position < len(ids):
+        if vocabulary.describe(ids[position])[0] != "item":
+            position += 1
+            continue
+        end = position + vocabulary.item_levels
+        run = [token_id for token_id in ids[position:end] if vocabulary.describe(token_id)[0] == "item"]
+        try:
+            item = None if tokenizer.items is None else tokenizer.items.item_of(run, vocabulary)
+        except DataError:
+            item = None
+        if item is None:
+            num_malformed += 1
+        else:
+            found.append(RankedItem(item, float(np.log(chances[position:end]).sum())))
+        position += max(len(run), 1)
+    return found, num_malformed
 
 
 def _kind(token_id: int, vocabulary: Vocabulary) -> str | None:

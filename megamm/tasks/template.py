@@ -7,6 +7,8 @@ A box is `<|box_start|>`, the locations of left, top, right and bottom, `<|box_e
 `<|mask_start|>`, the locations x and y of each corner of its outline, `<|mask_end|>`, its label. Both stand from top to bottom, then
 from left to right, since their order in the data says nothing.
 
+An item is the ids of its codes, one a level; but for an assistant's message, its description follows in text.
+
 The jinja template of `megamm.tokenizers.chat_template` says the same of text and media for transformers.
 """
 
@@ -161,10 +163,10 @@ class _Layout:
         for message in messages:
             supervised = supervise_all or message.role == "assistant"
             self.control(message.role)
-            self.parts(message.content, supervised=supervised)
+            self.parts(message.content, supervised=supervised, is_answer=message.role == "assistant")
             self.control("end", supervised=supervised)
 
-    def parts(self, content: Sequence[Part], *, supervised: bool) -> None:
+    def parts(self, content: Sequence[Part], *, supervised: bool, is_answer: bool = True) -> None:
         # Neighbouring text is encoded as one string, as a tokenizer that sees the rendered chat would.
         for is_text, run in groupby(content, key=lambda part: part.type in _TEXT_TYPES):
             if is_text:
@@ -176,7 +178,7 @@ class _Layout:
                 elif part.type in _SHAPES:
                     self._place(part.type, supervised)
                 else:
-                    raise DataError(f"{part.type} parts have no layout in tokens; leave their dataset out of the mixture")
+                    self._append(self._item(part, is_answer), supervised)
 
     def control(self, name: str, *, supervised: bool = False) -> None:
         self._append([self._tokenizer.vocabulary.control_id(name)], supervised)
@@ -218,6 +220,14 @@ class _Layout:
             raise DataError(f"boxes and masks need locations, tokenizer.location_bins is {vocabulary.location}; set it to 1000")
         places = [vocabulary.location_id(round(share * last)) for point in shape.points for share in point]
         return [vocabulary.control_id(f"{name}_start"), *places, vocabulary.control_id(f"{name}_end"), *self._tokenizer.encode(shape.label)]
+
+    def _item(self, part: Part, is_answer: bool) -> list[int]:
+        if self._tokenizer.items is None:
+            raise DataError(
+                f"item {part.data['id']!r} has no codes: the tokenizer knows no items; set tokenizer.item_levels and item_codes"
+            )
+        codes = self._tokenizer.items.token_ids(part.data["id"], self._tokenizer.vocabulary)
+        return codes if is_answer else codes + self._tokenizer.encode(part.text)
 
     def _append(self, ids: Iterable[int], supervised: bool) -> None:
         before = len(self._ids)

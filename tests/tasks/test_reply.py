@@ -105,3 +105,18 @@ def test_a_stored_answer_says_the_same(tokenizer):
         stored_reply([part], {})
     with pytest.raises(DataError, match="holds instance 4, and 3 labels"):
         stored_reply([part], {"1.png": mask + 1})
+
+
+def test_items_come_back_with_how_likely_they_were(with_items):
+    parts = [Part("item", data={"id": "lamp"}), Part("item", data={"id": "cup"})]
+    ids = answer_ids(parts, [], with_items)
+    reply = read_reply(ids, with_items, probabilities=[0.5, 0.5, 1.0, 0.25])
+    assert [item.id for item in reply.items] == ["lamp", "cup"]
+    assert [item.log_probability for item in reply.items] == pytest.approx([np.log(0.25), np.log(0.25)])
+    assert [item.id for item in stored_reply(parts, {}).items] == ["lamp", "cup"]
+    # An item that is none, one that is cut off, and one without its beginning.
+    none = with_items.vocabulary.item_id(1, 1)
+    for wrong in ([ids[0], none], [ids[0]], [ids[1]]):
+        text = with_items.encode("and")
+        found = read_reply([*wrong, *text, *ids], with_items)
+        assert ([item.id for item in found.items], found.num_malformed, found.text) == (["lamp", "cup"], 1, "and")

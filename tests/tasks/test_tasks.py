@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from megamm.core.masks import run_lengths
-from megamm.core.predictions import Box, Instance
+from megamm.core.predictions import Box, Instance, RankedItem
 from megamm.tasks import TASKS
 from megamm.tasks.reply import Reply
 
@@ -81,6 +81,18 @@ def test_segmentation_is_judged_by_pixels_and_by_instances():
     pixels[2:4] = False
     part = Instance("nucleus", (8, 8), run_lengths(pixels), 0.5)
     assert figures("segmentation", [Reply(instances=(part,))], [Reply(instances=(nucleus,))])["pooled_foreground_iou"][0] == 0.5
+
+
+def test_recommendation_is_judged_as_a_ranking():
+    def items(*ids):
+        return Reply(items=tuple(map(RankedItem, ids)))
+
+    many = [f"other {number}" for number in range(9)]
+    found = figures("recommendation", [items("cup", "cup", "lamp"), items(*many, "hat", "cup")], [items("lamp", "hat"), items("cup")])
+    # The first user finds one of two, the second one at the eleventh place.
+    assert found["recall_at_10"][0] == 0.25 and found["recall_at_20"][0] == 0.75
+    assert found["hit_rate_at_10"][0] == 0.5
+    assert found["recall_at_10"][1] == 1
 
 
 def test_text_is_measured_by_its_loss_alone():

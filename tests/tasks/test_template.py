@@ -187,11 +187,24 @@ def test_boxes_masks_and_items_are_read():
     assert read[0].content == (Part("item", data={"id": "7"}), Part("item", text="A lamp", data={"id": "8"}))
 
 
-def test_parts_without_a_layout_in_tokens_are_refused(tokenizer):
-    item = [{"type": "item", "id": "7"}]
-    messages = parse_sample("k", chat(item, item, task="recommendation"), where="here").messages
-    with pytest.raises(DataError, match="item parts have no layout in tokens"):
-        encode(messages, tokenizer)
+def test_items_are_their_codes_and_descriptions_follow_what_is_told(with_items):
+    history = [{"type": "item", "id": "lamp", "text": "A lamp"}, {"type": "item", "id": "cup"}]
+    messages = parse_sample("k", chat(history, [history[0]], task="recommendation"), where="here").messages
+    encoded = encode(messages, with_items)
+    told = ["<|item_0_1|>", "<|item_1_2|>", "A lamp", "<|item_0_1|>", "<|item_1_0|>"]
+    answer = ["<|item_0_1|>", "<|item_1_2|>", "<|end|>"]
+    assert names(encoded.input_ids, with_items) == ["<|bos|>", "<|user|>", *told, "<|end|>", "<|assistant|>", *answer]
+    assert names(encoded.input_ids[encoded.supervised], with_items) == answer
+
+
+def test_items_without_codes_are_named(tokenizer, with_items):
+    def messages(item):
+        return parse_sample("k", chat([item], [item], task="recommendation"), where="here").messages
+
+    with pytest.raises(DataError, match="item 'cup' has no codes: the tokenizer knows no items"):
+        encode(messages({"type": "item", "id": "cup"}), tokenizer)
+    with pytest.raises(DataError, match="item 'hat' is not among the tokenizer's 2 items"):
+        encode(messages({"type": "item", "id": "hat"}), with_items)
 
 
 def box(label, left, top, is_visible=True):
