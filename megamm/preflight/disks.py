@@ -27,7 +27,8 @@ _MAX_TURNS = 64
 def folders_of(run: Path) -> dict[str, Path]:
     """Where this node is to write, by the names of disks: the nearest folder of the run's that there is, and that of temporary files."""
     nearest = run.absolute()
-    while not nearest.exists():
+    # Not `exists`, which raises for a mount that went stale.
+    while not os.access(nearest, os.F_OK):
         nearest = nearest.parent
     return {"scratch_disk": scratch_folder(), "run_disk": nearest}
 
