@@ -33,11 +33,11 @@ def test_a_failing_rank_ends_the_others_and_its_code_is_the_result():
 def test_a_signal_reaches_every_rank(tmp_path):
     script = f"trap 'touch {tmp_path}/term-$RANK; exit 0' TERM; touch {tmp_path}/up-$RANK; while :; do sleep 0.1; done"
     process = subprocess.Popen([LOCAL, "2", "bash", "-c", script])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("up-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
     assert sorted(path.name for path in tmp_path.glob("term-*")) == ["term-0", "term-1"]
 
 

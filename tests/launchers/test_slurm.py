@@ -63,7 +63,7 @@ class Job:
 
     def finish(self, srun: str, *words: str, **options) -> tuple[int, str]:
         process = self.start(srun, *words, **options)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
         return process.returncode, errors
 
     @property
@@ -185,11 +185,11 @@ def test_a_checkpoint_or_a_new_submission_counts_from_the_start(job):
 def test_signals_to_the_batch_shell_reach_srun_as_usr1(job, number):
     srun = f'end() {{ {interrupted()}; }}; trap end USR1; touch "$RUN/up"; while :; do sleep 0.05; done'
     process = job.start(srun)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (job.run / "up").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode == 75
     assert job.num_requeues == 1
 

@@ -65,6 +65,18 @@ def test_a_rehearsal_says_what_would_run_and_leaves_nothing(login: Login):
     assert not login.run.exists() and not login.queue()
 
 
+def test_slurm_would_take_the_other_scripts(login: Login):
+    one = ("--sbatch=--cpus-per-task=1", "--dry-run")
+    for words in (
+        ("prepare", "text", "/raw", "--output", str(login.folder / "new"), "--sbatch=--array=0-3"),
+        ("tokenize", str(login.recipe)),
+    ):
+        answer = login.megamm("submit", "slurm", *words, *one)
+        assert answer.returncode == 0 and "ok       slurm    Job " in answer.stdout, answer.stdout + answer.stderr
+        assert f"/jobs/submissions/0001/slurm/{words[0]}.sh" in answer.stdout
+    assert not Path("/jobs").exists() and not login.queue()
+
+
 def test_what_slurm_would_refuse_is_not_submitted(login: Login):
     answer = login.submit("--sbatch=--nodes=9")
     assert answer.returncode == 1 and "problem  slurm    sbatch would refuse it: " in answer.stdout, answer.stdout
