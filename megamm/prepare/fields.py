@@ -173,9 +173,10 @@ def row_layout(
         task = task or ("classification" if "label" in columns else "segmentation" if "mask" in columns else "")
         if not task:
             raise ConfigError(f"the fields {', '.join(sorted(columns))} fit several tasks; name one with --task")
-        prompt = prompt or ("" if "prompt" in columns else default_prompt(task))
+        # A task's own prompt asks about something: without that all samples would be one question with many answers.
         if not prompt and not columns.keys() & set(_QUESTION):
             raise ConfigError(f"no column of {where} is asked about ({', '.join(_QUESTION)}); map one, or ask with --prompt")
+        prompt = prompt or ("" if "prompt" in columns else default_prompt(task))
         if "mask" in columns and len(columns.get("image", ())) != 1:
             raise ConfigError("a mask needs one picture that it lies over; map one column to image")
     if reserved := sorted({"task", "messages"} & set(columns.get("metadata", ()))):

@@ -12,6 +12,7 @@ from megamm.config import Data, Dataset
 from megamm.core.errors import DataError
 from megamm.prepare.tokenizer import texts
 from megamm.tasks import TASKS
+from megamm.tasks.reply import stored_reply
 from megamm.tasks.template import parse_sample, split_answer
 from tests.support.preparing import files, samples, text_of, write_shards
 
@@ -66,7 +67,7 @@ def test_every_sample_is_valid_and_in_one_part(source, prepared):
         sample = parse_sample(key, document, where=key)
         if sample.task != "text":
             _, answer = split_answer(sample.messages)
-            assert TASKS[sample.task].parse(answer) == document["label"]
+            assert TASKS[sample.task].parse(stored_reply(answer, {})) == document["label"]
 
 
 def test_digits_are_the_pictures_of_scikit_learn(prepared):
