@@ -132,6 +132,7 @@ class Head:
         num_layers: Layers that look at the picture (`detector`), 2^n times finer than its cells (`segmenter`).
         num_heads: Attention heads (`detector`).
         num_queries: Most boxes of a picture (`detector`).
+        no_object_weight: Loss weight of a query that is to find nothing (`detector`).
         time_steps: Steps that each state of a sound is spread over (`ctc`): characters and pauses between equal ones need one each.
         lr_scale: Factor on the optimizer's learning rate.
     """
@@ -145,6 +146,7 @@ class Head:
     num_layers: Annotated[int, Field(gt=0, le=24)] = 2
     num_heads: Positive = 4
     num_queries: Positive = 100
+    no_object_weight: Fraction = 0.1
     time_steps: Positive = 4
     lr_scale: NonNegative = 1.0
 

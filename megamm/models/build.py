@@ -11,12 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from megamm.config.schema import Adapter, ImageFeatures, Model, Optimizer, Tower
+from megamm.config.schema import Adapter, Head, ImageFeatures, Model, Optimizer, Tower
 from megamm.core.errors import ConfigError
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
 from megamm.core.names import did_you_mean
 from megamm.models.adapters import is_adapter
 from megamm.models.configuration_megamm import MegaMMConfig
+from megamm.models.heads.head import BackboneHead
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.parts import FrozenBatchNorm2d
 
@@ -76,6 +77,18 @@ def config_from_recipe(
     return config
 
 
+def build_model(config: MegaMMConfig, head: Head | None) -> MegaMMForConditionalGeneration:
+    """The composed model, with the head that answers in place of tokens where there is one.
+
+    Raises:
+        ConfigError: The head does not go with the model.
+    """
+    model = MegaMMForConditionalGeneration(config)
+    if head is not None:
+        model.head = BackboneHead(head, config)
+    return model
+
+
 def num_parameters(config: MegaMMConfig) -> dict[str, int]:
     """Parameters of the whole model (`total`, tied weights once) and of each part, without allocating them."""
     with torch.device("meta"):
@@ -97,9 +110,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Freeze what the recipe freezes and group what is left for the optimizer.
 
-    Adapters train, and the model's own weights beside them only where the recipe says so. Each tower has its own learning rate, its
-    adapters included; norms, biases and embeddings of positions are not decayed. Groups come in a fixed order and empty ones are left
-    out, the same on all ranks.
+    Adapters and a head train, and the model's own weights beside adapters only where the recipe says so. Each tower has its own
+    learning rate, its adapters included; norms, biases and embeddings of positions are not decayed. Groups come in a fixed order and
+    empty ones are left out, the same on all ranks.
 
     Args:
         model: The composed model, whole or partitioned by ZeRO-3.
@@ -114,14 +127,15 @@ def parameter_groups(
         ConfigError: Nothing is left to train.
     """
     towers = {"text": recipe.text, "vision": recipe.vision, "audio": recipe.audio}
-    scales = {name: tower.lr_scale for name, tower in towers.items() if tower is not None} | {"projector": recipe.projector_lr_scale}
+    parts = towers | {"head": recipe.head}
+    scales = {name: part.lr_scale for name, part in parts.items() if part is not None} | {"projector": recipe.projector_lr_scale}
     frozen = {id(one) for module in model.modules() if isinstance(module, FrozenBatchNorm2d) for one in module.parameters()}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {(owner, decays): [] for owner in scales for decays in (True, False)}
     for name, parameter in model.named_parameters():
         owner = _owner(name)
         tower = towers.get(owner)
         is_base_trained = id(parameter) not in frozen and (tower is None or tower.trainable) and not adapter.freezes_base
-        parameter.requires_grad_(is_adapter(name) or is_base_trained)
+        parameter.requires_grad_(is_adapter(name) or owner == "head" or is_base_trained)
         if parameter.requires_grad:
             members[owner, _decays(name, parameter)].append(parameter)
     groups = [
@@ -140,6 +154,8 @@ def parameter_groups(
 
 
 def _owner(name: str) -> str:
+    if name.startswith("head."):
+        return "head"
     if name.startswith("model.vision_tower."):
         return "vision"
     if name.startswith("model.audio_tower."):

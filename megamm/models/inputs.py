@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from megamm.core.types import Batch
+from megamm.models.heads.targets import Targets
 
 
-def batch_inputs(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def batch_inputs(batch: Batch, device: torch.device, dtype: torch.dtype, head_scales: Sequence[float] = ()) -> dict[str, Any]:
     """Forward arguments of a micro-batch on `device`.
 
     Args:
         batch: One micro-batch of one rank.
         device: Where the model is.
         dtype: Type of pictures and sounds: the model's. Loss weights stay float32.
+        head_scales: `Targets.scales` of the global batch, where a head answers.
 
     Returns:
         Keyword arguments of `MegaMMForConditionalGeneration.forward`. Media that the batch lacks are left out.
@@ -45,4 +48,6 @@ def batch_inputs(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict
     if batch.mel is not None:
         inputs["input_features"] = move(batch.mel, dtype)
         inputs["input_features_mask"] = move(batch.mel_mask)
+    if batch.head is not None:
+        inputs |= {"run_head": True, "head_targets": Targets.of(batch.head, head_scales, device)}
     return inputs

@@ -36,6 +36,7 @@ class MegaMMOutput(ModelOutput):
         past_key_values: The KV cache, when one is used.
         hidden_states: Of the decoder, when asked for.
         attentions: Of the decoder, when asked for.
+        head_logits: What the head says of each document, when asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -44,6 +45,7 @@ class MegaMMOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    head_logits: dict[str, torch.Tensor] | None = None
 
 
 class MegaMMPreTrainedModel(PreTrainedModel):
@@ -102,6 +104,7 @@ class MegaMMModel(MegaMMPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        tower_states: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Embeddings of pictures in reading order, one picture after the other.
@@ -110,6 +113,7 @@ class MegaMMModel(MegaMMPreTrainedModel):
             pixel_values: float[N, P, patch² x 3] for a NaFlex tower, float[N, 3, H, W] for a fixed-size one.
             pixel_attention_mask: int64[N, P], 1 for real patches (NaFlex).
             spatial_shapes: int64[N, 2], rows and columns in patches (NaFlex).
+            tower_states: Gets `vision`, float[rows, columns, channels] of each picture, before the projector; for a head.
             kwargs: Ignored.
 
         Returns:
@@ -125,6 +129,8 @@ class MegaMMModel(MegaMMPreTrainedModel):
         else:
             hidden = self.vision_tower(pixel_values=pixel_values).last_hidden_state
             maps = list(self._feature_map(hidden, pixel_values.shape[-1]))
+        if tower_states is not None:
+            tower_states["vision"] = maps
         merge = self.config.image_features["merge"]
         return self.vision_projector(torch.cat([merge_neighbours(one, merge) for one in maps]))
 
@@ -141,12 +147,19 @@ class MegaMMModel(MegaMMPreTrainedModel):
             )
         return hidden.view(hidden.shape[0], cells, cells, -1)
 
-    def get_audio_features(self, input_features: torch.Tensor, input_features_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor,
+        tower_states: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Embeddings of sounds, one sound after the other.
 
         Args:
             input_features: float[N, M, F], log-mel, zero-padded to a multiple of 100 frames.
             input_features_mask: int64[N, F], 1 for real frames.
+            tower_states: Gets `audio`, float[tokens, channels] of all sounds, before the projector; for a head.
             kwargs: Ignored.
 
         Returns:
@@ -154,6 +167,8 @@ class MegaMMModel(MegaMMPreTrainedModel):
         """
         input_features = input_features.to(self.multi_modal_projector.linear_1.weight.dtype)
         hidden = self.audio_tower(input_features=input_features, input_features_mask=input_features_mask).last_hidden_state
+        if tower_states is not None:
+            tower_states["audio"] = hidden
         return self.multi_modal_projector(hidden)
 
     def forward(
@@ -171,11 +186,12 @@ class MegaMMModel(MegaMMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        tower_states: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """Run the towers, put their embeddings in the placeholders' places and run the decoder.
 
-        See `MegaMMForConditionalGeneration.forward` for the arguments.
+        See `MegaMMForConditionalGeneration.forward` for the arguments; `tower_states` gets what towers that have something to see return.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -184,7 +200,8 @@ class MegaMMModel(MegaMMPreTrainedModel):
         # Only the prefill must hold all its media; later steps may sample the same ids as ordinary tokens.
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         for what, tower, media in (("image", self.vision_tower, pictures), ("audio", self.audio_tower, sounds)):
-            inputs_embeds = self._add_media(what, tower, media, inputs_embeds, input_ids if is_prefill or has_media(media) else None)
+            ids = input_ids if is_prefill or has_media(media) else None
+            inputs_embeds = self._add_media(what, tower, media, inputs_embeds, ids, tower_states)
         if document_lengths is not None:
             self._check_packing(attention_mask, past_key_values)
             kwargs["documents"] = make_documents(document_lengths, num_padding, inputs_embeds)
@@ -201,7 +218,13 @@ class MegaMMModel(MegaMMPreTrainedModel):
         )
 
     def _add_media(
-        self, what: str, tower: nn.Module | None, media: dict[str, torch.Tensor | None], embeds: torch.Tensor, ids: torch.Tensor | None
+        self,
+        what: str,
+        tower: nn.Module | None,
+        media: dict[str, torch.Tensor | None],
+        embeds: torch.Tensor,
+        ids: torch.Tensor | None,
+        tower_states: dict[str, Any] | None,
     ) -> torch.Tensor:
         """Run one tower on its input, on its dummy or not at all, and put what it returns where it belongs."""
         if tower is None:
@@ -209,7 +232,7 @@ class MegaMMModel(MegaMMPreTrainedModel):
                 raise ValueError(f"this model has no {what} tower; leave out {', '.join(media)}")
             return embeds
         run = self.get_image_features if what == "image" else self.get_audio_features
-        features = run(**media) if has_media(media) else None
+        features = run(**media, tower_states=tower_states) if has_media(media) else None
         if features is None and self.run_every_tower:
             embeds = embeds + nothing_of(run(**(self._dummy_picture(embeds) if what == "image" else self._dummy_sound(embeds))), embeds)
         if ids is None:
@@ -252,6 +275,7 @@ class MegaMMForConditionalGeneration(MegaMMPreTrainedModel, GenerationMixin):
 
     Attributes:
         loss_chunk_tokens: Supervised tokens whose logits exist at once while the loss is computed.
+        head: What answers from the backbone's states in place of tokens, set by whoever built it; None without one.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
@@ -261,6 +285,7 @@ class MegaMMForConditionalGeneration(MegaMMPreTrainedModel, GenerationMixin):
         self.model = MegaMMModel(config)
         self.lm_head = LinearHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.loss_chunk_tokens = 1024
+        self.head = None
         self.post_init()
 
     @property
@@ -321,6 +346,8 @@ class MegaMMForConditionalGeneration(MegaMMPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        run_head: bool = False,
+        head_targets: Any = None,
         **kwargs: Any,
     ) -> MegaMMOutput:
         """Run the model on packed rows (training) or on padded sequences with a KV cache (generation).
@@ -342,11 +369,15 @@ class MegaMMForConditionalGeneration(MegaMMPreTrainedModel, GenerationMixin):
             inputs_embeds: float[B, S, E] in place of `input_ids`; media need `input_ids`.
             use_cache: Whether to return a KV cache; never with packed rows.
             logits_to_keep: Number of last positions, or positions, whose logits are wanted; 0 for all.
+            run_head: Ask the head about each document of packed rows; on every rank or on none.
+            head_targets: What it is to answer; wanted with labels, which a head's documents do not have: each document's loss then
+                joins `loss`, times its weight, and stands at the document's last token in `token_losses`.
             kwargs: Passed to the decoder.
 
         Raises:
             ValueError: Placeholders and embeddings differ in number, or rows are packed and masked at once.
         """
+        tower_states: dict[str, Any] | None = {} if run_head else None
         outputs = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -361,6 +392,7 @@ class MegaMMForConditionalGeneration(MegaMMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if labels is not None else use_cache,
+            tower_states=tower_states,
             **kwargs,
         )
         result = MegaMMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
@@ -369,6 +401,19 @@ class MegaMMForConditionalGeneration(MegaMMPreTrainedModel, GenerationMixin):
             result.logits = self.lm_head(outputs.last_hidden_state[:, keep])
         else:
             result.loss, result.token_losses = self.lm_head(outputs.last_hidden_state, labels, weights, self.loss_chunk_tokens)
+        if run_head:
+            # Run here, because ZeRO-3 gathers its weights only inside this forward.
+            result.head_logits, loss, token_losses = self.head(
+                hidden=outputs.last_hidden_state,
+                towers=tower_states,
+                input_ids=input_ids,
+                document_lengths=document_lengths,
+                num_padding=num_padding,
+                grids=spatial_shapes,
+                targets=head_targets,
+            )
+            if labels is not None:
+                result.loss, result.token_losses = result.loss + loss, result.token_losses + token_losses
         return result
 
 

@@ -29,7 +29,7 @@ from megamm.train.resume import WATCH
 from megamm.train.rewind import go_back
 from megamm.train.run_folder import RunFolder
 from megamm.train.spikes import SpikeWatch, Trouble
-from megamm.train.step import GlobalCounts, StepResult, count, held_out_loss, train_step
+from megamm.train.step import GlobalCounts, StepResult, count, head_scales, held_out_loss, train_step
 from megamm.train.time_limit import TimeLimit
 from megamm.train.unapplied import own_part, record
 
@@ -280,7 +280,8 @@ def _evaluate(run: Run) -> None:
     run.where.enter("evaluate", run.step)
     with distributed.fail_together():
         held_out = list(run.data.held_out_batches(run.world))
-    losses = held_out_loss(run.trainer, _one_by_one(run, held_out), world=run.world, tasks=run.data.tasks)
+    batches = _one_by_one(run, held_out)
+    losses = held_out_loss(run.trainer, batches, world=run.world, tasks=run.data.tasks, scales=head_scales(held_out))
     run.journal.numbers(run.step, {f"held_out/{name}": value for name, value in losses.items()})
 
 

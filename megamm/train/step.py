@@ -1,8 +1,8 @@
 """One optimizer step: the reduction that fixes the loss's scale, the micro-steps, the update.
 
 The loss of a step is Σ w·nll / Σ w over the supervised tokens of the global batch: each micro-step's Σ w·nll is scaled by
-1 / Σ w, and the engine sums over ranks and micro-steps. Bad samples have left the batch before Σ w is taken: all micro-batches
-of a step are decoded before its first forward.
+1 / Σ w, and the engine sums over ranks and micro-steps. Where a head answers, nll is its loss of a sample. Bad samples have
+left the batch before Σ w is taken: all micro-batches of a step are decoded before its first forward.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from megamm.core.types import Batch
 from megamm.engine import distributed
 from megamm.engine.distributed import World
+from megamm.models.heads.targets import loss_scales
 from megamm.models.inputs import batch_inputs
 from megamm.train.build import Trainer
 
@@ -150,10 +151,11 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], counts: GlobalCounts,
     may_overflow = engine.can_lower_loss_scale
     learning_rates = dict(zip(trainer.group_names, engine.learning_rates, strict=True))
     scale = 1.0 / counts.weight_sum if counts.weight_sum else 0.0
+    scales = head_scales(batches)
     task_sums = np.zeros(len(tasks))
     suspects: list[str] = []
     for batch in batches:
-        output = engine(**batch_inputs(batch, world.device, trainer.dtype))
+        output = engine(**batch_inputs(batch, world.device, trainer.dtype, scales))
         engine.backward(output.loss, scale)
         losses = output.token_losses.float().cpu().numpy()
         task_sums += _task_loss_sums(losses, batch, len(tasks))
@@ -186,8 +188,31 @@ def why_not_applied(loss: float, *, may_overflow: bool) -> str:
     return "overflow" if may_overflow else "gradient"
 
 
-def held_out_loss(trainer: Trainer, batches: Iterable[Batch], *, world: World, tasks: Sequence[str]) -> dict[str, float]:
+def head_scales(batches: Sequence[Batch]) -> tuple[float, ...]:
+    """What the parts of a head's losses are multiplied by, from the counts of all ranks; every rank calls it with as many micro-batches.
+
+    Boxes, pixels or characters are counted over the global batch, so that the loss does not depend on which rank holds which; nothing is
+    reduced where answers are in tokens.
+    """
+    targets = [batch.head for batch in batches if batch.head is not None]
+    if not targets:
+        return ()
+    own = sum(one.weights.astype(np.float64) @ one.counts for one in targets)
+    weight_sum, *counted = distributed.all_reduce_sum([sum(batch.weight_sum for batch in batches), *own.tolist()])
+    return loss_scales(weight_sum, counted)
+
+
+def held_out_loss(
+    trainer: Trainer, batches: Iterable[Batch], *, world: World, tasks: Sequence[str], scales: Sequence[float] = ()
+) -> dict[str, float]:
     """Loss over held-out micro-batches, without gradients; every rank brings the same number of them.
+
+    Args:
+        trainer: The model under ZeRO.
+        batches: This rank's micro-batches.
+        world: The ranks.
+        tasks: The task table that `Batch.task_ids` index.
+        scales: From `head_scales` of all the micro-batches.
 
     Returns:
         `loss` over everything and `loss/TASK` for each task with supervised tokens.
@@ -195,7 +220,7 @@ def held_out_loss(trainer: Trainer, batches: Iterable[Batch], *, world: World, t
     sums, weights = np.zeros(len(tasks)), np.zeros(len(tasks))
     with trainer.engine.evaluating():
         for batch in batches:
-            output = trainer.engine(**batch_inputs(batch, world.device, trainer.dtype))
+            output = trainer.engine(**batch_inputs(batch, world.device, trainer.dtype, scales))
             sums += _task_loss_sums(output.token_losses.float().cpu().numpy(), batch, len(tasks))
             weights += _by_task(batch.task_ids, batch.weights, len(tasks))
     totals = distributed.all_reduce_sum([*sums, *weights])

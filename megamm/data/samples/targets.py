@@ -21,9 +21,6 @@ from megamm.data.media.features import MediaRules
 from megamm.data.samples.shapes import instance_map, seen_shapes
 from megamm.tasks import template
 
-NO_OBJECT_WEIGHT = 0.1
-"""Weight of a detector's queries that find nothing, as in DETR's loss."""
-
 _NUM_COUNTS = {"linear": 1, "detector": 2, "segmenter": 1, "ctc": 1}
 _ANSWERS = {"linear": ("text", "label"), "detector": ("boxes",), "segmenter": ("mask",), "ctc": ("text", "label")}
 _MEDIA = {"detector": "image", "segmenter": "image", "ctc": "audio"}
@@ -163,7 +160,7 @@ def _boxes(head: Head, answer: Sequence[Part], view: PictureView, rules: MediaRu
     corners = np.array([shape.bounds for shape in shapes], dtype=np.float32).reshape(-1, 4)
     boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
     num = len(shapes)
-    counts = np.array([num + NO_OBJECT_WEIGHT * (head.num_queries - num), num], dtype=np.float64)
+    counts = np.array([num + head.no_object_weight * (head.num_queries - num), num], dtype=np.float64)
     return HeadTarget(_array(_numbers(head, [shape.label for shape in shapes])), counts, boxes=boxes)
 
 

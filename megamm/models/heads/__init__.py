@@ -1,0 +1,1 @@
+"""Heads: small modules on the backbone's states that answer in place of tokens."""

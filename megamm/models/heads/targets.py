@@ -1,0 +1,57 @@
+"""Targets of a micro-batch as tensors, split by document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megamm.core.types import HeadTargets
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a head is to answer. Legend: D documents, n labels of one, h, w its pixels.
+
+    Attributes:
+        weights: float32[D].
+        ids: int64[n] of each document.
+        boxes: float32[n, 4] of each document, centre and size in shares of the view.
+        pixels: int64[2, h, w] of each document: classes with 0 for none, and whether the pixel is inside its instance.
+        scales: What each part of a document's loss is multiplied by, so that the weighted mean over the documents of the global batch
+            is the head's loss over that batch: Σ weights / a global count.
+    """
+
+    weights: torch.Tensor
+    ids: list[torch.Tensor]
+    boxes: list[torch.Tensor]
+    pixels: list[torch.Tensor]
+    scales: tuple[float, ...]
+
+    @classmethod
+    def of(cls, targets: HeadTargets, scales: Sequence[float], device: torch.device) -> Targets:
+        """Move targets to `device`."""
+
+        def move(array) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        num_ids, grids = targets.num_ids.tolist(), targets.grids.tolist()
+        pixels = move(targets.pixels).long().split([rows * columns for rows, columns in grids], dim=1)
+        return cls(
+            weights=move(targets.weights),
+            ids=list(move(targets.ids).split(num_ids)),
+            boxes=list(move(targets.boxes).split(num_ids if len(targets.boxes) else [0] * len(num_ids))),
+            pixels=[one.view(2, rows, columns) for one, (rows, columns) in zip(pixels, grids, strict=True)],
+            scales=tuple(scales),
+        )
+
+
+def loss_scales(weight_sum: float, counts: Sequence[float]) -> tuple[float, ...]:
+    """`Targets.scales` of a global batch.
+
+    Args:
+        weight_sum: Σ weights over its documents.
+        counts: Σ weight x count over its documents, for each count; where nothing is counted, 1 keeps the loss finite.
+    """
+    return tuple(weight_sum / max(count, 1.0) for count in counts)
