@@ -16,9 +16,10 @@ from megamm.data.planning.deal import resolve_accumulation
 from megamm.engine import distributed, runtime, settings, weights
 from megamm.engine.distributed import World
 from megamm.inference.load import TRAINED_DTYPES, run_config
-from megamm.models.build import parameter_groups
+from megamm.models.build import build_model, parameter_groups
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.configuration_megamm import MegaMMConfig
+from megamm.models.heads.head import check_head
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.weights import pretrained_weights
 from megamm.tokenizers.text import TextTokenizer
@@ -70,12 +71,14 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Tra
         )
         factor = lr_factor(recipe.schedule, recipe.train.steps)
         config = run_config(recipe, tokenizer.vocabulary)
+        if recipe.model.head is not None:
+            check_head(recipe.model.head, config)
         if recipe.engine.precision == "fp16" and world.device.type == "cpu":
             raise ConfigError('engine.precision="fp16" does not train on the CPU; use bf16 or fp32')
     _seed(recipe, world)
 
     def construct() -> MegaMMForConditionalGeneration:
-        return MegaMMForConditionalGeneration(config)
+        return build_model(config, recipe.model.head)
 
     model = weights.partitioned(construct, ds_config, seed=recipe.engine.seed)
     weights.load_weights(model, pretrained_weights(recipe.model, config))
