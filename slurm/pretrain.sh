@@ -63,6 +63,11 @@ needs_somebody() {
     grep -qs '"may_pass": *false' "$run/errors/${start%%.*}".*
 }
 
+# Whether a task of this start was refused before the run began: it says so in one line, and srun ends the others with a signal.
+was_refused() {
+    grep -hsE '^megamm( \(rank [0-9]+\))?: ' "$run/logs/job-$SLURM_JOB_ID-restart-$restart-task-"*.log | grep -qvF '[may pass]'
+}
+
 give_up() {
     say "giving up: 2 restarts brought no checkpoint after $begin; see $run/logs and $run/errors, then submit again"
     exit 75
@@ -130,6 +135,7 @@ if [ -e "$run/INTERRUPTED" ]; then
 elif [ "$(newest_error)" = "$last_error" ]; then
     # A rank that was killed says nothing; without that, it was refused before it began.
     [ "$code" -gt 128 ] || exit 75
+    ! was_refused || exit 75
 elif needs_somebody; then
     exit 75
 fi

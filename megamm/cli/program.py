@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.on_all_ranks:
-            print(f"megamm: {error}" if rank == "0" else f"megamm (rank {rank}): {error}", file=sys.stderr)
+            who, note = "" if rank == "0" else f" (rank {rank})", " [may pass]" if error.may_pass else ""
+            print(f"megamm{who}: {error}{note}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("megamm: interrupted", file=sys.stderr)

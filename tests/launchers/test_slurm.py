@@ -131,6 +131,22 @@ def test_what_only_somebody_can_mend_is_not_tried_again(job):
     assert job.num_requeues == 2
 
 
+def refused(number: int, *lines: str) -> str:
+    """What tasks of a job print that are refused before the run begins; srun then kills the other tasks."""
+    written = [f"""echo '{line}' >"$RUN/logs/job-{number}-restart-0-task-{task}.log";""" for task, line in enumerate(lines)]
+    return f"{' '.join(written)} exit 143"
+
+
+def test_a_task_that_is_refused_says_so_although_the_others_are_killed(job):
+    said = "megamm (rank 1): schedule.warmup_steps=50 exceeds train.steps=5"
+    assert job.finish(refused(77, "12:00:00 [rank 0] INFO megamm.train: begins", said))[0] == 75
+    assert job.num_requeues == 0
+    assert job.finish(refused(78, "megamm: shard http://x/0.tar: no answer [may pass]"), number=78)[0] == 75
+    assert job.num_requeues == 1
+    assert job.finish(refused(79, "12:00:00 [rank 0] INFO megamm.train: begins"), number=79)[0] == 75
+    assert job.num_requeues == 2
+
+
 def test_a_cancelled_job_stays_cancelled(job):
     assert job.finish(interrupted("SIGTERM"), state="COMPLETING")[0] == 75
     assert job.num_requeues == 0
