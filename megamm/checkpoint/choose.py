@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamm.checkpoint.base import Base, folder_digest, weight_files
 from megamm.checkpoint.fence import check_fence
 from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.io import LOCAL, Io
-from megamm.checkpoint.manifest import OtherFormat, aside, check_file, committed, kept_aside, read_manifest
+from megamm.checkpoint.manifest import MANIFEST, OtherFormat, aside, check_file, committed, kept_aside, read_manifest, require_digest
 from megamm.checkpoint.retain import point_latest
 from megamm.core.errors import CheckpointError
+from megamm.core.files import digest_file
 from megamm.core.logging import get_logger
-from megamm.engine.distributed import World, broadcast_json, gather_json
+from megamm.engine.distributed import World, broadcast_json, fail_together, gather_json
 
 _log = get_logger("checkpoint")
 
@@ -72,6 +74,34 @@ def require_good(folder: Path, world: World) -> Path:
     if problem is not None:
         raise _on_all_ranks(CheckpointError(problem))
     return folder
+
+
+def base_at(folder: Path, world: World) -> Base:
+    """Read every byte of weights, dealt to the ranks, and say which they are; every rank calls it.
+
+    Args:
+        folder: A checkpoint, or an exported folder.
+        world: The ranks.
+
+    Raises:
+        CheckpointError: They are missing or damaged, or stand on others that are (on every rank).
+    """
+    path = folder.resolve()
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(require_good(path, world))
+        if manifest.base is not None:
+            require_digest(manifest.base, base_at(Path(manifest.base.path), world).digest)
+        return Base(str(path), digest_file(path / MANIFEST), manifest.step)
+    with fail_together():
+        own = {name: _digest_of_file(path / name) for name in weight_files(path)[world.rank :: world.size]}
+    return Base(str(path), folder_digest({name: digest for part in gather_json(own) for name, digest in part.items()}))
+
+
+def _digest_of_file(path: Path) -> str:
+    try:
+        return digest_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); export the run again") from None
 
 
 def problem_of(folder: Path, world: World) -> str | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megamm.checkpoint.load import Slices
 from megamm.checkpoint.manifest import read_manifest
+from megamm.checkpoint.slices import Slices
 
 
 def consolidate(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import megamm
+from megamm.checkpoint.base import Base, folder_digest, weight_files
 from megamm.checkpoint.fence import Fence, check_fence
 from megamm.checkpoint.seal import opened, sealed
 from megamm.core.errors import CheckpointError
@@ -42,7 +43,10 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class ParameterEntry:
-    """One parameter or persistent buffer: name, whole shape, stored dtype, and `trainable`, `frozen` or `buffer`."""
+    """One parameter or persistent buffer: name, whole shape, stored dtype, and `trainable`, `frozen`, `buffer` or `base`.
+
+    What is `base` is frozen and lies where the run started from: the checkpoint holds nothing of it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -66,6 +70,7 @@ class Manifest:
         slices: Trainable parameter -> [rank, first, one past the last] of the flattened parameter, rank after rank, as ZeRO-1 and
             ZeRO-2 cut it; what is not named is cut evenly (`slicing`).
         num_tokens: Real tokens that were trained on so far.
+        base: The weights that this checkpoint stands on; None where it holds all of them.
     """
 
     step: int
@@ -78,6 +83,7 @@ class Manifest:
     fence: Fence = field(default_factory=Fence)
     slices: dict[str, list[list[int]]] = field(default_factory=dict)
     num_tokens: int = 0
+    base: Base | None = None
 
     def to_text(self) -> str:
         """JSON with a digest of itself, so that a flipped bit in the manifest is found as well."""
@@ -170,7 +176,8 @@ def read_manifest(folder: Path) -> Manifest:
 def _manifest_of(body: dict[str, Any]) -> Manifest:
     files = {name: FileFacts(**facts) for name, facts in body["files"].items()}
     parameters = tuple(ParameterEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in body["parameters"])
-    return Manifest(**body | {"files": files, "parameters": parameters, "fence": Fence(**body["fence"])})
+    base = None if body.get("base") is None else Base(**body["base"])
+    return Manifest(**body | {"files": files, "parameters": parameters, "fence": Fence(**body["fence"]), "base": base})
 
 
 def check_file(folder: Path, name: str, facts: FileFacts, *, from_disk: bool = False) -> None:
@@ -235,7 +242,7 @@ def _is_json(folder: Path, name: str) -> Iterator[bytes]:
 
 
 def verify(folder: Path) -> Manifest:
-    """Read every byte of a checkpoint and compare it with the manifest.
+    """Read every byte of a checkpoint, and of the weights that it stands on, and compare it with the manifest.
 
     Raises:
         CheckpointError: Anything is missing or damaged (names the file), or it was written by an owner that had lost the run.
@@ -244,4 +251,36 @@ def verify(folder: Path) -> Manifest:
     check_fence(folder, manifest.fence, manifest.step)
     for name, facts in sorted(manifest.files.items()):
         check_file(folder, name, facts)
+    if manifest.base is not None:
+        check_base(manifest.base)
     return manifest
+
+
+def check_base(base: Base) -> None:
+    """Read every byte of the weights that a checkpoint stands on.
+
+    Raises:
+        CheckpointError: They are missing, damaged, or others than those.
+    """
+    path = Path(base.path)
+    try:
+        if (path / MANIFEST).is_file():
+            verify(path)
+            found = digest_file(path / MANIFEST)
+        else:
+            found = folder_digest({name: digest_file(path / name) for name in weight_files(path)})
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read ({error.strerror})") from error
+    require_digest(base, found)
+
+
+def require_digest(base: Base, found: str) -> None:
+    """Refuse weights in the base's place that are not the base.
+
+    Raises:
+        CheckpointError: The digests differ.
+    """
+    if found != base.digest:
+        raise CheckpointError(
+            f"{base.path} holds other weights ({found}) than those that the adapter was trained on ({base.digest}); put these back there"
+        )

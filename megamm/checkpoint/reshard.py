@@ -16,9 +16,9 @@ from pathlib import Path
 from megamm.checkpoint.commit import Attempt, commit, write_files
 from megamm.checkpoint.fence import Fence, newest_owner
 from megamm.checkpoint.io import LOCAL, Buffer, Io
-from megamm.checkpoint.load import Slices
 from megamm.checkpoint.manifest import DATA_STATE, LEDGER, FileFacts, Manifest, committed, rank_file, step_folder, verify
 from megamm.checkpoint.shards import ShardLayout, Spec, tensor_bytes
+from megamm.checkpoint.slices import Slices
 from megamm.checkpoint.slicing import slice_bounds
 from megamm.core.errors import CheckpointError
 

@@ -27,9 +27,11 @@ import psutil
 import torch
 
 from megamm.checkpoint import random_states
+from megamm.checkpoint.base import Base
 from megamm.checkpoint.commit import Attempt, Progress, commit, remove, sweep, write_files
 from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.io import LOCAL, Buffer, Io
+from megamm.checkpoint.load import parameter_entries
 from megamm.checkpoint.lock import LostRun
 from megamm.checkpoint.manifest import (
     DATA_STATE,
@@ -37,7 +39,6 @@ from megamm.checkpoint.manifest import (
     MANIFEST,
     FileFacts,
     Manifest,
-    ParameterEntry,
     aside,
     check_file,
     model_digest,
@@ -125,19 +126,31 @@ class Saver:
         world: The ranks.
         settings: Whether training waits, what is kept, how many failures end the run.
         hold: This job's hold of the run; it is asked before anything is committed or deleted.
+        base: Weights that hold all frozen parameters, which are then not saved; None to save them.
         io: The file system.
     """
 
-    def __init__(self, folder: Path, engine: Engine, world: World, settings: Checkpointing, *, hold: Hold | None = None, io: Io = LOCAL):
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        world: World,
+        settings: Checkpointing,
+        *,
+        hold: Hold | None = None,
+        base: Base | None = None,
+        io: Io = LOCAL,
+    ):
         self._folder = folder
         self._engine = engine
         self._world = world
         self._settings = settings
         self._hold = hold or Hold()
+        self._base = base
         self._io = io
         self._snapshot = Snapshot(self._state(), world.device)
         self._slices = _slices_of_ranks(partitions.uneven_slices(engine))
-        self._parameters = tuple(ParameterEntry(**asdict(facts)) for facts in partitions.parameter_table(engine))
+        self._parameters = tuple(parameter_entries(engine, base))
         self._model_digest = model_digest(self._parameters)
         self._software = software_versions()
         self._tell_memory()
@@ -200,6 +213,7 @@ class Saver:
             fence=self._hold.fence,
             slices=self._slices,
             num_tokens=progress.num_tokens,
+            base=self._base,
         )
         self._begin(_Save(self._next_attempt(progress.step), manifest, small_files if self._world.is_main else {}, asked))
         if not self._settings.asynchronous:
@@ -235,7 +249,7 @@ class Saver:
         return self.poll()
 
     def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from partitions.local_state(self._engine, rank=self._world.rank)
+        yield from partitions.local_state(self._engine, rank=self._world.rank, with_frozen=self._base is None)
         yield from random_states.capture(self._world.device).items()
 
     def _tell_memory(self) -> None:

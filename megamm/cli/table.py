@@ -24,6 +24,13 @@ COMMANDS = (
     Command(("data", "report"), "Say what a run skipped, and why.", data.report_arguments, data.report),
     Command(("data", "trace"), "List the samples of a run's step: rank, row, dataset and key.", data.trace_arguments, data.trace),
     Command(("pretrain",), "Train a recipe, or resume it.", training.pretrain_arguments, training.pretrain, True),
+    Command(
+        ("finetune",),
+        "Train a recipe from weights of a run or an exported folder.",
+        training.finetune_arguments,
+        training.finetune,
+        True,
+    ),
     Command(("preflight",), "Check machines before they train.", training.preflight_arguments, training.preflight, True),
     Command(("submit",), "Check a job and hand it to a scheduler.", submit.arguments, submit.submit, takes_words=True),
     Command(("status",), "Say how runs are doing.", status.arguments, status.status),

@@ -1,4 +1,4 @@
-"""`megamm recipes`, `megamm pretrain`."""
+"""`megamm recipes`, `megamm pretrain`, `megamm finetune`, `megamm preflight`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ def pretrain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def pretrain(arguments: Arguments) -> None:
+    _train(arguments, source=None)
+
+
+def finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="run, checkpoint or exported folder whose weights the run starts from")
+    pretrain_arguments(parser)
+
+
+def finetune(arguments: Arguments) -> None:
+    _train(arguments, source=arguments.source)
+
+
+def _train(arguments: Arguments, source: Path | None) -> None:
     from megamm.config import resumed_recipe
     from megamm.train.interruption import StopRequest
 
@@ -47,7 +60,7 @@ def pretrain(arguments: Arguments) -> None:
         from megamm.train.pretrain import pretrain
 
         changes = DataChanges(exclude=arguments.exclude, accept=arguments.accept_data_change, leave_out=arguments.skip_steps)
-        pretrain(recipe, folder, resume=arguments.resume, changes=changes, stop=stop)
+        pretrain(recipe, folder, resume=arguments.resume, changes=changes, stop=stop, source=source)
     if "RANK" in os.environ:
         _leave_at_once()
 

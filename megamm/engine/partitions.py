@@ -77,7 +77,7 @@ def uneven_slices(engine: Engine) -> dict[str, tuple[int, int]]:
     return {name: (start, stop) for name, (start, stop) in bounds.items() if start < stop}
 
 
-def local_state(engine: Engine, *, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+def local_state(engine: Engine, *, rank: int, with_frozen: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's slices, flat, with their keys: views of where they lie, or of a buffer for what lies on a drive.
 
     Copy or write each before the next is asked for, and all before the next step. Before the first step the moments are zeros.
@@ -90,19 +90,20 @@ def local_state(engine: Engine, *, rank: int) -> Iterator[tuple[str, torch.Tenso
         for kind, tensor in zip((WEIGHT, *MOMENTS), tensors, strict=True):
             yield f"{kind}/{names[id(param)]}", tensor[: stop - start]
     for name, param in engine.module.named_parameters():
-        if not param.requires_grad:
+        if with_frozen and not param.requires_grad:
             yield f"{WEIGHT}/{name}", state.frozen_slice(param)
     if rank == 0:
         yield from ((f"{BUFFER}/{name}", tensor.reshape(-1)) for name, tensor in _buffers(engine))
 
 
-def load_local_state(engine: Engine, read: ReadSlice, counters: dict[str, Any]) -> None:
+def load_local_state(engine: Engine, read: ReadSlice, counters: dict[str, Any], *, with_frozen: bool = True) -> None:
     """Fill this rank's slices and the counters; every rank calls it.
 
     Args:
         engine: Built with the model and settings that it goes on with; any number of ranks and any stage.
         read: Gives the slices that this rank asks for, one after the other.
         counters: From `counters` when the state was read out.
+        with_frozen: False leaves frozen parameters as they are.
     """
     _ensure_moments(engine)
     state = _state_of(engine)
@@ -116,7 +117,7 @@ def load_local_state(engine: Engine, read: ReadSlice, counters: dict[str, Any]) 
                 tensor[stop - start :].zero_()
             state.set_stored(param, tensors[0])
         for name, param in engine.module.named_parameters():
-            if not param.requires_grad:
+            if with_frozen and not param.requires_grad:
                 state.set_frozen(param, functools.partial(read, f"{WEIGHT}/{name}"))
         for name, buffer in _buffers(engine):
             buffer.copy_(read(f"{BUFFER}/{name}", 0, buffer.numel()).reshape(buffer.shape))

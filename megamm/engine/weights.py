@@ -8,7 +8,8 @@ every number of ranks and every ZeRO stage, and drawn in float32 before they are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def initialize_weights(model: nn.Module, seed: int) -> None:
             own, children = _own_parameters(module), _parameters_of_children(module)
             # Gathering the children as well doubles the traffic, so the first module of a class shows whether it is needed.
             kind = (type(owner), type(module))
-            with _full_float32([*own, *children] if reaches.get(kind, True) else own):
+            with whole_float32([*own, *children] if reaches.get(kind, True) else own):
                 before = [param.clone() for param in children] if kind not in reaches else []
                 torch.manual_seed(int(digest_text(f"{seed}/{name}")[:15], 16))
                 owner._init_weights(module)
@@ -82,24 +83,58 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) 
     Raises:
         CheckpointError: A name or a shape that the model does not have.
     """
-    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    first_names = {id(param): name for name, param in model.named_parameters()}
-    loaded = set()
-    with torch.no_grad():
-        for name, tensor in tensors:
-            place = places.get(name)
-            if place is None:
-                raise CheckpointError(f"weight {name} is not in the model; its names start like {next(iter(places))}: load another folder")
-            shape = tuple(getattr(place, "ds_shape", place.shape))
-            if tuple(tensor.shape) != shape:
-                raise CheckpointError(f"weight {name} has shape {tuple(tensor.shape)}, the model's is {shape}: load another folder")
-            if hasattr(place, "ds_tensor"):
-                start, stop = partition_bounds(place)
-                place.ds_tensor[: stop - start].copy_(tensor.reshape(-1)[start:stop])
-            else:
-                place.copy_(tensor)
-            loaded.add(first_names.get(id(place), name))
-    return loaded
+    places = _Places(model)
+    for name, tensor in tensors:
+        flat = tensor.reshape(-1)
+        places.fill(name, tuple(tensor.shape), lambda start, stop, flat=flat: flat[start:stop])
+    return places.filled
+
+
+def load_slices(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, int, int], torch.Tensor]) -> set[str]:
+    """`load_weights` from where anybody can read any slice: every rank reads its own and nothing else.
+
+    Args:
+        model: From `partitioned`.
+        shapes: Names of parameters or buffers and whole shapes.
+        read: (name, start, stop) -> the elements [start, stop) of the flattened tensor.
+
+    Returns:
+        Names that were loaded; of tied parameters the first name.
+
+    Raises:
+        CheckpointError: A name or a shape that the model does not have.
+    """
+    places = _Places(model)
+    for name, shape in shapes.items():
+        places.fill(name, shape, functools.partial(read, name))
+    return places.filled
+
+
+class _Places:
+    """Where weights go, by name; State: the names that were filled, of tied parameters the first one."""
+
+    def __init__(self, model: nn.Module):
+        self._places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        self._first_names = {id(param): name for name, param in model.named_parameters()}
+        self.filled: set[str] = set()
+
+    @torch.no_grad()
+    def fill(self, name: str, shape: tuple[int, ...], read: Callable[[int, int], torch.Tensor]) -> None:
+        """Put this rank's elements, which `read` gives, into the place of that name."""
+        place = self._places.get(name)
+        if place is None:
+            raise CheckpointError(
+                f"weight {name} is not in the model; its names start like {next(iter(self._places))}: load another folder"
+            )
+        own = tuple(getattr(place, "ds_shape", place.shape))
+        if shape != own:
+            raise CheckpointError(f"weight {name} has shape {shape}, the model's is {own}: load another folder")
+        if hasattr(place, "ds_tensor"):
+            start, stop = partition_bounds(place)
+            place.ds_tensor[: stop - start].copy_(read(start, stop))
+        else:
+            place.copy_(read(0, place.numel()).reshape(shape))
+        self.filled.add(self._first_names.get(id(place), name))
 
 
 def partition_bounds(param: nn.Parameter) -> tuple[int, int]:
@@ -171,8 +206,8 @@ def _parameters_of_children(module: nn.Module) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
-def _full_float32(params: list[nn.Parameter]) -> Iterator[None]:
-    """Make `params` whole and float32 inside, and round and split them again after; rank 0's values count."""
+def whole_float32(params: list[nn.Parameter]) -> Iterator[None]:
+    """Make `params` whole and float32 inside, and round and split them again after; rank 0's values count. A collective."""
     split = [param for param in params if hasattr(param, "ds_tensor")]
     if not split:
         yield

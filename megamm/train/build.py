@@ -16,6 +16,7 @@ from megamm.data.planning.deal import resolve_accumulation
 from megamm.engine import distributed, runtime, settings, weights
 from megamm.engine.distributed import World
 from megamm.inference.load import TRAINED_DTYPES, run_config
+from megamm.models.adapters import low_rank_layers
 from megamm.models.build import build_model, parameter_groups
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.configuration_megamm import MegaMMConfig
@@ -23,6 +24,7 @@ from megamm.models.heads.head import check_head
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.weights import pretrained_weights
 from megamm.tokenizers.text import TextTokenizer
+from megamm.train.origin import Origin, load_origin
 from megamm.train.schedule import lr_factor
 
 
@@ -58,11 +60,17 @@ def load_tokenizer(recipe: Recipe, archived: Path | None = None) -> TextTokenize
     return TextTokenizer.load(Path(recipe.tokenizer.folder))
 
 
-def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Trainer:
-    """Build the model partitioned over the ranks, warm-start what the recipe says, and put it under DeepSpeed.
+def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World, origin: Origin | None = None) -> Trainer:
+    """Build the model partitioned over the ranks, warm-start what the recipe says or what it starts from, and put it under DeepSpeed.
+
+    Args:
+        recipe: What is trained.
+        tokenizer: Its vocabulary is the model's.
+        world: The ranks.
+        origin: What the run starts from; the towers' own folders are not read then.
 
     Raises:
-        ConfigError: Batch arithmetic, towers or settings that do not fit together.
+        ConfigError: What the run starts from is of another model, or batch arithmetic, towers or settings that do not fit together.
     """
     with distributed.fail_together():
         num_micro_steps = resolve_accumulation(recipe.batch, world.size)
@@ -81,7 +89,10 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Tra
         return build_model(config, recipe.model.head)
 
     model = weights.partitioned(construct, ds_config, seed=recipe.engine.seed)
-    weights.load_weights(model, pretrained_weights(recipe.model, config))
+    filled = weights.load_weights(model, pretrained_weights(recipe.model, config)) if origin is None else set()
+    if origin is not None and origin.is_needed:
+        filled = load_origin(model, origin)
+    _begin_magnitudes(model, filled)
     model.loss_chunk_tokens = recipe.loss.chunk_tokens
     # The modality contract: without it ranks that see different modalities hang or train on stale gradients.
     model.model.run_every_tower = True
@@ -101,7 +112,15 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Tra
 def _optimizer_groups(model: MegaMMForConditionalGeneration, recipe: Recipe) -> list[dict[str, Any]]:
     optim = recipe.optim
     common = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-    return [{**group, **common} for group in parameter_groups(model, recipe.model, optim)]
+    return [{**group, **common} for group in parameter_groups(model, recipe.model, optim, recipe.adapter)]
+
+
+def _begin_magnitudes(model: MegaMMForConditionalGeneration, filled: set[str]) -> None:
+    """Let DoRA's lengths be those of the weights that are in the model by now, unless they came with these."""
+    for name, layer in low_rank_layers(model):
+        if layer.lora_magnitude_vector is not None and f"{name}.lora_magnitude_vector" not in filled:
+            with weights.whole_float32(list(layer.parameters(recurse=False))):
+                layer.reset_magnitude()
 
 
 def _seed(recipe: Recipe, world: World) -> None:

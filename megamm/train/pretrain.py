@@ -1,4 +1,4 @@
-"""Pretraining: start the ranks, build, resume, hand over to the loop."""
+"""Pretraining and fine-tuning: start the ranks, build, resume, hand over to the loop."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from megamm.train.data import DataChanges, TrainingData
 from megamm.train.interruption import StopRequest
 from megamm.train.journal import Journal
 from megamm.train.loop import Run, train
+from megamm.train.origin import find_origin
 from megamm.train.positions import Scale
 from megamm.train.resume import find_start
 from megamm.train.run_folder import RunFolder
@@ -38,7 +39,7 @@ from megamm.train.time_limit import TimeLimit
 _log = get_logger("train")
 
 
-def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, stop: StopRequest) -> None:
+def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, stop: StopRequest, source: Path | None = None) -> None:
     """Train `recipe` in the run folder `path`, or go on where its newest good checkpoint stands.
 
     Ends with the marker DONE, or INTERRUPTED after a stop was asked for; a checkpoint of the last step is committed in
@@ -50,6 +51,7 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
         resume: `auto`, `never`, or a checkpoint folder that must be used.
         changes: What somebody changes about the data from here on.
         stop: Remembers signals since the program started.
+        source: A run, a checkpoint or an exported folder whose weights a new run starts from; None to start by itself.
 
     Raises:
         MegaMMError: Something that the user can mend, on every rank.
@@ -71,7 +73,7 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
             with hold_run(path, world, lease_seconds=recipe.checkpoint.lease_seconds) as hold:
                 watch, failures = _watch(path, recipe, world, hold)
                 with watch, failures:
-                    _train(recipe, run, world, hold, resume=resume, changes=changes, stop=stop, failures=failures)
+                    _train(recipe, run, world, hold, resume=resume, changes=changes, stop=stop, source=source, failures=failures)
     except MegaMMError:
         # Threads of gloo that are cut off while the interpreter is taken apart are no news.
         faulthandler.disable()
@@ -90,21 +92,24 @@ def _train(
     resume: str,
     changes: DataChanges,
     stop: StopRequest,
+    source: Path | None,
     failures: FailureLog,
 ) -> None:
     with distributed.fail_together():
         tokenizer = load_tokenizer(recipe, folder.tokenizer)
+    origin = find_origin(source, folder, recipe, tokenizer, world)
+    base = origin.base if origin is not None and recipe.adapter.freezes_base else None
     data = TrainingData.open(recipe, tokenizer, world)
-    trainer = build_trainer(recipe, tokenizer, world)
+    trainer = build_trainer(recipe, tokenizer, world, origin)
     fingerprints = {"tokenizer": tokenizer.fingerprint}
-    start = find_start(folder, trainer.engine, world, hold, resume=resume, fingerprints=fingerprints)
+    start = find_start(folder, trainer.engine, world, hold, resume=resume, fingerprints=fingerprints, base=base)
     # Everything that can be refused is refused before the run folder changes.
     state = data.begin(start.data_state, changes, world)
     with distributed.fail_together():
         loader = data.loader(state, world, start.ledger)
     with distributed.fail_together():
         if world.is_main:
-            folder.archive(recipe, trainer.ds_config)
+            folder.archive(recipe, trainer.ds_config, None if origin is None else origin.to_json())
     scale = Scale(world.size, recipe.batch.micro_rows, trainer.num_micro_steps)
     watch = SpikeWatch(recipe.spike, recipe.optim.max_unapplied_updates)
     watch.restore(start.watch)
@@ -117,7 +122,7 @@ def _train(
     _log.info(
         "%s from step %d of %d on %d %s", recipe.name, start.step, recipe.train.steps, world.size, "rank" if world.size == 1 else "ranks"
     )
-    saver = Saver(folder.checkpoints, trainer.engine, world, recipe.checkpoint, hold=hold)
+    saver = Saver(folder.checkpoints, trainer.engine, world, recipe.checkpoint, hold=hold, base=base)
     limit = TimeLimit.of_environment(recipe.train.stop_margin_seconds, saver.snapshot_bytes) if world.is_main else None
     train(
         Run(

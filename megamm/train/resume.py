@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megamm.checkpoint.base import Base
 from megamm.checkpoint.choose import newest_good, require_good
 from megamm.checkpoint.hold import Hold
 from megamm.checkpoint.load import Loaded, load
@@ -50,7 +51,9 @@ class Start:
         return cls(loaded.manifest.step, data_state, ledger, loaded.manifest.num_tokens, loaded.data_state.get(WATCH))
 
 
-def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resume: str, fingerprints: dict[str, str]) -> Start:
+def find_start(
+    run: RunFolder, engine: Engine, world: World, hold: Hold, *, resume: str, fingerprints: dict[str, str], base: Base | None = None
+) -> Start:
     """Choose a checkpoint, the same on all ranks, and fill the engine from it.
 
     Args:
@@ -60,10 +63,11 @@ def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resu
         hold: This job's hold of the run.
         resume: `auto` takes the newest good checkpoint of the run, `never` none; anything else is a checkpoint folder.
         fingerprints: Name -> digest of what must be as it was when the checkpoint was written.
+        base: Weights that the engine's frozen parameters are; None where checkpoints hold these as well.
 
     Raises:
         CheckpointError: The named checkpoint is not good, every checkpoint of the run is damaged, or it is of another model
-            or vocabulary.
+            or vocabulary, or its adapter is for other weights.
     """
     if resume == "never":
         return Start()
@@ -101,8 +105,16 @@ def find_start(run: RunFolder, engine: Engine, world: World, hold: Hold, *, resu
         if found != expected:
             message = f"checkpoint {folder} was written with {name} {found}, this run has {expected}; resume with what it was written with"
             raise _together(CheckpointError(message))
+    _check_base(folder, loaded.manifest.base, base)
     _log.info("resumed from %s (written by %d ranks)", folder, loaded.manifest.world_size)
     return Start.of(loaded, with_decisions(LoaderState.from_json(loaded.data_state), run.path))
+
+
+def _check_base(folder: Path, theirs: Base | None, ours: Base | None) -> None:
+    if (theirs and theirs.digest) != (ours and ours.digest):
+        stands = f"stands on {theirs.path} ({theirs.digest})" if theirs else "holds all of its weights"
+        has = f"is on {ours.path} ({ours.digest})" if ours else "starts from none"
+        raise _together(CheckpointError(f"checkpoint {folder} {stands}, this run {has}; an adapter fits its own weights alone"))
 
 
 def _together(error: CheckpointError) -> CheckpointError:

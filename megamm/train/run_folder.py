@@ -1,6 +1,6 @@
 """The folder of one run: archived recipe, markers, logs, checkpoints.
 
-config.json ds_config.json environment.json tokenizer/ metrics.jsonl tensorboard/ logs/ checkpoints/
+config.json origin.json ds_config.json environment.json tokenizer/ metrics.jsonl tensorboard/ logs/ checkpoints/
 INTERRUPTED or DONE when the last process left in order, STOP when a user asks for it
 """
 
@@ -57,6 +57,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.config = path / "config.json"
+        self.origin = path / "origin.json"
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
@@ -88,7 +89,7 @@ class RunFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"{self.path} is a file; name a folder with --run")
             # What a launcher, or a start that was cut off, leaves behind.
-            own = {"logs", "submissions", "STOP", self.tokenizer.name, "ds_config.json", "environment.json"}
+            own = {"logs", "submissions", "STOP", self.tokenizer.name, self.origin.name, "ds_config.json", "environment.json"}
             if self.path.exists() and any(entry.name not in own and not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; name an empty folder with --run")
             return
@@ -105,14 +106,17 @@ class RunFolder:
                 "drop the override to resume it, or start a new run with another --run"
             )
 
-    def archive(self, recipe: Recipe, ds_config: dict[str, Any]) -> None:
-        """Write the resolved recipe, DeepSpeed's merged config, the environment and the tokenizer (rank 0 only)."""
+    def archive(self, recipe: Recipe, ds_config: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
+        """Write the resolved recipe, DeepSpeed's merged config, the environment, the tokenizer and the run's origin (rank 0 only)."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.has_checkpoints() and Path(recipe.tokenizer.folder).is_dir():
             shutil.rmtree(self.tokenizer, ignore_errors=True)
         _copy_folder(Path(recipe.tokenizer.folder), self.tokenizer)
         write_json(self.path / "ds_config.json", ds_config)
         write_json(self.path / "environment.json", environment())
+        self.origin.unlink(missing_ok=True)
+        if origin is not None:
+            write_json(self.origin, origin)
         # Last, because its presence says that this folder is a run.
         write_json(self.config, to_dict(recipe))
 

@@ -1,0 +1,188 @@
+"""Where a fine-tuning run starts from: another run's checkpoint, or an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from megamm.checkpoint.base import Base
+from megamm.checkpoint.choose import base_at, newest_good
+from megamm.checkpoint.manifest import MANIFEST, read_manifest
+from megamm.checkpoint.slices import open_weights
+from megamm.config import Recipe, load_resolved
+from megamm.core.errors import ConfigError
+from megamm.core.files import read_json
+from megamm.engine import weights
+from megamm.engine.distributed import World, fail_together
+from megamm.inference.load import run_config
+from megamm.models.adapters import is_adapter
+from megamm.models.configuration_megamm import MegaMMConfig
+from megamm.tokenizers.text import TextTokenizer
+from megamm.train.run_folder import RunFolder, differences
+
+# What may differ between a model and the one that it starts from: adapters, bounds on media, and what transformers notes.
+_MAY_DIFFER = {"adapter", "architectures", "auto_map", "dtype", "max_patches", "max_seconds", "min_samples", "transformers_version"}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a run started from.
+
+    Attributes:
+        source: What the command named, absolute.
+        base: The weights that were found there.
+        is_needed: Whether this start reads them: a run that saves all of its weights needs them at its first start alone.
+    """
+
+    source: str
+    base: Base
+    is_needed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """For the run folder."""
+        return {"source": self.source, **asdict(self.base)}
+
+
+def find_origin(source: Path | None, run: RunFolder, recipe: Recipe, tokenizer: TextTokenizer, world: World) -> Origin | None:
+    """Find the weights that a run starts from, or that it started from; every rank calls it.
+
+    A run that was started goes on with the checkpoint that it found then, whatever its source has trained since.
+
+    Args:
+        source: A run, a checkpoint or an exported folder; None for a run that starts by itself.
+        run: The run folder.
+        recipe: What is trained.
+        tokenizer: The run's.
+        world: The ranks.
+
+    Raises:
+        ConfigError: The run started otherwise, `source` is nothing to start from, or has another tokenizer or model.
+        CheckpointError: The weights are missing, damaged, or not those that the run started from.
+    """
+    with fail_together():
+        recorded = _recorded(source, run)
+    if source is None:
+        return None
+    absolute = str(source.resolve())
+    if recorded is not None and recorded.source == absolute:
+        if not recipe.adapter.freezes_base:
+            return recorded
+        folder = Path(recorded.base.path)
+    else:
+        folder = _weights_folder(source, world)
+    base = base_at(folder, world)
+    if recorded is not None and base.digest != recorded.base.digest:
+        error = ConfigError(
+            f"{run.path} started from {recorded.base.path} ({recorded.base.digest}), {folder} holds other weights ({base.digest}); "
+            "name what it started from, or a new --run"
+        )
+        error.on_all_ranks = True
+        raise error
+    with fail_together():
+        _check_tokenizer(folder, tokenizer)
+        _check_model(folder, recipe, tokenizer)
+    return Origin(absolute, base, is_needed=True)
+
+
+def load_origin(model: nn.Module, origin: Origin) -> set[str]:
+    """Fill a partitioned model from where the run starts, each rank its own slices; what only the new model has stays as it is.
+
+    Returns:
+        Names that were filled.
+
+    Raises:
+        ConfigError: The weights lack something that is no adapter, or hold an adapter that the recipe has not (on every rank).
+    """
+    with fail_together(), open_weights(Path(origin.base.path)) as source:
+        shapes = source.shapes()
+        own = set(_names(model))
+        missing = [name for name in own - shapes.keys() if not is_adapter(name)]
+        foreign = [name for name in shapes.keys() - own if is_adapter(name)]
+        if missing:
+            raise ConfigError(f"{origin.base.path} lacks {min(missing)}; start from a model with the towers of the recipe")
+        if foreign:
+            raise ConfigError(
+                f"{origin.base.path} holds an adapter that the recipe's [adapter] does not have ({min(foreign)}); "
+                "set the same one, or start from `megamm export RUN --merge`"
+            )
+        return weights.load_slices(model, shapes, source.read)
+
+
+def _recorded(source: Path | None, run: RunFolder) -> Origin | None:
+    """What the run folder says, once there is anything to go on with."""
+    if not run.has_checkpoints():
+        return None
+    if not run.origin.is_file():
+        if source is not None:
+            raise ConfigError(f"{run.path} holds a run that did not start from {source}; name an empty folder with --run")
+        return None
+    values = read_json(run.origin)
+    if source is None:
+        named = values["source"]
+        raise ConfigError(f"{run.path} holds a run that started from {named}; resume it with `megamm finetune {named} RECIPE`")
+    return Origin(values.pop("source"), Base(**values), is_needed=False)
+
+
+def _weights_folder(source: Path, world: World) -> Path:
+    """The newest good checkpoint of a run; a checkpoint or an exported folder itself."""
+    if (source / MANIFEST).is_file():
+        return source
+    if (source / "checkpoints").is_dir():
+        choice = newest_good(source / "checkpoints", world)
+        if choice.folder is not None:
+            return choice.folder
+        problem = "its checkpoints are damaged" if choice.damaged else "it has committed no checkpoint yet"
+    else:
+        problem = "" if _is_exported(source) else "it is no run, no checkpoint and no folder that `megamm export` wrote"
+    if problem:
+        error = ConfigError(f"{source} is nothing to start from: {problem}")
+        error.on_all_ranks = True
+        raise error
+    return source
+
+
+def _is_exported(folder: Path) -> bool:
+    try:
+        return read_json(folder / "config.json").get("model_type") == MegaMMConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
+    is_checkpoint = (folder / MANIFEST).is_file()
+    theirs = read_manifest(folder).fingerprints.get("tokenizer") if is_checkpoint else TextTokenizer.load(folder).fingerprint
+    if theirs != tokenizer.fingerprint:
+        fix = folder.parents[1] / "tokenizer" if is_checkpoint else folder
+        raise ConfigError(
+            f"{folder} was trained with tokenizer {theirs}, the recipe has {tokenizer.fingerprint}; set tokenizer.folder to {fix}"
+        )
+
+
+def _check_model(folder: Path, recipe: Recipe, tokenizer: TextTokenizer) -> None:
+    """Compare what shapes of weights do not show: heads, rotations, activations, how media become inputs."""
+    if (folder / MANIFEST).is_file():
+        archived = folder.resolve().parents[1] / "config.json"
+        if not archived.is_file():
+            # A checkpoint that was copied out of its run.
+            return
+        theirs = run_config(load_resolved(archived), tokenizer.vocabulary)
+    else:
+        theirs = MegaMMConfig.from_pretrained(folder)
+    found = differences(theirs.to_dict(), run_config(recipe, tokenizer.vocabulary).to_dict())
+    changed = [key for key in found if not any(word in _MAY_DIFFER or word.startswith("_") for word in key.split("."))]
+    if changed:
+        raise ConfigError(
+            f"{folder} is of another model than the recipe's: {', '.join(changed[:4])}{' …' if len(changed) > 4 else ''} differ; "
+            "take the [model] of its recipe"
+        )
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """Parameters, tied ones once, and persistent buffers."""
+    yield from (name for name, _ in model.named_parameters())
+    stored = model.state_dict().keys()
+    yield from (name for name, _ in model.named_buffers() if name in stored)

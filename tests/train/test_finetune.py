@@ -1,0 +1,170 @@
+"""`megamm finetune` through the launcher: what a run starts from, what its checkpoints hold, and how it is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamm.checkpoint.consolidate import consolidate
+from megamm.checkpoint.manifest import read_manifest, verify
+from megamm.config import to_dict
+from megamm.core.errors import CheckpointError, ConfigError
+from megamm.core.json_lines import read_json_lines
+from megamm.engine import distributed
+from megamm.inference.load import load_model, run_config
+from megamm.models.adapters import is_adapter
+from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
+from megamm.tokenizers import text
+from megamm.tokenizers.text import TextTokenizer
+from megamm.train.origin import find_origin, load_origin
+from megamm.train.run_folder import RunFolder
+from tests.support.checkpoints import whole_state
+from tests.support.recipes import write_recipe
+from tests.support.runs import make_data, recipe_over
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+LORA = (
+    "--adapter.method=lora",
+    '--adapter.targets=["text.*", "vision.fc?", "audio.*", "projector.*"]',
+    "--adapter.rank=2",
+    "--checkpoint.every=2",
+)
+
+pytestmark = [pytest.mark.distributed, pytest.mark.integration]
+
+
+def launch(folder: Path, num_ranks: int, *words: str, code: int = 0) -> str:
+    """One command on ranks, from the folder of the recipe; what it said on standard error."""
+    command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", *words]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=280)
+    assert (result.returncode == 0) == (code == 0), result.stderr[-4000:]
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A world of one rank in this process; the environment is as before afterwards."""
+    before = dict(os.environ)
+    yield distributed.start()
+    distributed.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base of 3 steps on one rank, and a LoRA run of 4 steps from it on two."""
+    folder = tmp_path_factory.mktemp("finetune")
+    make_data(folder / "data", num_each=12)
+    write_recipe(folder / "recipe.toml", to_dict(recipe_over(folder / "data", "--checkpoint.keep_last=5", "--optim.lr=0.01")))
+    launch(folder, 1, "pretrain", "recipe.toml", "--run", "base", "--train.steps=5", "--stop-after", "3")
+    launch(folder, 2, "finetune", "base", "recipe.toml", "--run", "lora", "--train.steps=4", *LORA)
+    return folder
+
+
+def test_it_starts_from_the_base_and_says_so(folder):
+    base = folder / "base" / "checkpoints" / "step_00000003"
+    origin = json.loads((folder / "lora" / "origin.json").read_text())
+    assert (origin["source"], origin["path"], origin["step"]) == (str(folder / "base"), str(base), 3)
+    manifest = read_manifest(folder / "lora" / "checkpoints" / "step_00000004")
+    assert manifest.base is not None and manifest.base.digest == origin["digest"]
+    # What was learned already is there: a model of random weights begins at the logarithm of its vocabulary.
+    losses = [[line["loss"] for line in read_json_lines(folder / run / "metrics.jsonl") if "loss" in line] for run in ("base", "lora")]
+    assert losses[1][0] < losses[0][0] - 0.3
+
+
+def test_checkpoints_hold_the_adapter_alone_and_give_the_whole_model(folder):
+    lora, base = folder / "lora" / "checkpoints" / "step_00000004", folder / "base" / "checkpoints" / "step_00000003"
+    names = {key.partition("/")[2] for key, _ in whole_state(lora) if not key.startswith("buffer/")}
+    assert names and all(map(is_adapter, names))
+    assert (
+        sum(one.num_bytes for one in read_manifest(lora).files.values())
+        < sum(one.num_bytes for one in read_manifest(base).files.values()) / 2
+    )
+    whole, old = dict(consolidate(lora)), dict(consolidate(base))
+    assert whole.keys() - old.keys() == names and all(torch.equal(whole[name], old[name]) for name in old)
+    assert any(whole[name].any() for name in names if name.endswith("lora_B"))
+
+
+def test_a_resume_goes_on_bit_for_bit_although_its_source_went_on(folder):
+    words = ("finetune", "base", "recipe.toml", "--run", "halves", "--train.steps=4", *LORA)
+    launch(folder, 2, *words, "--stop-after", "2")
+    # A resume must not start from the later checkpoint that the base has by then.
+    launch(folder, 1, "pretrain", "recipe.toml", "--run", "base", "--train.steps=5")
+    launch(folder, 2, *words)
+    for step in (2, 4):
+        ours, theirs = (dict(whole_state(folder / run / "checkpoints" / f"step_{step:08d}")) for run in ("halves", "lora"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_it_answers_as_a_model_with_its_adapter(folder):
+    loaded = load_model(folder / "lora", device="cpu")
+    assert loaded.config.adapter["method"] == "lora" and loaded.step == 4
+    with torch.no_grad():
+        logits = loaded.model(torch.arange(9)[None]).logits
+        for name, parameter in loaded.model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.zero_()
+        assert not torch.equal(loaded.model(torch.arange(9)[None]).logits, logits)
+
+
+def test_a_folder_that_is_nothing_to_start_from_is_one_line(folder):
+    (told,) = [line for line in launch(folder, 1, "finetune", "data", "recipe.toml", "--run", "new", code=1).splitlines() if line]
+    assert told == "megamm: data is nothing to start from: it is no run, no checkpoint and no folder that `megamm export` wrote"
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "run", "overrides", "message"),
+    [
+        (None, "lora", LORA, "resume it with `megamm finetune"),
+        ("lora", "lora", LORA, "holds other weights"),
+        ("base", "base", (), "did not start from"),
+        ("base", "new", ("--model.text.config.rope_theta=500.0",), "is of another model than the recipe's: text_config.rope"),
+        ("base", "new", ("--model.vision.config.num_hidden_layers=2",), "vision_config.num_hidden_layers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, world, source, run, overrides, message):
+    recipe = recipe_over(folder / "data", *overrides)
+    tokenizer = TextTokenizer.load(folder / "data" / "tokenizer")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        find_origin(source and folder / source, RunFolder(folder / run), recipe, tokenizer, world)
+
+
+def test_another_tokenizer_and_another_adapter_are_refused(folder, world, tmp_path):
+    recipe = recipe_over(folder / "data")
+    tokenizer = TextTokenizer.load(folder / "data" / "tokenizer")
+    other = text.train(["other words", "than those"] * 40, recipe.tokenizer, tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match=r"set tokenizer.folder to .*base/tokenizer"):
+        find_origin(folder / "base", RunFolder(folder / "new"), recipe, other, world)
+    origin = find_origin(folder / "lora", RunFolder(folder / "new"), recipe, tokenizer, world)
+    model = MegaMMForConditionalGeneration(run_config(recipe, tokenizer.vocabulary))
+    with pytest.raises(ConfigError, match=r"holds an adapter that the recipe's \[adapter\] does not have"):
+        load_origin(model, origin)
+
+
+def test_an_adapter_trains_on_from_an_adapter(folder, world):
+    recipe = recipe_over(folder / "data", *LORA)
+    tokenizer = TextTokenizer.load(folder / "data" / "tokenizer")
+    origin = find_origin(folder / "lora", RunFolder(folder / "new"), recipe, tokenizer, world)
+    model = MegaMMForConditionalGeneration(run_config(recipe, tokenizer.vocabulary))
+    load_origin(model, origin)
+    whole = dict(consolidate(folder / "lora" / "checkpoints" / "step_00000004"))
+    assert all(torch.equal(value, whole[name]) for name, value in model.named_parameters())
+
+
+def test_a_base_that_changed_is_found(folder):
+    shard = folder / "base" / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"rank_00000.safetensors is damaged"):
+            verify(folder / "lora" / "checkpoints" / "step_00000004")
+    finally:
+        shard.write_bytes(data)
