@@ -25,6 +25,7 @@ from megamm.export.views import check_views, export_views
 from megamm.inference.generate import stop_ids
 from megamm.inference.load import Loaded, load_model, no_progress_bar
 from megamm.models.build import num_parameters
+from megamm.models.heads.saved import PREFIX, save_head
 from megamm.models.processing_megamm import MegaMMProcessor
 
 _log = get_logger("export")
@@ -96,8 +97,13 @@ def refuse_used_folder(output: Path) -> None:
 def write_folder(loaded: Loaded, folder: Path, *, max_shard_size: str) -> None:
     """Write weights, configuration, tokenizer, processor, modelling code and model card into an existing folder."""
     # Never a raw dump: transformers stores tied weights once and in the layout that its loaders read.
+    head, core = loaded.model.head, None
+    if head is not None:
+        # Beside the core, which loads and answers in tokens without it.
+        save_head(head, folder)
+        core = {name: value for name, value in loaded.model.state_dict().items() if not name.startswith(PREFIX)}
     with no_progress_bar():
-        loaded.model.save_pretrained(folder, max_shard_size=max_shard_size)
+        loaded.model.save_pretrained(folder, state_dict=core, max_shard_size=max_shard_size)
     ids = {"bos_token_id": loaded.config.bos_token_id, "eos_token_id": list(stop_ids(loaded)), "pad_token_id": loaded.config.pad_token_id}
     GenerationConfig(**ids).save_pretrained(folder)
     assert loaded.recipe is not None, "only a run is exported"

@@ -14,13 +14,14 @@ from transformers.utils import logging as transformers_logging
 
 from megamm.checkpoint.consolidate import consolidate
 from megamm.checkpoint.manifest import committed, read_manifest, verify
-from megamm.config import AudioFeatures, ImageFeatures, Recipe, load_resolved
+from megamm.config import AudioFeatures, Head, ImageFeatures, Recipe, load_resolved
 from megamm.core.errors import CheckpointError, ConfigError
 from megamm.core.files import read_json
 from megamm.core.logging import get_logger
 from megamm.data.media.features import MediaRules
 from megamm.models.build import config_from_recipe
 from megamm.models.configuration_megamm import MegaMMConfig
+from megamm.models.heads.saved import PREFIX, filled_head, read_head
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.tokenizers.text import TextTokenizer
 from megamm.tokenizers.vocabulary import CONTROL_NAMES, Vocabulary
@@ -36,7 +37,7 @@ class Loaded:
     """A model ready to answer.
 
     Attributes:
-        model: In evaluation mode, on its device.
+        model: In evaluation mode, on its device; with its head where it was trained with one.
         tokenizer: The run's.
         media: How pictures and sounds become tower inputs, and what is refused.
         recipe: What trained it; None for an exported folder.
@@ -135,7 +136,13 @@ def _from_run(run: Path, dtype: torch.dtype | None) -> Loaded:
     tokenizer = TextTokenizer.load(run / "tokenizer")
     checkpoint = newest_checkpoint(run)
     dtype = TRAINED_DTYPES[recipe.engine.precision] if dtype is None else dtype
-    model = _assemble(checkpoint, run_config(recipe, tokenizer.vocabulary), state_dict=checkpoint_state(checkpoint, dtype), dtype=dtype)
+    config, state = run_config(recipe, tokenizer.vocabulary), checkpoint_state(checkpoint, dtype)
+    head = None
+    if recipe.model.head is not None:
+        own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
+        head = filled_head(recipe.model.head, config, own, dtype=dtype, where=checkpoint)
+    model = _assemble(checkpoint, config, state_dict=state, dtype=dtype)
+    model.head = head
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -155,6 +162,7 @@ def _from_export(folder: Path, dtype: torch.dtype | None) -> Loaded:
     try:
         # Our own classes, so that no code of the folder runs.
         model = _assemble(folder, config, path=folder, dtype="auto" if dtype is None else dtype)
+        model.head = read_head(folder, config, dtype)
     except OSError as error:
         raise CheckpointError(f"{folder} lacks its weights ({error}); export the run again") from None
     except SafetensorError as error:
@@ -162,18 +170,19 @@ def _from_export(folder: Path, dtype: torch.dtype | None) -> Loaded:
     return Loaded(
         model=model,
         tokenizer=tokenizer,
-        media=_media_rules(config),
+        media=_media_rules(config, None if model.head is None else model.head.settings),
         recipe=None,
         step=None,
         source=folder,
     )
 
 
-def _media_rules(config: MegaMMConfig) -> MediaRules:
+def _media_rules(config: MegaMMConfig, head: Head | None) -> MediaRules:
     image = {name: tuple(value) if isinstance(value, list) else value for name, value in config.image_features.items()}
     return MediaRules(
         image=None if config.vision_config is None else ImageFeatures(**image),
         audio=None if config.audio_config is None else AudioFeatures(**config.audio_features),
+        head=head,
     )
 
 

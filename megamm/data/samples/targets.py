@@ -39,12 +39,21 @@ def question_and_answer(head: Head, sample: Sample) -> tuple[tuple[Message, ...]
     for part in answer:
         if part.type not in _ANSWERS[head.kind]:
             raise DataError(f"the answer holds a {part.type} part, and a {head.kind} head answers with {' or '.join(_ANSWERS[head.kind])}")
+    check_question(head, messages)
+    return messages, answer
+
+
+def check_question(head: Head, messages: Sequence[Message]) -> None:
+    """Refuse a chat without the one picture or sound that the head looks at.
+
+    Raises:
+        DataError: It holds none, or several.
+    """
     wanted = _MEDIA.get(head.kind) or _MEDIA_OF_TOWER.get(head.states)
     if wanted is not None:
         num = sum(part.type == wanted for message in messages for part in message.content)
         if num != 1:
             raise DataError(f"the sample holds {num} {wanted} parts, and this {head.kind} head looks at exactly 1")
-    return messages, answer
 
 
 def check_answer(head: Head, answer: Sequence[Part], audio_tokens: Sequence[int]) -> None:
