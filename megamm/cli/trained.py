@@ -75,11 +75,24 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-shard-size", default="4GB")
     parser.add_argument("--views", default="", help="comma-separated stock views to write as well: text, audio, image")
+    adapter = parser.add_mutually_exclusive_group()
+    adapter.add_argument("--merge", action="store_true", help="make an adapter's changes of low rank part of the weights")
+    adapter.add_argument("--peft", action="store_true", help="write the adapter alone, as a folder of the peft library")
 
 
 def export(arguments: Arguments) -> None:
-    from megamm.export import export
+    from megamm.export import export, export_peft
 
     views = tuple(filter(None, arguments.views.split(",")))
-    folder = export(arguments.run, arguments.output, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size, views=views)
+    if arguments.peft:
+        folder = export_peft(arguments.run, arguments.output)
+    else:
+        folder = export(
+            arguments.run,
+            arguments.output,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+            views=views,
+            merge=arguments.merge,
+        )
     print(f"exported to {folder}")

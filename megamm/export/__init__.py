@@ -1,5 +1,5 @@
 """From a run to a Hugging Face folder that needs no megamm, with stock views and a proof of parity."""
 
-from megamm.export.export import export
+from megamm.export.export import export, export_peft
 
-__all__ = ["export"]
+__all__ = ["export", "export_peft"]

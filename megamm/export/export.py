@@ -19,8 +19,10 @@ from megamm.core.errors import ExportError
 from megamm.core.files import read_json, sync_folder, write_json, write_text
 from megamm.core.logging import get_logger
 from megamm.export.card import model_card
+from megamm.export.merge import merged
 from megamm.export.modelling_code import AUTO_MAP, copy_modelling_code
 from megamm.export.parity import Expected, expected, prove, rounding
+from megamm.export.peft_folder import write_peft_folder
 from megamm.export.views import check_views, export_views
 from megamm.inference.generate import stop_ids
 from megamm.inference.load import Loaded, load_model, no_progress_bar
@@ -34,7 +36,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def export(
-    run: Path, output: Path, *, dtype: str = "bfloat16", max_shard_size: str = "4GB", views: Sequence[str] = (), parity: bool = True
+    run: Path,
+    output: Path,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_size: str = "4GB",
+    views: Sequence[str] = (),
+    parity: bool = True,
+    merge: bool = False,
 ) -> Path:
     """Write the newest good checkpoint of a run as a Hugging Face folder.
 
@@ -48,6 +57,8 @@ def export(
         max_shard_size: Bound on a weight file: a number with KB, MB, GB or TB, such as `4GB`.
         views: Stock views to write as well, into `views/NAME` (see `models.views`); each repeats its part of the weights.
         parity: Prove the folder in a fresh process and write `parity.json`.
+        merge: Make an adapter's changes of low rank part of the weights that they change, which is proven as well; else an adapter of
+            whatever kind stays beside them in the folder.
 
     Returns:
         `output`.
@@ -55,24 +66,25 @@ def export(
     Raises:
         ConfigError: `run` is not a run folder.
         CheckpointError: The run has no good checkpoint.
-        ExportError: `output` is not empty or cannot be written, `dtype`, `max_shard_size` or a view is unknown, or the folder does
-            not answer as the trained model does.
+        ExportError: `output` is not empty or cannot be written, `dtype`, `max_shard_size` or a view is unknown, there is nothing to
+            merge, or the folder does not answer as the trained model does.
     """
     if dtype not in DTYPES:
         raise ExportError(f"dtype={dtype} cannot be exported; use one of {', '.join(DTYPES)}")
     if not _is_size(max_shard_size):
         raise ExportError(f"max_shard_size={max_shard_size} is no size of a file; write a number with KB, MB, GB or TB, such as 4GB")
     refuse_used_folder(output)
-    loaded = load_model(run, dtype=DTYPES[dtype], device="cpu")
-    if loaded.recipe is None:
-        raise ExportError(f"{run} is an exported folder already; name the run folder that it came from")
+    loaded = _load_run(run, torch.float32 if merge else DTYPES[dtype])
+    merging = {}
+    if merge:
+        loaded, merging["merge"] = merged(loaded, DTYPES[dtype])
     check_views(loaded, views)
     with _whole_folder(output) as folder:
         write_folder(loaded, folder, max_shard_size=max_shard_size)
         references = expected(loaded) if parity or views else []
         export_views(loaded, folder, views, references=references, max_shard_size=max_shard_size)
         if parity:
-            facts = {"checkpoint": loaded.source.name, "step": loaded.step}
+            facts = {"checkpoint": loaded.source.name, "step": loaded.step, **merging}
             num_elements = sum(parameter.numel() for parameter in loaded.model.parameters())
             # The fresh process holds the model once more.
             del loaded
@@ -80,6 +92,35 @@ def export(
             report = prove(folder, references, facts | {"rounding": _rounding(run, references, dtype, num_elements)})
             _log.info("exported logits equal the checkpoint's: %s", {row["probe"]: row["max_logit_difference"] for row in report["probes"]})
     return output
+
+
+def export_peft(run: Path, output: Path) -> Path:
+    """Write the changes of low rank of a run's newest good checkpoint as a folder of the peft library, proven with peft itself.
+
+    Args:
+        run: Folder that `megamm finetune` wrote.
+        output: New or empty folder; peft loads it onto the exported base.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ConfigError: `run` is not a run folder.
+        CheckpointError: The run has no good checkpoint.
+        ExportError: `output` is not empty or cannot be written, the run's adapter is none that peft has so, or peft answers differently.
+    """
+    refuse_used_folder(output)
+    loaded = _load_run(run, torch.float32)
+    with _whole_folder(output) as folder:
+        write_peft_folder(loaded, folder)
+    return output
+
+
+def _load_run(run: Path, dtype: torch.dtype) -> Loaded:
+    loaded = load_model(run, dtype=dtype, device="cpu")
+    if loaded.recipe is None:
+        raise ExportError(f"{run} is an exported folder already; name the run folder that it came from")
+    return loaded
 
 
 def refuse_used_folder(output: Path) -> None:
@@ -170,10 +211,11 @@ def _naming(output: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
+    usual = next(folder.glob("*.json"))
     for path in folder.rglob("*"):
         if path.is_file():
             # safetensors makes files that only their owner may read.
-            shutil.copymode(folder / "config.json", path)
+            shutil.copymode(usual, path)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         else:

@@ -27,9 +27,11 @@ def check_views(loaded: Loaded, names: Sequence[str]) -> None:
     """Refuse views that the model does not have.
 
     Raises:
-        ExportError: A name is unknown, or the model's towers do not fit the stock class.
+        ExportError: A name is unknown, the model's towers do not fit the stock class, or there is an adapter that it does not know.
     """
     for name in names:
+        if loaded.config.adapter is not None:
+            raise ExportError(f"view {name!r} cannot hold the adapter {loaded.config.adapter['method']!r}; export with --merge, or no view")
         if name not in possible_views(loaded):
             raise ExportError(f"view {name!r} cannot be made of this model; it has the views {', '.join(possible_views(loaded))}")
 

@@ -100,8 +100,10 @@ def load_origin(model: nn.Module, origin: Origin) -> set[str]:
     with fail_together(), open_weights(Path(origin.base.path)) as source:
         shapes = source.shapes()
         own = set(_names(model))
-        missing = [name for name in own - shapes.keys() if not is_adapter(name)]
+        missing = [name for name in own - shapes.keys() if not _is_added(name)]
         foreign = [name for name in shapes.keys() - own if is_adapter(name)]
+        # A head answers for the run that trained it: another run may do without.
+        shapes = {name: shape for name, shape in shapes.items() if name in own or not _is_added(name)}
         if missing:
             raise ConfigError(f"{origin.base.path} lacks {min(missing)}; start from a model with the towers of the recipe")
         if foreign:
@@ -179,6 +181,11 @@ def _check_model(folder: Path, recipe: Recipe, tokenizer: TextTokenizer) -> None
             f"{folder} is of another model than the recipe's: {', '.join(changed[:4])}{' …' if len(changed) > 4 else ''} differ; "
             "take the [model] of its recipe"
         )
+
+
+def _is_added(name: str) -> bool:
+    """Whether a parameter is none of the towers' and projectors', which every model has."""
+    return is_adapter(name) or name.startswith("head.")
 
 
 def _names(model: nn.Module) -> Iterator[str]:
