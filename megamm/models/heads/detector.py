@@ -53,8 +53,11 @@ class DetectorHead(nn.Module):
         return {"labels": self.classify(hidden), "boxes": (self.place(hidden).float() + begin.logit()).sigmoid()}
 
     def loss(self, logits: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
-        """float32[D]: cross-entropy of the queries' labels, and distance and overlap of matched boxes."""
+        """float32[D]: cross-entropy of the queries' labels, and distance and overlap of matched boxes; not finite where logits are not."""
         labels, boxes = logits["labels"].float(), logits["boxes"]
+        if not bool(labels.isfinite().all() & boxes.isfinite().all()):
+            # Matching refuses what is no number; a loss that is none leaves the weights as they are.
+            return labels.sum((1, 2)) + boxes.sum((1, 2))
         matched = _match(labels, boxes, targets)
         wanted = torch.full(labels.shape[:2], len(self.labels), device=labels.device)
         distances = []

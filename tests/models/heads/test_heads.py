@@ -107,6 +107,14 @@ def test_the_detector_costs_what_the_stock_loss_says():
     torch.testing.assert_close(losses.mean(), stock, rtol=1e-5, atol=1e-6)
 
 
+def test_logits_that_are_no_numbers_cost_no_number_instead_of_ending_the_run():
+    head, targets = head_of("detector"), targets_of("detector")
+    states = states_of()
+    states[1] = states[1] * float("nan")
+    losses = head.loss(head(states=States.of(states, GRIDS)), targets)
+    assert losses.isfinite().tolist() == [True, False, True]
+
+
 def test_queries_begin_all_over_the_view():
     middles = anchors(7, torch.device("cpu"))
     assert len({tuple(one) for one in middles.tolist()}) == 7
