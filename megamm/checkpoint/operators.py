@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
@@ -81,6 +82,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "world_size": manifest.world_size,
         "num_bytes": sum(facts.num_bytes for facts in manifest.files.values()),
         "num_parameters": sizes,
+        "base": None if manifest.base is None else dataclasses.asdict(manifest.base),
         "engine": manifest.engine,
         "fingerprints": manifest.fingerprints,
         "software": manifest.software,
@@ -131,7 +133,7 @@ def _newest(folder: Path) -> tuple[int, Path]:
     return found[-1]
 
 
-_KINDS = ("trainable", "frozen", "buffer")
+_KINDS = ("trainable", "frozen", "buffer", "base")
 
 
 def _entry(path: Path, step: int | None, *, verified: bool) -> Entry:

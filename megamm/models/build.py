@@ -90,7 +90,7 @@ def build_model(config: MegaMMConfig, head: Head | None) -> MegaMMForConditional
 
 
 def num_parameters(config: MegaMMConfig) -> dict[str, int]:
-    """Parameters of the whole model (`total`, tied weights once) and of each part, without allocating them."""
+    """Parameters of the whole model (`total`, tied weights once), of each part, and of an adapter in them, without allocating them."""
     with torch.device("meta"):
         model = MegaMMForConditionalGeneration(config)
     counts = {"total": sum(parameter.numel() for parameter in model.parameters())}
@@ -99,6 +99,8 @@ def num_parameters(config: MegaMMConfig) -> dict[str, int]:
         if part is not None:
             counts[name] = sum(parameter.numel() for parameter in part.parameters())
     counts["lm_head"] = counts["total"] - sum(counts[name] for name in _PARTS if name in counts)
+    if config.adapter is not None:
+        counts["adapter"] = sum(parameter.numel() for name, parameter in model.named_parameters() if is_adapter(name))
     return counts
 
 

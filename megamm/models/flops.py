@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from megamm.config.schema import Model
+from megamm.config.schema import Adapter, Model, Tower
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES, audio_num_tokens
 from megamm.core.types import IGNORE_LABEL, Batch
 from megamm.models.configuration_megamm import MegaMMConfig
@@ -57,22 +57,33 @@ class BatchSizes:
         )
 
 
-def train_flops(config: MegaMMConfig, sizes: BatchSizes, recipe: Model) -> float:
+def train_flops(config: MegaMMConfig, sizes: BatchSizes, recipe: Model, adapter: Adapter | None = None) -> float:
     """Operations of forward and backward over one micro-batch.
+
+    What an adapter itself computes is not counted: it is next to nothing.
 
     Args:
         config: The composed model's configuration.
         sizes: What the micro-batch holds.
         recipe: Which towers train; projectors always do.
+        adapter: The recipe's adapter, where it has one; gradients go through frozen towers that hold adapters.
     """
-    text_trains = recipe.text.trainable
+    text = _factor("text", recipe.text, adapter)
     has_media = bool(sizes.patches or sizes.frames)
-    total = _decoder_flops(config, sizes, _TRAINED if text_trains else _THROUGH if has_media else _FORWARD)
+    total = _decoder_flops(config, sizes, _THROUGH if text == _FORWARD and has_media else text)
     if sizes.patches:
-        total += _vision_flops(config, sizes.patches, trains=recipe.vision.trainable)
+        total += _vision_flops(config, sizes.patches, factor=_factor("vision", recipe.vision, adapter))
     if sizes.frames:
-        total += _audio_flops(config, sizes.frames, trains=recipe.audio.trainable)
+        total += _audio_flops(config, sizes.frames, factor=_factor("audio", recipe.audio, adapter))
     return float(total)
+
+
+def _factor(name: str, tower: Tower, adapter: Adapter | None) -> int:
+    """Operations of a multiplication in a tower's weights, forward and backward."""
+    if adapter is None or not adapter.freezes_base:
+        return _TRAINED if tower.trainable else _FORWARD
+    towers = {"text"} if adapter.method == "prefix" else {target.partition(".")[0] for target in adapter.targets}
+    return _THROUGH if name in towers else _FORWARD
 
 
 def _decoder_flops(config: MegaMMConfig, sizes: BatchSizes, factor: int) -> int:
@@ -87,7 +98,8 @@ def _decoder_flops(config: MegaMMConfig, sizes: BatchSizes, factor: int) -> int:
     return factor * (sum(sizes.documents) * layers * matrices + head) + _passes(factor) * layers * attention
 
 
-def _vision_flops(config: MegaMMConfig, patches: Sequence[int], *, trains: bool) -> int:
+def _vision_flops(config: MegaMMConfig, patches: Sequence[int], *, factor: int) -> int:
+    trains = factor != _FORWARD
     merged = config.vision_hidden_size * config.image_features["merge"] ** 2
     is_first = not trains and not config.projector_use_layernorm
     num_tokens = sum(patches) // config.image_features["merge"] ** 2
@@ -97,27 +109,28 @@ def _vision_flops(config: MegaMMConfig, patches: Sequence[int], *, trains: bool)
         return total + len(patches) * _square_flops(vision.to_json_string(), config.image_features["size"], trains)
     embedding = 3 * vision.patch_size**2 * vision.hidden_size
     # The first matrix has no input to pass a gradient to.
-    total += (_THROUGH if trains else _FORWARD) * sum(patches) * embedding
-    return total + _encoder_flops(vision, patches, patches, trains=trains)
+    total += (_THROUGH if factor == _TRAINED else _FORWARD) * sum(patches) * embedding
+    return total + _encoder_flops(vision, patches, patches, factor=factor)
 
 
-def _audio_flops(config: MegaMMConfig, frames: Sequence[int], *, trains: bool) -> int:
+def _audio_flops(config: MegaMMConfig, frames: Sequence[int], *, factor: int) -> int:
     audio = config.audio_config
     tokens = [audio_num_tokens(one) for one in frames]
     window = audio_num_tokens(AUDIO_CHUNK_FRAMES) * (audio.n_window_infer // AUDIO_CHUNK_FRAMES)
     windows = [piece for one in tokens for piece in [window] * (one // window) + ([one % window] if one % window else [])]
-    factor = _TRAINED if trains else _FORWARD
-    projector = _projector_flops(audio.d_model, audio.d_model, audio.output_dim, is_first=not trains)
+    projector = _projector_flops(audio.d_model, audio.d_model, audio.output_dim, is_first=factor == _FORWARD)
+    # Adapters lie behind the convolutions.
+    trains, front_factor = factor == _TRAINED, factor if factor == _TRAINED else _FORWARD
     front, bands, length = 0, audio.num_mel_bins, AUDIO_CHUNK_FRAMES
     channels = (1, *[audio.downsample_hidden_size] * 3)
     for layer in range(3):
         bands, length = (bands + 1) // 2, (length + 1) // 2
         weights = 9 * channels[layer] * channels[layer + 1]
-        front += (factor - 2 * (trains and layer == 0)) * weights * bands * length
-    front += factor * audio.downsample_hidden_size * bands * audio.d_model * length
+        front += (front_factor - 2 * (trains and layer == 0)) * weights * bands * length
+    front += front_factor * audio.downsample_hidden_size * bands * audio.d_model * length
     # The last chunk of a sound is convolved whole, but only its real share counts.
     num_chunks = sum(frames) / AUDIO_CHUNK_FRAMES
-    return int(num_chunks * front) + sum(tokens) * projector + _encoder_flops(audio, tokens, windows, trains=trains)
+    return int(num_chunks * front) + sum(tokens) * projector + _encoder_flops(audio, tokens, windows, factor=factor)
 
 
 def _projector_flops(width: int, hidden: int, out: int, *, is_first: bool) -> int:
@@ -125,11 +138,10 @@ def _projector_flops(width: int, hidden: int, out: int, *, is_first: bool) -> in
     return (_THROUGH if is_first else _TRAINED) * width * hidden + _TRAINED * hidden * out
 
 
-def _encoder_flops(tower: PreTrainedConfig, tokens: Sequence[int], windows: Sequence[int], *, trains: bool) -> int:
+def _encoder_flops(tower: PreTrainedConfig, tokens: Sequence[int], windows: Sequence[int], *, factor: int) -> int:
     """Blocks of a bidirectional tower with as many key as query heads and a two-matrix perceptron."""
     matrices = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
     attention = 4 * tower.hidden_size * _squares(windows)
-    factor = _TRAINED if trains else _FORWARD
     return tower.num_hidden_layers * (factor * sum(tokens) * matrices + _passes(factor) * attention)
 
 

@@ -39,6 +39,8 @@ def recipe_parameters(recipe: Recipe) -> dict[str, int]:
         vocabulary = Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size)
     counts = num_parameters(run_config(recipe, vocabulary))
     towers = (("language_model", recipe.model.text), ("vision_tower", recipe.model.vision), ("audio_tower", recipe.model.audio))
+    if recipe.adapter.freezes_base:
+        return counts | {"frozen": counts["total"] - counts["adapter"]}
     return counts | {"frozen": sum(counts[name] for name, tower in towers if tower is not None and not tower.trainable)}
 
 

@@ -80,7 +80,7 @@ class StepReport:
         """Model FLOPs of this rank's micro-batches; 0 where the device's peak is not known and nothing would come of it."""
         if self._peak is None:
             return 0.0
-        return sum(train_flops(self._config, BatchSizes.of(batch), self._recipe.model) for batch in batches)
+        return sum(train_flops(self._config, BatchSizes.of(batch), self._recipe.model, self._recipe.adapter) for batch in batches)
 
     def values(self, counts: GlobalCounts, result: StepResult) -> dict[str, float]:
         """Numbers of the step that just ended, over all ranks; waiting is that of the slowest rank, memory this rank's.

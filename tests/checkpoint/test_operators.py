@@ -49,7 +49,7 @@ def test_a_listing_is_a_line_an_entry(run, folder):
 def test_a_description_says_what_the_manifest_says(folder):
     facts = describe(folder / "step_00000020")
     assert (facts["step"], facts["world_size"], facts["num_skipped_samples"]) == (20, 2, 2)
-    assert facts["num_parameters"] == {"trainable": 27, "frozen": 0, "buffer": 1}
+    assert facts["num_parameters"] == {"trainable": 27, "frozen": 0, "buffer": 1, "base": 0} and facts["base"] is None
 
 
 def test_pruning_deletes_what_a_good_newest_one_replaces(run, folder):

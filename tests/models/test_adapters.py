@@ -12,6 +12,7 @@ from megamm.models.adapters import is_adapter, low_rank_layers, merged_state
 from megamm.models.attention import document_attention, make_documents
 from megamm.models.build import config_from_recipe, num_parameters, parameter_groups
 from megamm.models.checkpointing import set_activation_checkpointing
+from megamm.models.flops import BatchSizes, train_flops
 from megamm.models.inputs import batch_inputs
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from tests.support.multimodal import CONTROL_IDS, VOCAB_SIZE, document, pack, tiny_recipe
@@ -162,7 +163,19 @@ def test_the_base_may_train_as_well():
 
 def test_the_number_of_parameters_holds_the_adapter():
     plain, adapted = (num_parameters(_config(one)) for one in (Adapter(), _adapter("prefix")))
-    assert adapted["total"] - plain["total"] == adapted["language_model"] - plain["language_model"] == 2 * 2 * 2 * 3 * 8
+    layers, keys_and_values, heads, tokens, head_size = 2, 2, 2, 3, 8
+    assert adapted["adapter"] == adapted["total"] - plain["total"] == layers * keys_and_values * heads * tokens * head_size
+    assert adapted["adapter"] == adapted["language_model"] - plain["language_model"]
+
+
+def test_a_frozen_base_costs_the_gradients_of_its_weights_less():
+    config, sizes = _config(Adapter()), BatchSizes.of(_batch())
+    whole, frozen = (train_flops(config, sizes, tiny_recipe(), adapter) for adapter in (None, _adapter("lora")))
+    assert 0.6 < frozen / whole < 0.75
+    # Nothing before the decoder needs a gradient, but what enters it does: projectors are counted as trained.
+    text_alone = train_flops(config, sizes, tiny_recipe(), _adapter("lora", targets=("text.*",)))
+    assert text_alone < frozen
+    assert train_flops(config, sizes, tiny_recipe(), _adapter("lora", train_base=True)) == whole
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,24 @@ from megamm.tokenizers.vocabulary import Vocabulary
 from tests.support.multimodal import CONTROL_IDS
 
 
-@pytest.mark.parametrize(("name", "least", "most"), [("tiny", 0.7e6, 1.3e6), ("small", 55e6, 65e6), ("1b", 1.0e9, 1.1e9)])
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("tiny", 0.7e6, 1.3e6), ("tiny_lora", 0.7e6, 1.3e6), ("small", 55e6, 65e6), ("1b", 1.0e9, 1.1e9)]
+)
 def test_shipped_recipes_build_and_have_the_size_that_they_say(name, least, most):
     recipe = load_recipe(name)
     config = config_from_recipe(
-        recipe.model, vocab_size=Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size).size, control_ids=CONTROL_IDS
+        recipe.model,
+        vocab_size=Vocabulary.from_config(recipe.tokenizer, recipe.tokenizer.text_size).size,
+        control_ids=CONTROL_IDS,
+        adapter=recipe.adapter,
     )
     assert least <= num_parameters(config)["total"] <= most
+
+
+def test_the_adapter_on_the_quick_start_fits_its_model():
+    base, tuned = load_recipe("tiny"), load_recipe("tiny_lora")
+    assert (tuned.model, tuned.tokenizer) == (base.model, base.tokenizer)
+    assert tuned.adapter.freezes_base
 
 
 @pytest.mark.parametrize("name", ["small", "1b"])
