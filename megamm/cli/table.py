@@ -42,6 +42,7 @@ COMMANDS = (
         ("checkpoint", "reshard"), "Rewrite a checkpoint for another number of ranks.", checkpoints.reshard_arguments, checkpoints.reshard
     ),
     Command(("evaluate",), "Run tasks over held-out samples.", trained.evaluate_arguments, trained.evaluate),
+    Command(("predict",), "Ask one task of pictures, sounds or histories: typed answers.", trained.predict_arguments, trained.predict),
     Command(("generate",), "Ask a run or an exported folder.", trained.generate_arguments, trained.generate),
     Command(("export",), "Write a Hugging Face folder from a run, with proof that it matches.", trained.export_arguments, trained.export),
 )

@@ -1,11 +1,11 @@
-"""What is done with a trained model: `megamm evaluate`, `generate`, `export`."""
+"""What is done with a trained model: `megamm evaluate`, `predict`, `generate`, `export`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from megamm.cli.command import Arguments, run_argument, source_argument
+from megamm.cli.command import Arguments, count, run_argument, source_argument
 from megamm.core.errors import ConfigError
 
 
@@ -39,6 +39,30 @@ def evaluate(arguments: Arguments) -> None:
     )
     if report is not None:
         print(report.to_markdown())
+
+
+def predict_arguments(parser: argparse.ArgumentParser) -> None:
+    source_argument(parser)
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="pictures and sounds, a prediction each")
+    parser.add_argument("--task", required=True, help="what is asked for, such as detection")
+    parser.add_argument("--text", default="", help="what to ask instead of the task's own prompt")
+    parser.add_argument("--items", default="", help="comma-separated ids of items that a user met, the oldest first")
+    parser.add_argument("--num-items", type=count, default=10, help="items of a recommendation (default: 10)")
+    parser.add_argument("--draw", type=Path, default=None, metavar="DIR", help="write pictures with boxes and instances drawn over them")
+    parser.add_argument("--batch-size", type=count, default=16)
+    parser.add_argument("--max-new-tokens", type=count, default=512, help="bound on an answer (default: 512)")
+
+
+def predict(arguments: Arguments) -> None:
+    from megamm.inference import predict
+    from megamm.inference.load import load_model
+
+    questions = predict.questions_of(arguments.files, tuple(filter(None, arguments.items.split(","))), arguments.text)
+    sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens, "num_items": arguments.num_items}
+    for number, prediction in enumerate(predict.predict(load_model(arguments.source), arguments.task, questions, **sizes)):
+        print(predict.line(prediction), flush=True)
+        if arguments.draw is not None and prediction.question.files:
+            predict.draw(prediction, arguments.draw / f"{number:04}-{prediction.question.files[0].stem}.png")
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:

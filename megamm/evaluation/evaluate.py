@@ -17,6 +17,7 @@ from megamm.data.shards.sidecars import resolved_reading
 from megamm.evaluation import progress
 from megamm.evaluation.held_out import Place, held_out_patterns, list_places, read_samples, sample_forms
 from megamm.evaluation.judge import judge
+from megamm.evaluation.pictures import shown, write_pictures
 from megamm.evaluation.progress import Progress
 from megamm.evaluation.records import Record, Result, SkippedSample
 from megamm.evaluation.report import Report, check_output, make_report
@@ -143,6 +144,8 @@ def evaluate(
         report = _report(list(found.values()), len(places), tasks, slices, loaded, settings)
         if output is not None:
             report.write(output)
+            samples = read_samples(shown(report, places), sample_forms(loaded.recipe, list(patterns)), reading=reading)
+            write_pictures(report, output, samples)
             progress.end(output)
     ranks.wait()
     ranks.leave()

@@ -22,6 +22,7 @@ from megamm.metrics.classes import ClassScore, Confusion, class_scores, confusio
 from megamm.tasks import TASKS, Figure
 
 REPORT_JSON, REPORT_MARKDOWN, PREDICTIONS = "report.json", "report.md", "predictions.jsonl"
+PICTURE_KINDS = ("samples-", "confusion-", "precision-")
 ALL = ""
 """The slice of a row that is over all samples."""
 
@@ -64,6 +65,7 @@ class Report:
         rows: By dataset, task and slice.
         unfinished: `dataset/task` -> answers that `max_new_tokens` cut off.
         malformed: `dataset/task` -> boxes and instances in answers that follow no layout.
+        problems: `dataset/task` -> why there are no figures.
         classes: `dataset/task` -> how each class fares, where answers are classes.
         confusions: `dataset/task` -> its confusion matrix, where answers are classes.
         skipped: Samples that count in no row.
@@ -76,6 +78,7 @@ class Report:
     rows: tuple[Row, ...]
     unfinished: dict[str, int]
     malformed: dict[str, int]
+    problems: dict[str, str]
     classes: dict[str, tuple[ClassScore, ...]]
     confusions: dict[str, Confusion]
     skipped: tuple[SkippedSample, ...]
@@ -91,6 +94,7 @@ class Report:
         lines = [f"# Evaluation of {self.source}", "", *markdown(header, [_cells(row) for row in self.rows])]
         lines += [f"\n{count} answers of {name} were cut off." for name, count in self.unfinished.items() if count]
         lines += [f"\n{count} boxes or instances in answers of {name} follow no layout." for name, count in self.malformed.items() if count]
+        lines += [f"\n{name} has no figures: {problem}." for name, problem in self.problems.items()]
         for name, scores in self.classes.items():
             rows = [(one.label, one.num_references, _figure(one.recall), _figure(one.precision), _figure(one.f1)) for one in scores]
             lines += ["", f"## Classes of {name}", "", *markdown(("class", "samples", "recall", "precision", "F1"), rows)]
@@ -107,6 +111,11 @@ class Report:
         write_json(folder / REPORT_JSON, self.to_dict())
 
 
+def is_picture(name: str) -> bool:
+    """Whether a file of that name is a picture of an evaluation (`megamm.evaluation.pictures`)."""
+    return name.endswith(".png") and name.startswith(PICTURE_KINDS)
+
+
 def check_output(folder: Path) -> None:
     """Make sure that writing a report there replaces nothing but an earlier report.
 
@@ -120,7 +129,8 @@ def check_output(folder: Path) -> None:
     own = {REPORT_JSON, REPORT_MARKDOWN, PREDICTIONS}
     # A run that was killed while it wrote one of them may have left its temporary neighbour.
     left = (*(f".{name}." for name in own), FOLDER)
-    if foreign := sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(left)):
+    names = [path.name for path in folder.iterdir()]
+    if foreign := sorted(name for name in names if name not in own and not name.startswith(left) and not is_picture(name)):
         raise ConfigError(f"output {folder} holds {foreign[0]}, which is no part of a report; name an empty folder or one of an evaluation")
     path = folder / REPORT_JSON
     if path.exists() and not _is_report(path):
@@ -159,7 +169,7 @@ def make_report(
     for record in records:
         groups.setdefault((record.dataset, record.task), []).append(record)
     rows: list[Row] = []
-    unfinished, malformed, classes, confusions = {}, {}, {}, {}
+    unfinished, malformed, problems, classes, confusions = {}, {}, {}, {}, {}
     for (dataset, task), group in groups.items():
         answered = [record for record in group if isinstance(record, Answered)]
         scored = [record for record in group if isinstance(record, Scored)]
@@ -167,7 +177,11 @@ def make_report(
         if answered:
             predictions = [TASKS[task].parse(record.answer) for record in answered]
             references = [TASKS[task].parse(record.reference) for record in answered]
-            rows += _rows(dataset, task, answered, TASKS[task].figures(predictions, references), slices)
+            try:
+                rows += _rows(dataset, task, answered, TASKS[task].figures(predictions, references), slices)
+            except DataError as error:
+                # Such as boxes in no reference: what was answered stays worth keeping.
+                problems[name] = str(error)
             unfinished[name] = sum(not record.answer.is_finished for record in answered)
             malformed[name] = sum(record.answer.num_malformed for record in answered)
             if TASKS[task].has_classes:
@@ -175,7 +189,7 @@ def make_report(
         if scored:
             rows += _rows(dataset, task, scored, _score_figures(scored), slices)
     ordered = tuple(sorted(skipped, key=lambda one: (one.dataset, one.shard, one.number)))
-    return Report(source, step, settings, tuple(rows), unfinished, malformed, classes, confusions, ordered, records)
+    return Report(source, step, settings, tuple(rows), unfinished, malformed, problems, classes, confusions, ordered, records)
 
 
 def _rows(dataset: str, task: str, group: Sequence[Record], figures: Sequence[Figure], slices: Sequence[str]) -> Iterator[Row]:

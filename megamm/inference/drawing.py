@@ -1,0 +1,55 @@
+"""Answers drawn over the pictures that they are about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megamm.core.masks import pixels_of
+from megamm.tasks.reply import Reply
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Okabe and Ito's colours, which colour-blind people tell apart.
+_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66))
+_MASK_SHARE = 0.45
+
+
+def draw_reply(picture: Image.Image, reply: Reply, *, longest_side: int | None = None) -> Image.Image:
+    """A copy of a picture with the boxes and instances of an answer, a colour a label, scores below 1 beside the label.
+
+    Args:
+        picture: RGB, in source pixels.
+        reply: Of the same picture.
+        longest_side: Of the copy in pixels; None for the picture's own.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    colours = colours_of(reply)
+    scale = 1.0 if longest_side is None else longest_side / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    values = np.asarray(picture.convert("RGB").resize(size)).astype(np.float32)
+    for number, one in enumerate(reply.instances):
+        # Neighbours of one label are told apart by how light they are.
+        colour = np.array(colours[one.label]) * (1.0 - 0.25 * (number % 3))
+        pixels = np.asarray(Image.fromarray(pixels_of(one.counts, one.size)).resize(size, Image.Resampling.NEAREST))
+        values[pixels] = (1 - _MASK_SHARE) * values[pixels] + _MASK_SHARE * colour
+    drawn = Image.fromarray(values.round().astype(np.uint8))
+    canvas, font = ImageDraw.Draw(drawn), ImageFont.load_default(max(8, size[1] // 32))
+    width = max(1, size[1] // 200)
+    for box in reply.boxes:
+        x1, y1, x2, y2 = (scale * edge for edge in box.xyxy)
+        canvas.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colours[box.label], width=width)
+        words = box.label if box.score >= 1 else f"{box.label} {box.score:.2f}"
+        place = (x1 + width + 1, y1 + width)
+        canvas.rectangle(canvas.textbbox(place, words, font=font), fill=colours[box.label])
+        canvas.text(place, words, fill=(255, 255, 255), font=font)
+    return drawn
+
+
+def colours_of(reply: Reply) -> dict[str, tuple[int, int, int]]:
+    """Label -> its colour; the same for equal sets of labels."""
+    labels = sorted({one.label for one in (*reply.boxes, *reply.instances)})
+    return {label: _COLOURS[number % len(_COLOURS)] for number, label in enumerate(labels)}

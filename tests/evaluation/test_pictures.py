@@ -1,0 +1,81 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megamm.core.masks import run_lengths
+from megamm.core.predictions import Box, Instance
+from megamm.core.types import Message, Part, Sample
+from megamm.evaluation.held_out import Place
+from megamm.evaluation.pictures import shown, write_pictures
+from megamm.evaluation.records import Answered, SkippedSample
+from megamm.evaluation.report import check_output, make_report
+from megamm.tasks.reply import Reply
+from tests.support.shards import jpeg
+
+CELL = Box("cell", (5, 5, 25, 20))
+
+
+def record(task, number, reference, answer):
+    names = {"dataset": "x", "task": task, "shard": "a.tar", "number": number, "key": f"{task}{number}"}
+    return Answered(**names, reference=reference, answer=answer)
+
+
+def nucleus(shift=0):
+    pixels = np.zeros((30, 40), dtype=bool)
+    pixels[5 + shift : 15 + shift, 5:25] = True
+    return Instance("nucleus", (30, 40), run_lengths(pixels), 0.9)
+
+
+RECORDS = [
+    *(record("classification", number, Reply("abc"[number % 3]), Reply("abd"[number % 3])) for number in range(30)),
+    *(record("detection", 30 + number, Reply(boxes=(CELL,)), Reply(boxes=(CELL,) if number else ())) for number in range(4)),
+    *(record("segmentation", 40 + number, Reply(instances=(nucleus(),)), Reply(instances=(nucleus(number),))) for number in range(3)),
+    record("speech_recognition", 50, Reply("one"), Reply("two")),
+]
+
+
+def samples(places):
+    content = (Part("mask", member="1.png"), Part("image", member="0.png"), Part("text", text="?"))
+    for place in places:
+        if place.number == 31:
+            yield place, SkippedSample(dataset="x", shard="a.tar", number=31, key="k", reason="damaged")
+        else:
+            media = {"1.png": b"no picture", "0.png": jpeg(40, 30, seed=place.number, format="PNG")}
+            content = content if place.number != 50 else (Part("audio", member="0.wav"),)
+            yield place, Sample("k", "t", (Message("user", content),), media)
+
+
+@pytest.fixture
+def places(tmp_path):
+    return [Place("x", tmp_path / "a.tar", number) for number in range(60)]
+
+
+def test_what_there_is_to_draw_is_drawn(tmp_path, places):
+    report = make_report(RECORDS, [], source="here", step=1, settings={})
+    chosen = shown(report, places)
+    assert len(chosen) == 24 + 4 + 3 + 1
+    folder = tmp_path / "report"
+    report.write(folder)
+    (folder / "samples-old.png").write_bytes(b"of an earlier report")
+    check_output(folder)
+    written = write_pictures(report, folder, samples(chosen))
+    names = {
+        *(f"samples-x-{task}.png" for task in ("classification", "detection", "segmentation")),
+        "confusion-x-classification.png",
+        *(f"precision-x-{task}.png" for task in ("detection", "segmentation")),
+    }
+    assert {path.name for path in written} == {path.name for path in folder.glob("*.png")} == names
+    check_output(folder)
+    for path in written:
+        with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            assert np.asarray(picture.convert("L")).std() > 1
+
+
+def test_a_task_without_figures_keeps_the_others(tmp_path):
+    records = [record("detection", 0, Reply(), Reply(boxes=(CELL,))), record("classification", 1, Reply("a"), Reply("a"))]
+    report = make_report(records, [], source="here", step=1, settings={})
+    assert {row.task for row in report.rows} == {"classification"}
+    assert "x/detection has no figures: " in report.to_markdown()
+    assert len(report.records) == 2
