@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megamm.engine.distributed import World, fail_together
 from megamm.inference.load import run_config
 from megamm.models.adapters import is_adapter
 from megamm.models.configuration_megamm import MegaMMConfig
+from megamm.models.heads.saved import PREFIX
 from megamm.tokenizers.text import TextTokenizer
 from megamm.train.run_folder import RunFolder, differences
 
@@ -102,8 +103,11 @@ def load_origin(model: nn.Module, origin: Origin) -> set[str]:
         own = set(_names(model))
         missing = [name for name in own - shapes.keys() if not _is_added(name)]
         foreign = [name for name in shapes.keys() - own if is_adapter(name)]
-        # A head answers for the run that trained it: another run may do without.
-        shapes = {name: shape for name, shape in shapes.items() if name in own or not _is_added(name)}
+        # A head answers for the run that trained it: another run may do without, or have a head of another form.
+        same_head = _head_shapes(shapes) == _head_shapes(
+            {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in model.named_parameters()}
+        )
+        shapes = {name: shape for name, shape in shapes.items() if (same_head if _is_head(name) else name in own or not _is_added(name))}
         if missing:
             raise ConfigError(f"{origin.base.path} lacks {min(missing)}; start from a model with the towers of the recipe")
         if foreign:
@@ -185,7 +189,15 @@ def _check_model(folder: Path, recipe: Recipe, tokenizer: TextTokenizer) -> None
 
 def _is_added(name: str) -> bool:
     """Whether a parameter is none of the towers' and projectors', which every model has."""
-    return is_adapter(name) or name.startswith("head.")
+    return is_adapter(name) or _is_head(name)
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def _head_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in shapes.items() if _is_head(name)}
 
 
 def _names(model: nn.Module) -> Iterator[str]:
