@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from megamm.checkpoint.consolidate import consolidate
-from megamm.checkpoint.manifest import read_manifest, verify
+from megamm.checkpoint.manifest import check_base, read_manifest, verify
+from megamm.checkpoint.reshard import reshard
 from megamm.config import to_dict
 from megamm.core.errors import CheckpointError, ConfigError
 from megamm.core.json_lines import read_json_lines
 from megamm.engine import distributed
+from megamm.export import export
 from megamm.inference.load import load_model, run_config
 from megamm.models.adapters import is_adapter
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
@@ -36,7 +38,7 @@ LORA = (
     "--checkpoint.every=2",
 )
 
-pytestmark = [pytest.mark.distributed, pytest.mark.integration]
+pytestmark = [pytest.mark.distributed, pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def launch(folder: Path, num_ranks: int, *words: str, code: int = 0) -> str:
@@ -103,6 +105,14 @@ def test_a_resume_goes_on_bit_for_bit_although_its_source_went_on(folder):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_another_number_of_ranks_keeps_the_base(folder, tmp_path):
+    lora = folder / "lora" / "checkpoints" / "step_00000004"
+    other = reshard(lora, tmp_path / "checkpoints", 3)
+    ours, theirs = dict(whole_state(other)), dict(whole_state(lora))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert read_manifest(other).base == read_manifest(lora).base
+
+
 def test_it_answers_as_a_model_with_its_adapter(folder):
     loaded = load_model(folder / "lora", device="cpu")
     assert loaded.config.adapter["method"] == "lora" and loaded.step == 4
@@ -157,6 +167,25 @@ def test_an_adapter_trains_on_from_an_adapter(folder, world):
     load_origin(model, origin)
     whole = dict(consolidate(folder / "lora" / "checkpoints" / "step_00000004"))
     assert all(torch.equal(value, whole[name]) for name, value in model.named_parameters())
+
+
+def test_an_exported_folder_of_many_files_is_a_start_as_well(folder, world):
+    recipe = recipe_over(folder / "data", *LORA)
+    tokenizer = TextTokenizer.load(folder / "data" / "tokenizer")
+    exported = export(folder / "base", folder / "exported", dtype="float32", max_shard_size="40KB", parity=False)
+    assert len(list(exported.glob("model-*.safetensors"))) > 2
+    origin = find_origin(exported, RunFolder(folder / "new"), recipe, tokenizer, world)
+    assert (origin.base.path, origin.base.step) == (str(exported), None)
+    model = MegaMMForConditionalGeneration(run_config(recipe, tokenizer.vocabulary))
+    filled = load_origin(model, origin)
+    names = {name for name, _ in model.named_parameters() if not is_adapter(name)}
+    trained = load_model(folder / "base", dtype=torch.float32, device="cpu").model.state_dict()
+    assert filled >= names and all(torch.equal(value, trained[name]) for name, value in model.named_parameters() if name in names)
+    check_base(origin.base)
+    shard = next(exported.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match="holds other weights"):
+        check_base(origin.base)
 
 
 def test_a_base_that_changed_is_found(folder):
