@@ -37,10 +37,17 @@ def pretrain(arguments: Arguments) -> None:
 
 def finetune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="run, checkpoint or exported folder whose weights the run starts from")
+    parser.add_argument(
+        "--head",
+        choices=("linear", "detector", "segmenter", "ctc"),
+        help="train a head that answers in place of tokens; --model.head.labels=[…] says what it can answer",
+    )
     pretrain_arguments(parser)
 
 
 def finetune(arguments: Arguments) -> None:
+    if arguments.head is not None:
+        arguments.overrides.append(f"--model.head.kind={arguments.head}")
     _train(arguments, source=arguments.source)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,10 @@ from megamm.core.types import Sample
 from megamm.data.samples.mapping import OWN_FORM, read_sample
 from megamm.data.shards.index import load_index, write_index
 from megamm.data.shards.reader import LocalReader, ShardReader
-from megamm.export.export import export
 from megamm.inference.heads import predict
 from megamm.inference.load import load_model
 from tests.support.ranks import run_ranks
+from tests.support.recipes import write_recipe
 from tests.support.runs import WORDS, make_data, recipe_over
 from tests.support.shards import as_files, chat, flac, write_tar
 
@@ -36,6 +37,7 @@ HEADS = {
     "ctc": f'{{kind="ctc",labels={json.dumps(sorted(set("".join(WORDS))))},states="audio",hidden_size=16}}',
 }
 SAVED_STEP = 5
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def make_head_data(root: Path) -> None:
@@ -136,12 +138,24 @@ def train_head(recipe: Recipe, run: Path, world: Any) -> dict[str, Any]:
         save_file(gradients, run / "gradients.safetensors")
     if world.size > 1:
         found["first"] += losses(SAVED_STEP - 1)
-        folder = save(run / "checkpoints", trainer.engine, world, Progress(step=SAVED_STEP))
+        folder = save(
+            run / "checkpoints",
+            trainer.engine,
+            world,
+            Progress(step=SAVED_STEP, fingerprints={"tokenizer": data.plan.tokenizer.fingerprint}),
+        )
         found["second"] = losses(SAVED_STEP)
         load(folder, trainer.engine, world)
         found["again"] = losses(SAVED_STEP)
     trainer.engine.close()
     return found | {"num_samples": counts.num_supervised, "own_samples": sum(int((one.weights > 0).sum()) for one in step.micro_batches)}
+
+
+def launch(folder: Path, num_ranks: int, *words: str) -> None:
+    """One command on ranks, from a folder, which must end in order."""
+    command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", *words]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=280)
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -215,15 +229,18 @@ def test_the_run_answers_in_types_of_its_task(trained, name):
 
 
 @pytest.mark.distributed
-def test_an_export_keeps_the_head_beside_a_core_that_loads_without_it(trained, tmp_path):
-    run = trained[0][2][1] / "detector"
-    folder = export(run, tmp_path / "out", dtype="float32", parity=False)
-    assert not any(key.startswith("head.") for key in load_file(folder / "model.safetensors"))
-    with samples_of(trained[1] / "detector" / "train-00000.tar") as samples:
-        expected = predict(load_model(run, device="cpu"), samples[:3])
-        assert predict(load_model(folder, device="cpu"), samples[:3]) == expected
-    (folder / "head.safetensors").unlink()
-    with pytest.raises(Exception, match="holds no whole head"):
-        load_model(folder)
-    (folder / "head.json").unlink()
-    assert load_model(folder, device="cpu").model.head is None
+@pytest.mark.integration
+def test_finetune_trains_a_head_on_weights_of_a_run_that_had_another(trained):
+    run, root = trained[0][2][1] / "detector", trained[1]
+    table = to_dict(head_recipe(root, "linear"))
+    del table["model"]["head"]
+    write_recipe(root / "recipe.toml", table)
+    words = ["--head", "linear", '--model.head.labels=["left","right"]', "--model.text.trainable=false", "--model.vision.trainable=false"]
+    launch(root, 1, "finetune", str(run), "recipe.toml", "--run", "probe", "--train.steps=2", *words)
+    before, after = load_model(run, device="cpu").model, load_model(root / "probe", device="cpu").model
+    assert after.head.settings.kind == "linear" and before.head.settings.kind == "detector"
+    assert torch.equal(
+        before.model.vision_tower.embeddings.patch_embedding.weight, after.model.vision_tower.embeddings.patch_embedding.weight
+    )
+    skipped = (root / "probe" / "logs" / "skipped.rank_00000.jsonl").read_text()
+    assert "'elsewhere' is not among the 2 of model.head.labels" in skipped
