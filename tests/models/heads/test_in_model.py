@@ -111,6 +111,17 @@ def test_a_micro_batch_without_documents_gives_zero_gradients_to_all(name):
         assert parameter.grad is not None and not parameter.grad.any(), key
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_bf16_costs_about_the_same(name):
+    batch = batch_of(HEADS[name], [[0, 1], [], [2]])
+    exact = run(model_of(HEADS[name]), batch).loss
+    rounded = model_of(HEADS[name]).to(torch.bfloat16)
+    loss = rounded(**batch_inputs(batch, CPU, torch.bfloat16, (1.0, 1.0))).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.1)
+    assert all(parameter.grad.isfinite().all() for parameter in rounded.parameters())
+
+
 def test_without_a_head_nothing_changes_and_a_head_that_is_not_asked_is_silent():
     torch.manual_seed(0)
     plain, headed = tiny_model(), tiny_model()
