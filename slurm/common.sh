@@ -50,6 +50,8 @@ begin_job() {
     # srun does not inherit the first since Slurm 22.05, and takes one of the two.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}
     unset SLURM_CPUS_PER_GPU
+    # Of a step that srun itself cannot make, on a node that is just coming back: more than any task's own code, so that it is tried again.
+    export SLURM_EXIT_ERROR=250
     # Warnings name the cause of most failures; more than that floods the logs of many ranks.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     if [ -n "${MEGAMM_INTERFACE:-}" ]; then
@@ -295,7 +297,13 @@ print(next(job["tres_req_str"] for job in json.load(sys.stdin)["jobs"] if str(jo
 # Whether Slurm could give this job as many nodes as it needs besides some, now or later: it lets one wait for ever that it cannot.
 #   leaves_enough NODE,NODE...
 leaves_enough() {
-    local num features request answer
+    local num features required request answer
+    # A job waits for each node that it names itself.
+    required=$(job_field ReqNodeList)
+    if [ "${required:-(null)}" != "(null)" ] &&
+        scontrol show hostnames "$required" | grep -Fxf <(scontrol show hostnames "$1") >/dev/null; then
+        return 1
+    fi
     # Where nobody tells, one may do.
     num=$(min_nodes) || num=1
     request=(--nodes="$num" --exclude="$1" --partition="$SLURM_JOB_PARTITION")

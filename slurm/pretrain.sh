@@ -22,6 +22,8 @@ export MEGAMM_HOME=${MEGAMM_HOME:-${SLURM_SUBMIT_DIR:?submit this file with sbat
 source "$MEGAMM_HOME/slurm/common.sh" || exit 2
 begin_job
 
+# finetune.sh says another command, and what it starts from.
+train=("${train[@]-pretrain}")
 recipe=${1:-tiny}
 shift || true
 arguments=("$@")
@@ -65,7 +67,17 @@ needs_somebody() {
 
 # Whether a task of this start was refused before the run began: it says so in one line, and srun ends the others with a signal.
 was_refused() {
-    grep -hsE '^megamm( \(rank [0-9]+\))?: ' "$run/logs/job-$SLURM_JOB_ID-restart-$restart-task-"*.log | grep -qvF '[may pass]'
+    refusals | grep -vF '[may pass]' >/dev/null
+}
+
+# Whether such a task said that the same may work later.
+may_pass() {
+    refusals | grep -F '[may pass]' >/dev/null
+}
+
+# (What reads this reads it to the end: a pipe that breaks would count as a no.)
+refusals() {
+    grep -hsE '^megamm( \(rank [0-9]+\))?: ' "$run/logs/job-$SLURM_JOB_ID-restart-$restart-task-"*.log
 }
 
 give_up() {
@@ -124,7 +136,7 @@ fi
 # On TERM srun would kill its tasks at once; on USR1 they finish their step and commit a checkpoint.
 pass_on=USR1
 rendezvous 0
-launch "${tasks[@]}" --output="$log-task-%t.log" -- megamm pretrain "$recipe" "${arguments[@]}"
+launch "${tasks[@]}" --output="$log-task-%t.log" -- megamm "${train[@]}" "$recipe" "${arguments[@]}"
 code=$?
 
 # Markers say how the run ended; exit codes of srun do not.
@@ -133,9 +145,9 @@ if [ -e "$run/INTERRUPTED" ]; then
     # A run that was told to rest (STOP, --stop-after, --max-seconds) says so.
     grep -q '"requeue": *true' "$run/INTERRUPTED" || exit 75
 elif [ "$(newest_error)" = "$last_error" ]; then
-    # A rank that was killed says nothing; without that, it was refused before it began.
-    [ "$code" -gt 128 ] || exit 75
     ! was_refused || exit 75
+    # A rank that was killed says nothing; without that, it was refused before it began.
+    [ "$code" -gt 128 ] || may_pass || exit 75
 elif needs_somebody; then
     exit 75
 fi

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SCRIPT = str(CHECKOUT / "slurm" / "pretrain.sh")
+SCRIPTS = CHECKOUT / "slurm"
 
 SCONTROL = """#!/bin/sh
 [ ! -e "$RUN/away" ] || { rm "$RUN/away"; exit 1; }
@@ -41,7 +41,14 @@ class Job:
         path.chmod(0o755)
 
     def start(
-        self, srun: str, *words: str, restart: int = 0, state: str = "RUNNING", number: int = 77, **more: str
+        self,
+        srun: str,
+        *words: str,
+        script: str = "pretrain.sh",
+        restart: int = 0,
+        state: str = "RUNNING",
+        number: int = 77,
+        **more: str,
     ) -> subprocess.Popen[str]:
         self._program("srun", f"#!/bin/bash\n{srun}\n")
         variables = {
@@ -58,7 +65,11 @@ class Job:
             **more,
         }
         return subprocess.Popen(
-            [SCRIPT, *(words or ("tiny", "--run", str(self.run)))], env=variables, cwd=self.run.parent, stderr=subprocess.PIPE, text=True
+            [str(SCRIPTS / script), *(words or ("tiny", "--run", str(self.run)))],
+            env=variables,
+            cwd=self.run.parent,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def finish(self, srun: str, *words: str, **options) -> tuple[int, str]:
@@ -145,6 +156,23 @@ def test_a_task_that_is_refused_says_so_although_the_others_are_killed(job):
     assert job.num_requeues == 1
     assert job.finish(refused(79, "12:00:00 [rank 0] INFO megamm.train: begins"), number=79)[0] == 75
     assert job.num_requeues == 2
+    # All tasks may be through before srun kills one.
+    by_itself = refused(80, "megamm: shard http://x/0.tar: no answer [may pass]").replace("exit 143", "exit 1")
+    assert job.finish(by_itself, number=80)[0] == 75
+    assert job.num_requeues == 3
+
+
+def test_a_refusal_of_very_many_tasks_is_read_to_its_end(job):
+    # More than a pipe takes at once: who reads it must not leave at the first line.
+    said = f"megamm (rank $task): {200 * 'x'}"
+    srun = f'for task in {{0..999}}; do echo "{said}" >"$RUN/logs/job-77-restart-0-task-$task.log"; done; exit 143'
+    assert job.finish(srun)[0] == 75
+    assert job.num_requeues == 0
+
+
+def test_a_step_that_srun_cannot_make_is_tried_again(job):
+    assert job.finish('exit "${SLURM_EXIT_ERROR:-1}"')[0] == 75
+    assert job.num_requeues == 1
 
 
 def test_a_cancelled_job_stays_cancelled(job):
@@ -223,6 +251,18 @@ def test_words_reach_the_run_and_its_folder_has_the_recipes_name(job):
     assert job.finish(show, "recipes/7b.toml", "--optim.lr", "2e-4", "two words")[0] == 75
     folder = job.run.parent
     assert (folder / "words").read_text().splitlines() == ["--optim.lr", "2e-4", "two words", "--run", f"{folder}/runs/7b"]
+
+
+def test_a_run_that_starts_from_another_one_is_trained_and_requeued_like_any(job):
+    words = ("runs/base", "tiny_lora", "--run", str(job.run), "--optim.lr", "2e-4")
+    echo = 'printf "%s\n" "$@" >"$RUN/words"; '
+    assert job.finish(echo + interrupted(), *words, script="finetune.sh")[0] == 75
+    assert (job.run / "words").read_text().split()[-8:] == ["megamm", "finetune", *words]
+    assert job.num_requeues == 1
+    assert job.finish('touch "$RUN/DONE"', *words, script="finetune.sh", restart=1)[0] == 0
+    for wrong in (("runs/base",), ("runs/base", "--run", str(job.run))):
+        code, errors = job.finish("exit 0", *wrong, script="finetune.sh")
+        assert code == 2 and "say what the run starts from and its recipe" in errors
 
 
 def test_one_task_a_gpu_on_as_many_nodes_as_this_start_has(job):

@@ -187,6 +187,11 @@ def test_a_bad_node_is_named_and_left_out(tmp_path: Path):
         assert site.ends(three) == ["FAILED"]
         assert cluster.job(three)["Restarts"] == "0" and f"not enough nodes without {bad}" in site.read("pretrain.sh.out")
 
+        # Nor does a job go on without a node that it names itself.
+        named = site.sbatch(*two, f"--nodelist={','.join(cluster.nodes[:2])}", "pretrain.sh", "tiny", "--run", str(tmp_path / "named"))
+        assert site.ends(named) == ["FAILED"]
+        assert cluster.job(named)["Restarts"] == "0" and site.read("pretrain.sh.out").count(f"not enough nodes without {bad}") == 2
+
         # The checks alone: they say so, and requeue nothing.
         checks = site.sbatch(*two, f"--nodelist={','.join(cluster.nodes[:2])}", "preflight.sh", "tiny")
         assert site.ends(checks) == ["FAILED"]
