@@ -14,12 +14,14 @@ from megamm.core.files import read_json
 from megamm.status.liveness import Owning, read_owning
 from megamm.status.progress import Progress, read_progress
 from megamm.status.saves import Saved, newest_saved
-from megamm.status.submissions import FOLDER, Submission, read_submissions
+from megamm.status.submissions import FILE, FOLDER, Submission, read_submissions
 from megamm.telemetry.failures import last_failure
 from megamm.telemetry.heartbeat import Beat, read_beats
 from megamm.train.run_folder import RunFolder
 
 Value = TypeVar("Value")
+# What has a config.json as well: the snapshot of a submission, and an exported folder.
+_MARKS_OF_OTHERS = (FILE, "parity.json")
 
 
 @dataclass
@@ -64,7 +66,8 @@ class Facts:
 
 def is_run(folder: Path) -> bool:
     """Whether a run was started, is starting, or was submitted in this folder."""
-    return (folder / "config.json").is_file() or (folder / FOLDER).is_dir() or (folder / LOCK).is_dir()
+    has_recipe = (folder / "config.json").is_file() and not any((folder / name).is_file() for name in _MARKS_OF_OTHERS)
+    return has_recipe or (folder / FOLDER).is_dir() or (folder / LOCK).is_dir()
 
 
 def read_facts(run: Path) -> Facts:

@@ -96,11 +96,11 @@ def _fit_to_go_on(plan: Plan, run: Path, status: RunStatus) -> Finding:
 def _check_parts(plan: Plan) -> Iterator[Finding]:
     """As slurm/prepare.sh takes its array: a part of the shards in each task."""
     array, parts = plan.options.get("array") or "", plan.options.environment.get("MEGAMM_PARTS")
-    span = re.fullmatch(r"0-(\d+)(?:%\d+)?", array)
+    span = re.fullmatch(r"0(?:-(\d+))?(?:%\d+)?", array)
     if parts:
         yield good(f"tasks {array} of {parts} parts (MEGAMM_PARTS)")
     elif span:
-        yield good(several(int(span[1]) + 1, "part"))
+        yield good(several(int(span[1] or 0) + 1, "part"))
     else:
         yield problem(f"--array={array} does not say how many parts there are; give 0-N, or set MEGAMM_PARTS")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import megamm
 from megamm.config import Recipe, load_recipe, resumed_recipe
 from megamm.core.errors import ConfigError
+from megamm.status.submissions import FOLDER
 from megamm.submit.options import Options, option_in
 from megamm.submit.script import directives
 from megamm.submit.site import site_environment, site_file
@@ -33,10 +34,13 @@ SCRIPTS = {
     "tokenize": Script(("tokenizer",), ("scripts", "shards", "slurm")),
     "preflight": Script(("preflight",), ("scripts", "ranks", "slurm")),
     "pretrain": Script(("pretrain",), ("scripts", "ranks", "run", "data", "space", "slurm")),
+    "finetune": Script(("finetune",), ("scripts", "ranks", "run", "data", "space", "slurm")),
     "evaluate": Script(("evaluate",), ("scripts", "model", "slurm")),
     "export": Script(("export",), ("scripts", "model", "output", "slurm")),
 }
 """Name of what can be submitted, which is its script's as well."""
+TRAINING = ("pretrain", "finetune")
+"""Those that train a run."""
 JOBS = Path("jobs")
 """Where submissions and logs of what belongs to no run are kept, below the working folder."""
 
@@ -52,6 +56,7 @@ class Request:
         arguments: Further words of the command, as somebody said them.
         overrides: Words that override the recipe.
         sbatch: Options of sbatch; they win over the site's and the script's.
+        source: What a finetuned run starts from, as somebody said it.
         output: The folder that the command makes, where it is told one.
         resume: What the command is told to resume.
         data_may_change: Whether the command is told to accept changed data.
@@ -63,6 +68,7 @@ class Request:
     arguments: tuple[str, ...]
     overrides: tuple[str, ...]
     sbatch: tuple[str, ...]
+    source: str | None = None
     output: Path | None = None
     resume: str = "auto"
     data_may_change: bool = False
@@ -70,7 +76,7 @@ class Request:
     @property
     def trains(self) -> bool:
         """Whether it is a run that is submitted, and not something before or after one."""
-        return self.command == "pretrain"
+        return self.command in TRAINING
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,11 @@ class Plan:
         return _script(self.home, self.request.command)
 
     @property
+    def snapshots(self) -> Path:
+        """Where its submissions are kept, by number: a folder with `submissions` is a run to `megamm status`, others must not be."""
+        return self.folder / (FOLDER if self.request.trains else "snapshots")
+
+    @property
     def trained(self) -> tuple[Recipe, Path]:
         """Recipe and folder of the run that is trained."""
         assert self.recipe is not None and self.run is not None, f"{self.request.command} has a recipe and a run"
@@ -136,7 +147,7 @@ class Plan:
             test: Only ask whether it could run.
         """
         how = "--test-only" if test else "--parsable"
-        words = [] if recipe is None else [recipe]
+        words = [word for word in (self.request.source, recipe) if word is not None]
         # The script works it out from its own folder elsewhere.
         words += ["--run", str(self.run)] if self.request.trains else []
         script = str(_script(home, self.request.command))

@@ -41,7 +41,7 @@ def submit(request: Request, *, dry_run: bool) -> Iterator[str]:
     for name, finding in check(plan):
         num_problems += finding.level == "problem"
         yield f"{finding.level:<8} {name:<8} {finding.text}"
-    folder = next_folder(plan.folder)
+    folder = next_folder(plan.snapshots)
     if dry_run:
         yield from _rehearsal(plan, folder)
     if num_problems:

@@ -1,5 +1,5 @@
-"""The code and the settings of a submission, kept in the run folder (in `jobs` for what trains none): a checkout that is edited later
-changes no job that waits.
+"""The code and the settings of a submission, kept in the run folder (in `jobs/snapshots` for what trains none): a checkout that is
+edited later changes no job that waits.
 
 RUN/submissions/0001/megamm slurm launchers ds_configs   what the job runs (its MEGAMM_HOME)
 RUN/submissions/0001/recipe.toml                         the recipe, where it is a file of somebody's own
@@ -20,7 +20,6 @@ from pathlib import Path
 from megamm.config import recipe_names, to_dict
 from megamm.core.errors import ConfigError
 from megamm.core.files import write_json, write_text
-from megamm.status.submissions import FOLDER
 from megamm.submit.job import Plan
 
 PARTS = ("megamm", "slurm", "launchers", "ds_configs")
@@ -53,9 +52,8 @@ def commit_of(home: Path) -> Commit:
     return Commit(name, patch, bool(patch or new.strip()))
 
 
-def next_folder(parent: Path) -> Path:
-    """Where the next submission of a run, or of a folder of other jobs, will be kept."""
-    folder = parent / FOLDER
+def next_folder(folder: Path) -> Path:
+    """Where the next submission will be kept among those in `folder`."""
     numbers = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     return folder / f"{max(numbers, default=0) + 1:04d}"
 

@@ -73,7 +73,7 @@ def test_slurm_would_take_the_other_scripts(login: Login):
     ):
         answer = login.megamm("submit", "slurm", *words, *one)
         assert answer.returncode == 0 and "ok       slurm    Job " in answer.stdout, answer.stdout + answer.stderr
-        assert f"/jobs/submissions/0001/slurm/{words[0]}.sh" in answer.stdout
+        assert f"/jobs/snapshots/0001/slurm/{words[0]}.sh" in answer.stdout
     assert not Path("/jobs").exists() and not login.queue()
 
 

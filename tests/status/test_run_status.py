@@ -89,6 +89,10 @@ def test_runs_are_found_below_a_folder_and_nothing_else_is_taken_for_one(run, tm
     (runs / "empty").mkdir()
     (runs / ".trash" / "old").mkdir(parents=True)
     write_json(runs / ".trash" / "old" / "config.json", {})
+    # An exported folder, and a job that trains no run, as `megamm submit` keeps it.
+    for name, mark in (("export", "parity.json"), ("jobs/snapshots/0001", "submission.json")):
+        for file in ("config.json", mark):
+            write_json(runs / name / file, {})
     assert find_runs(runs) == [runs / "group" / "two", run]
     assert find_runs(run) == [run]
     for folder, message in ((runs / "empty", "holds no run"), (runs / "none", "does not exist"), (run / "config.json", "is a file")):

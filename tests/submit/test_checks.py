@@ -117,7 +117,7 @@ def test_parts_of_an_array(plan, monkeypatch):
     def parts(array):
         return found(plan(command="prepare", recipe=None, run=None, sbatch=(f"--array={array}",)), "parts")[0]
 
-    assert parts("0-63%8").text == "64 parts"
+    assert parts("0-63%8").text == "64 parts" and parts("0").text == "1 part"
     assert parts("3,7").level == "problem" and "set MEGAMM_PARTS" in parts("3,7").text
     monkeypatch.setenv("MEGAMM_PARTS", "64")
     assert parts("3,7").level == "ok"

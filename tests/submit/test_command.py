@@ -39,15 +39,33 @@ def test_every_script_is_rehearsed_with_its_own_words(script: str, tmp_path: Pat
     assert told.err.startswith("megamm: nothing was submitted: ") and "problem  slurm " in told.out
     *_, command, _ = told.out.splitlines()
     words = command.split()
-    kept = tmp_path / "jobs" / "submissions" / "0001" / "slurm" / f"{script}.sh"
+    kept = tmp_path / "jobs" / "snapshots" / "0001" / "slurm" / f"{script}.sh"
     assert words[0] == "sbatch" and "--time=5" in words and f"--job-name={script}" in words
     assert words[words.index(str(kept)) :] == [str(kept), *SOURCE[script], *output]
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finetuned_run_is_submitted_with_what_it_starts_from(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEGAMM_SITE", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_CONF", "/nowhere")
+    words = ["finetune", "runs/base", "tiny", "--run", "runs/tuned", "--optim.lr", "1e-3", "--stop-after", "7"]
+    assert main(["submit", "slurm", *words, "--dry-run"]) == 1
+    *_, command, _ = capsys.readouterr().out.splitlines()
+    said = command.split()
+    run = tmp_path / "runs" / "tuned"
+    kept = run / "submissions" / "0001"
+    own = ["--run", str(run), "--stop-after", "7", "--optim.lr", "1e-3"]
+    assert said[said.index(str(kept / "slurm" / "finetune.sh")) :][:2] == [str(kept / "slurm" / "finetune.sh"), "runs/base"]
+    assert said[-len(own) :] == own
+
+
 def test_words_that_the_job_would_refuse_are_refused_here(capsys):
     assert main(["submit", "slurm", "pretrain", "--run", "tiny", "tiny"]) == 1
-    assert "the recipe tiny comes first" in capsys.readouterr().err
+    assert "tiny comes first, as slurm/pretrain.sh takes it" in capsys.readouterr().err
+    assert main(["submit", "slurm", "finetune", "--run", "a", "runs/base", "tiny"]) == 1
+    assert "runs/base tiny comes first, as slurm/finetune.sh takes it" in capsys.readouterr().err
     assert main(["submit", "slurm", "pretrain", "tiny", "--exlude", "keys"]) == 1
     assert "did you mean 'exclude'?" in capsys.readouterr().err
     assert main(["submit", "slurm", "evaluate", "run", "--optim.lr", "1"]) == 1

@@ -34,15 +34,16 @@ def test_the_commit_of_a_checkout_and_how_the_code_differs(checkout, tmp_path):
 
 
 def test_numbers_of_submissions_go_on(tmp_path):
-    assert next_folder(tmp_path).name == "0001"
-    (tmp_path / "submissions" / "0009").mkdir(parents=True)
-    (tmp_path / "submissions" / ".0010.7.tmp").mkdir()
-    assert next_folder(tmp_path).name == "0010"
+    folder = tmp_path / "submissions"
+    assert next_folder(folder) == folder / "0001"
+    (folder / "0009").mkdir(parents=True)
+    (folder / ".0010.7.tmp").mkdir()
+    assert next_folder(folder) == folder / "0010"
 
 
 def test_a_snapshot_is_whole_or_not_there(plan, tmp_path, recipe):
     planned = plan("--optim.lr", "1e-3")
-    folder = next_folder(planned.run)
+    folder = next_folder(planned.snapshots)
     take_snapshot(planned, folder)
     own = {path.name for path in folder.iterdir()}
     assert {"megamm", "slurm", "launchers", "ds_configs", "recipe.toml", "config.json"} <= own
@@ -50,13 +51,13 @@ def test_a_snapshot_is_whole_or_not_there(plan, tmp_path, recipe):
     assert not list(folder.rglob("__pycache__")) and (folder / "megamm" / "recipes" / "tiny.toml").is_file()
     recipe.unlink()
     with pytest.raises(FileNotFoundError):
-        take_snapshot(planned, next_folder(planned.run))
+        take_snapshot(planned, next_folder(planned.snapshots))
     assert [path.name for path in (planned.run / "submissions").iterdir()] == ["0001"]
 
 
 def test_two_submissions_at_one_moment_do_not_mix(plan):
     planned = plan()
-    folder = next_folder(planned.run)
+    folder = next_folder(planned.snapshots)
     take_snapshot(planned, folder)
     with pytest.raises(ConfigError, match="another submission at this moment"):
         take_snapshot(planned, folder)
