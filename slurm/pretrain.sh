@@ -25,6 +25,7 @@ begin_job
 # finetune.sh says another command, and what it starts from.
 train=("${train[@]-pretrain}")
 recipe=${1:-tiny}
+[[ $recipe != -* ]] || refuse "the recipe comes first, not $recipe: sbatch slurm/pretrain.sh RECIPE [--run RUN]"
 shift || true
 arguments=("$@")
 run=$(option_of --run "$@")

@@ -253,6 +253,12 @@ def test_words_reach_the_run_and_its_folder_has_the_recipes_name(job):
     assert (folder / "words").read_text().splitlines() == ["--optim.lr", "2e-4", "two words", "--run", f"{folder}/runs/7b"]
 
 
+def test_an_option_in_the_place_of_the_recipe_is_refused(job):
+    code, errors = job.finish('touch "$RUN/started"', "--run", str(job.run), "tiny")
+    assert code == 2 and "the recipe comes first, not --run" in errors
+    assert not (job.run / "started").exists() and not (job.run.parent / "runs").exists()
+
+
 def test_a_run_that_starts_from_another_one_is_trained_and_requeued_like_any(job):
     words = ("runs/base", "tiny_lora", "--run", str(job.run), "--optim.lr", "2e-4")
     echo = 'printf "%s\n" "$@" >"$RUN/words"; '
