@@ -130,6 +130,18 @@ class Engine:
         finally:
             self._engine.train(was_training)
 
+    @contextlib.contextmanager
+    def on_drive(self) -> Iterator[None]:
+        """A section at whose end, also by an error, nothing of this rank's is left on a drive; the engine cannot train afterwards.
+
+        Files alone: no rank waits for another one, and DeepSpeed is not asked, because after an error its device may never answer.
+        """
+        try:
+            yield
+        finally:
+            if self._drive is not None:
+                self._drive.close()
+
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers, and what it has on a drive; the engine cannot be used afterwards."""
         self._engine.destroy()

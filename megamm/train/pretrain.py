@@ -101,53 +101,59 @@ def _train(
     base = origin.base if origin is not None and recipe.adapter.freezes_base else None
     data = TrainingData.open(recipe, tokenizer, world)
     trainer = build_trainer(recipe, tokenizer, world, origin)
-    fingerprints = {"tokenizer": tokenizer.fingerprint}
-    start = find_start(folder, trainer.engine, world, hold, resume=resume, fingerprints=fingerprints, base=base)
-    # Everything that can be refused is refused before the run folder changes.
-    state = data.begin(start.data_state, changes, world)
-    with distributed.fail_together():
-        loader = data.loader(state, world, start.ledger)
-    with distributed.fail_together():
-        if world.is_main:
-            folder.archive(recipe, trainer.ds_config, None if origin is None else origin.to_json())
-    scale = Scale(world.size, recipe.batch.micro_rows, trainer.num_micro_steps)
-    watch = SpikeWatch(recipe.spike, recipe.optim.max_unapplied_updates)
-    watch.restore(start.watch)
-    journal = Journal(folder, recipe, world, start=state, scale=scale)
-    with distributed.fail_together():
-        if world.is_main:
-            hold.started_at(start.step)
-            folder.begin()
-    setup(RankInfo(world.rank, world.local_rank, world.size), folder=folder.logs)
-    _log.info(
-        "%s from step %d of %d on %d %s", recipe.name, start.step, recipe.train.steps, world.size, "rank" if world.size == 1 else "ranks"
-    )
-    saver = Saver(folder.checkpoints, trainer.engine, world, recipe.checkpoint, hold=hold, base=base)
-    limit = TimeLimit.of_environment(recipe.train.stop_margin_seconds, saver.snapshot_bytes) if world.is_main else None
-    train(
-        Run(
-            folder=folder,
-            world=world,
-            data=data,
-            trainer=trainer,
-            loader=loader,
-            hold=hold,
-            saver=saver,
-            journal=journal,
-            watch=watch,
-            stop=stop,
-            limit=limit,
-            where=failures.where,
-            failures=failures,
-            # The recipe's is for people: a resume may change some of it.
-            fingerprints={**fingerprints, "config": digest_text(canonical_json(to_dict(recipe)))},
-            step=start.step,
-            num_tokens=start.num_tokens,
-            # Each entry once when the ranks' ledgers are gathered.
-            ledger=list(start.ledger) if world.is_main else [],
-            num_skipped=Counter(entry.dataset for entry in start.ledger),
+    with trainer.engine.on_drive():
+        fingerprints = {"tokenizer": tokenizer.fingerprint}
+        start = find_start(folder, trainer.engine, world, hold, resume=resume, fingerprints=fingerprints, base=base)
+        # Everything that can be refused is refused before the run folder changes.
+        state = data.begin(start.data_state, changes, world)
+        with distributed.fail_together():
+            loader = data.loader(state, world, start.ledger)
+        with distributed.fail_together():
+            if world.is_main:
+                folder.archive(recipe, trainer.ds_config, None if origin is None else origin.to_json())
+        scale = Scale(world.size, recipe.batch.micro_rows, trainer.num_micro_steps)
+        watch = SpikeWatch(recipe.spike, recipe.optim.max_unapplied_updates)
+        watch.restore(start.watch)
+        journal = Journal(folder, recipe, world, start=state, scale=scale)
+        with distributed.fail_together():
+            if world.is_main:
+                hold.started_at(start.step)
+                folder.begin()
+        setup(RankInfo(world.rank, world.local_rank, world.size), folder=folder.logs)
+        _log.info(
+            "%s from step %d of %d on %d %s",
+            recipe.name,
+            start.step,
+            recipe.train.steps,
+            world.size,
+            "rank" if world.size == 1 else "ranks",
         )
-    )
+        saver = Saver(folder.checkpoints, trainer.engine, world, recipe.checkpoint, hold=hold, base=base)
+        limit = TimeLimit.of_environment(recipe.train.stop_margin_seconds, saver.snapshot_bytes) if world.is_main else None
+        train(
+            Run(
+                folder=folder,
+                world=world,
+                data=data,
+                trainer=trainer,
+                loader=loader,
+                hold=hold,
+                saver=saver,
+                journal=journal,
+                watch=watch,
+                stop=stop,
+                limit=limit,
+                where=failures.where,
+                failures=failures,
+                # The recipe's is for people: a resume may change some of it.
+                fingerprints={**fingerprints, "config": digest_text(canonical_json(to_dict(recipe)))},
+                step=start.step,
+                num_tokens=start.num_tokens,
+                # Each entry once when the ranks' ledgers are gathered.
+                ledger=list(start.ledger) if world.is_main else [],
+                num_skipped=Counter(entry.dataset for entry in start.ledger),
+            )
+        )
 
 
 def _watch(path: Path, recipe: Recipe, world: World, hold: Hold) -> tuple[StallWatch, FailureLog]:

@@ -1,5 +1,6 @@
 """Optimizer state on a drive: refused where it cannot be, and the same training where it can."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from megamm.checkpoint.commit import Progress
 from megamm.checkpoint.load import load
 from megamm.checkpoint.manifest import read_manifest
+from megamm.config import to_dict
 from megamm.core.errors import ConfigError
 from megamm.engine import distributed, weights
 from megamm.engine.drive import OwnFolder, open_drive
@@ -16,6 +18,8 @@ from tests.support import async_io
 from tests.support.checkpoints import save
 from tests.support.models import small_config, small_decoder, start_engine, train
 from tests.support.ranks import run_ranks
+from tests.support.recipes import write_recipe
+from tests.support.runs import make_data, recipe_over
 
 _PATH = "zero_optimization.offload_optimizer.nvme_path"
 
@@ -59,6 +63,8 @@ def train_from_a_drive(folder):
 
 @pytest.fixture
 def extensions(request, monkeypatch):
+    # One ninja, however the tests were started: another version's would compile all of it again, in each of the ranks.
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     async_io.install()
     if reason := async_io.missing():
         pytest.skip(reason)
@@ -79,6 +85,23 @@ def test_a_drive_trains_saves_and_resumes_as_memory_does(tmp_path):
         assert rank["memory"]["num_bytes"] == []
         # A folder a rank. Masters and both moments are on the drive: more than the weights of a rank in float32.
         assert len(rank["drive"]["num_bytes"]) == 2 and min(rank["drive"]["num_bytes"]) > 3e6, rank["drive"]["num_bytes"]
+    assert list((tmp_path / "drive").iterdir()) == []
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.usefixtures("extensions")
+@pytest.mark.parametrize("words", [["--train.steps=3"], ["--resume", "nowhere"]])
+def test_a_run_leaves_nothing_on_its_drive(tmp_path, words):
+    """However it ends: done, or refused when the model was built."""
+    make_data(tmp_path / "data")
+    (tmp_path / "drive").mkdir()
+    nvme = ["--engine.preset=zero3_nvme", f"--engine.overrides.{_PATH}={tmp_path / 'drive'}"]
+    write_recipe(tmp_path / "recipe.toml", to_dict(recipe_over(tmp_path / "data", *nvme)))
+    program = [sys.executable, "-m", "megamm.cli", "pretrain", "recipe.toml", "--run", "run", *words]
+    ended = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+    assert (ended.returncode == 0) == (tmp_path / "run" / "DONE").is_file() == (words[0] != "--resume"), ended.stderr
     assert list((tmp_path / "drive").iterdir()) == []
 
 
