@@ -68,6 +68,9 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
         for name, tower in towers.items()
         if tower is not None
     ]
+    if recipe.adapter.method != "none":
+        where = "the decoder" if recipe.adapter.method == "prefix" else ", ".join(recipe.adapter.targets)
+        rows.append(("adapter", f"{recipe.adapter.method} on {where}{', all else frozen' if recipe.adapter.freezes_base else ''}"))
     rows += [
         ("steps", f"{recipe.train.steps:,}"),
         ("global batch", f"{batch.global_rows} rows of {batch.row_tokens:,} tokens"),

@@ -83,6 +83,7 @@ def test_an_adapter_travels_with_its_model(tmp_path, method):
     assert read_json(folder / "parity.json")["holds"] is True
     assert read_json(folder / "config.json")["adapter"]["method"] == method
     assert any(map(is_adapter, load_file(folder / "model.safetensors")))
+    assert f"| adapter | {method} on " in (folder / "README.md").read_text()
     with pytest.raises(ExportError, match="view 'text' cannot hold the adapter"):
         export(tmp_path / "run", tmp_path / "viewed", views=("text",), parity=False)
 
