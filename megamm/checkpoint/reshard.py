@@ -31,7 +31,7 @@ def reshard(source: Path, target: Path, world_size: int, *, num_threads: int = 1
 
     Args:
         source: A checkpoint; it is verified first.
-        target: A `checkpoints` folder other than the source's, such as that of a new run; must not hold this step.
+        target: A folder of checkpoints other than the source's, outside of the run that will `--resume` from it; must not hold this step.
         world_size: Ranks to write for.
         num_threads: Shards written at once.
         io: The file system.

@@ -174,7 +174,8 @@ def test_the_next_save_waits_for_the_last_and_reuses_its_memory(make_saver, fold
         saver.save(Progress(step))
     outcomes = saver.finish()
     assert [outcome.step for outcome in outcomes] == [1, 2, 3]
-    assert outcomes[1].stall_seconds > 0.15 > outcomes[0].stall_seconds
+    assert outcomes[1].stall_seconds > 0.15
+    assert outcomes[1].stall_seconds > outcomes[0].stall_seconds
     assert saver.snapshot_bytes == num_bytes
     assert names(folder) == ["step_00000001", "step_00000002", "step_00000003"]
 
