@@ -32,27 +32,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def submit(arguments: Arguments) -> None:
     from megamm.cli.program import parse
-    from megamm.submit.job import SCRIPTS, Request
+    from megamm.submit.job import SCRIPTS, TRAINING, Request
     from megamm.submit.targets import TARGETS
 
     # As the job will parse them, so that a mistake is found here.
     words = arguments.overrides
     command, said = parse([*SCRIPTS[arguments.script].words, *words])
-    recipe = getattr(said, "recipe", None)
-    if recipe is not None and words[0] != recipe:
+    recipe, source = getattr(said, "recipe", None), getattr(said, "source", None)
+    trains = arguments.script in TRAINING
+    first = [str(word) for word in ((source, recipe) if trains else (recipe,)) if word is not None]
+    if words[: len(first)] != first:
         raise ConfigError(
-            f"the recipe {recipe} comes first, as slurm/{arguments.script}.sh takes it: megamm submit slurm {arguments.script} {recipe} …"
+            f"{' '.join(first)} comes first, as slurm/{arguments.script}.sh takes it: "
+            f"megamm submit slurm {arguments.script} {' '.join(first)} …"
         )
     overrides = said.overrides if command.takes_overrides else []
     sbatch = [f"{option}={value}" for name, option in _SBATCH.items() if (value := getattr(arguments, name)) is not None]
-    run = getattr(said, "run", None) or getattr(said, "source", None)
+    run = getattr(said, "run", None) or (None if trains else source)
     request = Request(
         command=arguments.script,
         recipe=recipe,
         run=run if arguments.script != "prepare" else None,
-        arguments=tuple(own_words(words[recipe is not None :], overrides, without_run=arguments.script == "pretrain")),
+        arguments=tuple(own_words(words[len(first) :], overrides, without_run=trains)),
         overrides=tuple(overrides),
         sbatch=(*sbatch, *(word for text in arguments.sbatch for word in shlex.split(text))),
+        source=first[0] if trains and source is not None else None,
         output=getattr(said, "output", None),
         resume=getattr(said, "resume", "auto"),
         data_may_change=getattr(said, "accept_data_change", False),

@@ -24,37 +24,48 @@ def test_words_of_the_command_reach_the_job_as_they_were_said(words, overrides, 
     assert own_words(words, overrides, without_run=True) == own
 
 
+@pytest.fixture
+def away(tmp_path: Path, tmp_path_factory, monkeypatch) -> Path:
+    """An empty working folder, where a cluster's `sbatch` is there and its controller is not.
+
+    (The real one looks for the controller in the network's name service for a minute where there is no slurm.conf.)
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEGAMM_SITE", raising=False)
+    monkeypatch.setenv("PATH", f"{sbatch_alone(tmp_path_factory.mktemp('programs'))}:/usr/bin:/bin")
+    return tmp_path
+
+
+def sbatch_alone(folder: Path) -> Path:
+    program = folder / "sbatch"
+    program.write_text("#!/bin/sh\necho 'sbatch: error: no controller' >&2\nexit 1\n")
+    program.chmod(0o755)
+    return folder
+
+
 SOURCE = {"prepare": ("text", "/raw"), "tokenize": ("tiny",), "preflight": ("tiny",), "evaluate": ("run",), "export": ("run",)}
 
 
 @pytest.mark.parametrize("script", SOURCE)
-def test_every_script_is_rehearsed_with_its_own_words(script: str, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MEGAMM_SITE", raising=False)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setenv("SLURM_CONF", "/nowhere")
+def test_every_script_is_rehearsed_with_its_own_words(script: str, away: Path, capsys):
     output = ("--output", "out") if script in ("prepare", "export") else ()
     assert main(["submit", "slurm", script, *SOURCE[script], *output, "--time=5", "--dry-run"]) == 1
     told = capsys.readouterr()
     assert told.err.startswith("megamm: nothing was submitted: ") and "problem  slurm " in told.out
     *_, command, _ = told.out.splitlines()
     words = command.split()
-    kept = tmp_path / "jobs" / "snapshots" / "0001" / "slurm" / f"{script}.sh"
+    kept = away / "jobs" / "snapshots" / "0001" / "slurm" / f"{script}.sh"
     assert words[0] == "sbatch" and "--time=5" in words and f"--job-name={script}" in words
     assert words[words.index(str(kept)) :] == [str(kept), *SOURCE[script], *output]
-    assert list(tmp_path.iterdir()) == []
+    assert list(away.iterdir()) == []
 
 
-def test_a_finetuned_run_is_submitted_with_what_it_starts_from(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MEGAMM_SITE", raising=False)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setenv("SLURM_CONF", "/nowhere")
+def test_a_finetuned_run_is_submitted_with_what_it_starts_from(away: Path, capsys):
     words = ["finetune", "runs/base", "tiny", "--run", "runs/tuned", "--optim.lr", "1e-3", "--stop-after", "7"]
     assert main(["submit", "slurm", *words, "--dry-run"]) == 1
     *_, command, _ = capsys.readouterr().out.splitlines()
     said = command.split()
-    run = tmp_path / "runs" / "tuned"
+    run = away / "runs" / "tuned"
     kept = run / "submissions" / "0001"
     own = ["--run", str(run), "--stop-after", "7", "--optim.lr", "1e-3"]
     assert said[said.index(str(kept / "slurm" / "finetune.sh")) :][:2] == [str(kept / "slurm" / "finetune.sh"), "runs/base"]
@@ -76,7 +87,7 @@ def test_words_that_the_job_would_refuse_are_refused_here(capsys):
 
 
 def test_a_rehearsal_without_torch_and_slurm_tells_everything_and_writes_nothing(recipe: Path, tmp_path: Path):
-    environment = login_node(tmp_path / "blocked") | {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_CONF": "/nowhere"}
+    environment = login_node(tmp_path / "blocked") | {"PATH": f"{sbatch_alone(tmp_path)}:/usr/bin:/bin"}
     before = sorted(tmp_path.rglob("*"))
     words = ["submit", "slurm", "pretrain", str(recipe), "--run", str(tmp_path / "run"), "--nodes=2", "--gpus-per-node=2", "--dry-run"]
     answer = subprocess.run(
