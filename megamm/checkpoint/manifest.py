@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from megamm.checkpoint.seal import opened, sealed
 from megamm.core.errors import CheckpointError
 from megamm.core.files import canonical_json, digest_file, digest_text
 
-FORMAT = 4
+FORMAT = 5
+_PAUSES_SECONDS = (0.5, 2.0)
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
 LEDGER = "ledger.jsonl"
@@ -193,15 +195,20 @@ def check_file(folder: Path, name: str, facts: FileFacts, *, from_disk: bool = F
         CheckpointError: It is missing, of another size, or its bytes changed.
     """
     path = folder / name
-    try:
-        if from_disk:
-            _forget(path)
-        num_bytes = path.stat().st_size
-        if num_bytes != facts.num_bytes:
-            raise CheckpointError(f"checkpoint {folder}: {name} has {num_bytes} bytes, the manifest says {facts.num_bytes}")
-        digest = digest_file(path)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
+    # A server that stumbles once must not cost a run its newest checkpoint; what is not there is not looked for again.
+    for pause_seconds in (*_PAUSES_SECONDS, None):
+        try:
+            if from_disk:
+                _forget(path)
+            num_bytes = path.stat().st_size
+            if num_bytes != facts.num_bytes:
+                raise CheckpointError(f"checkpoint {folder}: {name} has {num_bytes} bytes, the manifest says {facts.num_bytes}")
+            digest = digest_file(path)
+            break
+        except OSError as error:
+            if pause_seconds is None or isinstance(error, FileNotFoundError):
+                raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
+            time.sleep(pause_seconds)
     if digest != facts.digest:
         raise CheckpointError(f"checkpoint {folder}: {name} is damaged (its digest does not match the manifest)")
 

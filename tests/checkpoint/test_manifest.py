@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -9,7 +10,9 @@ from megamm.checkpoint.manifest import (
     FORMAT,
     LEDGER,
     MANIFEST,
+    FileFacts,
     OtherFormat,
+    check_file,
     committed,
     read_data_state,
     read_ledger,
@@ -17,7 +20,7 @@ from megamm.checkpoint.manifest import (
     verify,
 )
 from megamm.core.errors import CheckpointError
-from megamm.core.files import canonical_json, digest_text
+from megamm.core.files import canonical_json, digest_file, digest_text
 from tests.support.checkpoints import some_tensors, write_checkpoint
 
 
@@ -173,3 +176,22 @@ def test_files_that_are_no_json_are_named(checkpoint, name, read):
     (checkpoint / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
         read(checkpoint)
+
+
+def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch):
+    """A file server that stumbles must not cost a run its newest checkpoint."""
+    (tmp_path / "weights").write_bytes(b"some bytes")
+    facts = FileFacts(10, digest_file(tmp_path / "weights"))
+    failures = iter([OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")])
+
+    def stumbling(path):
+        for failure in failures:
+            raise failure
+        return digest_file(path)
+
+    monkeypatch.setattr("megamm.checkpoint.manifest.digest_file", stumbling)
+    monkeypatch.setattr("megamm.checkpoint.manifest._PAUSES_SECONDS", (0.0, 0.0))
+    check_file(tmp_path, "weights", facts)
+    failures = iter([OSError(errno.EIO, "Input/output error")] * 3)
+    with pytest.raises(CheckpointError, match=r"weights cannot be read \(Input/output error\)"):
+        check_file(tmp_path, "weights", facts)
