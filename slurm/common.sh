@@ -249,6 +249,19 @@ is_away() {
     grep -Eqi 'contact|timed out|zero bytes|standby|temporar' <<<"$1"
 }
 
+# scontrol, again while the controller is away or busy: a job that was held and not released would wait for ever.
+#   tell WORD ...
+tell() {
+    local try complaint
+    for try in 1 2 3 4 5; do
+        complaint=$(scontrol "$@" 2>&1) && return
+        is_away "$complaint" || break
+        sleep "${MEGAMM_REQUEUE_WAIT_S:-3}"
+    done
+    say "scontrol $1 at attempt $try: $complaint"
+    return 1
+}
+
 # Put this job back into the queue under its number, and end with it. Returns where it is not to run again, or cannot.
 requeue() {
     local state restarts try complaint
@@ -318,9 +331,15 @@ leaves_enough() {
 # As requeue, on other nodes than these. Returns as well where Slurm has not enough others.
 #   requeue_without NODE,NODE...
 requeue_without() {
-    local excluded
+    local excluded state try
     trap '' TERM USR1
-    [ "$(job_field Restarts):$(job_field JobState)" = "$restart:RUNNING" ] || return
+    for try in 1 2 3 4 5; do
+        state=$(job_field Restarts):$(job_field JobState)
+        [[ $state == :* || $state == *: ]] || break
+        say "the controller says nothing at attempt $try"
+        sleep "${MEGAMM_REQUEUE_WAIT_S:-20}"
+    done
+    [ "$state" = "$restart:RUNNING" ] || return
     excluded=$(job_field ExcNodeList)
     [ "$excluded" != "(null)" ] || excluded=""
     excluded=${excluded:+$excluded,}$1
@@ -329,9 +348,9 @@ requeue_without() {
         return
     fi
     # Nodes of a running job cannot be changed, those of a held one can: Slurm ends this shell only KillWait seconds after its TERM.
-    scontrol requeuehold "$job" || return
-    scontrol update "JobId=$job" "ExcNodeList=$excluded" || say "$1 could not be excluded"
-    scontrol release "$job"
+    tell requeuehold "$job" || return
+    tell update "JobId=$job" "ExcNodeList=$excluded" || say "$1 could not be excluded"
+    tell release "$job"
     wait_for_the_end
 }
 

@@ -13,14 +13,20 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SCRIPTS = CHECKOUT / "slurm"
 
 SCONTROL = """#!/bin/sh
-[ ! -e "$RUN/away" ] || { rm "$RUN/away"; exit 1; }
+away=$(cat "$RUN/away" 2>/dev/null)
+case $away in
+    "") ;;
+    any | "$1") rm "$RUN/away"; echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1 ;;
+esac
 case "$1 $2" in
-    "show hostnames") echo node0 ;;
+    "show hostnames") echo "$3" | tr , '\n' ;;
     "show node") echo "NodeName=node0 NodeAddr=127.0.0.1 NodeHostName=node0" ;;
     "show job") echo "JobId=$SLURM_JOB_ID JobState=$JOB_STATE Reason=None Restarts=$SLURM_RESTART_COUNT ExcNodeList=(null)" ;;
     requeue*)
         [ -z "$REFUSES" ] || { echo "Requested operation is presently disabled for job $2" >&2; exit 1; }
         echo "$2" >>"$RUN/requeued" ;;
+    update*) echo "$3" >>"$RUN/updated" ;;
+    release*) echo "$2" >>"$RUN/released" ;;
 esac
 """
 
@@ -181,9 +187,19 @@ def test_a_cancelled_job_stays_cancelled(job):
 
 
 def test_a_controller_that_does_not_answer_is_asked_again(job):
-    code, errors = job.finish('touch "$RUN/away"; ' + interrupted())
+    code, errors = job.finish('echo any >"$RUN/away"; ' + interrupted())
     assert code == 75 and job.num_requeues == 1
     assert "no requeue at attempt 1 (the controller says nothing)" in errors
+
+
+@pytest.mark.parametrize("away", ["any", "requeuehold", "update", "release"])
+def test_a_bad_node_is_left_out_although_the_controller_is_away_for_a_moment(job, away):
+    report = """echo '{"bad_nodes": {"node1": ["slow"]}}' >"$RUN/logs/preflight.json"; """
+    nodes = {"SLURM_JOB_NODELIST": "node0,node1", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_PARTITION": "main", "SLURM_CONF": "/dev/null"}
+    code, errors = job.finish(report + f'echo {away} >"$RUN/away"; exit 1', **nodes)
+    assert code == 75 and "bad: node1; starting again without" in errors
+    assert job.num_requeues == 1 and not (job.run / "away").exists()
+    assert [(job.run / name).read_text() for name in ("updated", "released")] == ["ExcNodeList=node1\n", "77\n"], errors
 
 
 def test_a_controller_that_refuses_is_not_asked_again(job):
