@@ -20,7 +20,7 @@ if [ "$#" -lt 2 ] || [[ $1 == -* || $2 == -* ]]; then
     echo "finetune.sh: say what the run starts from and its recipe: sbatch slurm/finetune.sh SOURCE RECIPE [--run RUN]" >&2
     exit 2
 fi
-train=(finetune "$1")
+training_words=(finetune "$1")
 shift
 # shellcheck source=pretrain.sh
 source "$MEGAMM_HOME/slurm/pretrain.sh"

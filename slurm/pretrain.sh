@@ -23,7 +23,7 @@ source "$MEGAMM_HOME/slurm/common.sh" || exit 2
 begin_job
 
 # finetune.sh says another command, and what it starts from.
-train=("${train[@]-pretrain}")
+training_words=("${training_words[@]-pretrain}")
 recipe=${1:-tiny}
 [[ $recipe != -* ]] || refuse "the recipe comes first, not $recipe: sbatch slurm/pretrain.sh RECIPE [--run RUN]"
 shift || true
@@ -137,7 +137,7 @@ fi
 # On TERM srun would kill its tasks at once; on USR1 they finish their step and commit a checkpoint.
 pass_on=USR1
 rendezvous 0
-launch "${tasks[@]}" --output="$log-task-%t.log" -- megamm "${train[@]}" "$recipe" "${arguments[@]}"
+launch "${tasks[@]}" --output="$log-task-%t.log" -- megamm "${training_words[@]}" "$recipe" "${arguments[@]}"
 code=$?
 
 # Markers say how the run ended; exit codes of srun do not.

@@ -351,7 +351,12 @@ class Saver:
         self._io.rename(save.attempt.final, aside(save.attempt.final, "damaged"))
 
     def _retire(self, save: _Save) -> list[str]:
-        self._hold.check()
+        try:
+            self._hold.check()
+        except OSError as error:
+            # The checkpoint is committed and read back by now; older ones may stay.
+            _log.warning("the run's lease cannot be renewed (%s): older checkpoints stay for now", error)
+            return []
         point_latest(self._folder, save.attempt.final.name, self._io)
         return retire(self._folder, save.attempt.step, self._settings, self._io)
 
