@@ -194,23 +194,28 @@ def check_file(folder: Path, name: str, facts: FileFacts, *, from_disk: bool = F
     Raises:
         CheckpointError: It is missing, of another size, or its bytes changed.
     """
-    path = folder / name
-    # A server that stumbles once must not cost a run its newest checkpoint; what is not there is not looked for again.
-    for pause_seconds in (*_PAUSES_SECONDS, None):
-        try:
-            if from_disk:
-                _forget(path)
-            num_bytes = path.stat().st_size
-            if num_bytes != facts.num_bytes:
-                raise CheckpointError(f"checkpoint {folder}: {name} has {num_bytes} bytes, the manifest says {facts.num_bytes}")
-            digest = digest_file(path)
-            break
-        except OSError as error:
-            if pause_seconds is None or isinstance(error, FileNotFoundError):
-                raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
-            time.sleep(pause_seconds)
+    num_bytes, digest = _read_file(folder, name, from_disk)
+    if num_bytes != facts.num_bytes:
+        raise CheckpointError(f"checkpoint {folder}: {name} has {num_bytes} bytes, the manifest says {facts.num_bytes}")
     if digest != facts.digest:
         raise CheckpointError(f"checkpoint {folder}: {name} is damaged (its digest does not match the manifest)")
+
+
+def _read_file(folder: Path, name: str, from_disk: bool) -> tuple[int, str]:
+    """Size and digest of a file of a checkpoint.
+
+    A server that stumbles once must not cost a run its newest checkpoint; what is not there is not looked for again.
+    """
+    pauses_seconds = list(_PAUSES_SECONDS)
+    while True:
+        try:
+            if from_disk:
+                _forget(folder / name)
+            return (folder / name).stat().st_size, digest_file(folder / name)
+        except OSError as error:
+            if not pauses_seconds or isinstance(error, FileNotFoundError):
+                raise CheckpointError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
+            time.sleep(pauses_seconds.pop(0))
 
 
 def _forget(path: Path) -> None:
