@@ -249,9 +249,12 @@ def controller_restart(cluster: Cluster, yard: Yard, run: Path) -> Seen:
 
 def no_progress(cluster: Cluster, yard: Yard, run: Path) -> Seen:
     training = yard.train(cluster, run, "--nodes=2")
+    killed: set[int] = set()
     for start in range(3):
         training.wait_for_restart(start)
-        wait_until(training.ranks, f"ranks of start {start}")
+        # Other ranks of the start before may still be ending.
+        wait_until(lambda: training.ranks().get(0, 0) not in {0, *killed}, f"rank 0 of start {start}")
+        killed.add(training.ranks()[0])
         training.send(signal.SIGKILL, 0)
     outcome = training.wait_for_end()
     return Seen(f"{outcome}; gave up" if "giving up" in training.words() else outcome)

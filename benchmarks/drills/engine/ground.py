@@ -77,11 +77,11 @@ class Ground:
 
 
 def end_in_order(job: Job) -> None:
-    """Wait for a job that must end with 0.
+    """Wait for a job that must end with 0. It may have as many steps to train as the run it is held against; one that hangs ends itself.
 
     Raises:
         Stuck: It did not.
     """
-    statuses = job.wait()
+    statuses = job.wait(timeout_seconds=3600.0)
     if any(statuses):
         raise Stuck(f"ended with {statuses}: {job.last_words()}")
