@@ -89,11 +89,11 @@ class SampleForm:
             return cls(limits=data.limits)
         where = f"dataset {name}: mapping"
         _check_mapping(mapping, where)
+        if mapping.task != "text" and not (mapping.prompt or mapping.question or mapping.image or mapping.audio):
+            raise ConfigError(f"{where} leaves nothing to answer; set its prompt, question, image or audio")
         prompt = mapping.prompt
         if not prompt and not mapping.question and mapping.task in TASKS and mapping.task != "text":
             prompt = TASKS[mapping.task].prompt
-        if mapping.task != "text" and not (prompt or mapping.question or mapping.image or mapping.audio):
-            raise ConfigError(f"{where} leaves nothing to answer; set its prompt, question, image or audio")
         return cls(mapping, prompt, _classes(mapping.classes, Path(data.root), where), data.limits)
 
     @property

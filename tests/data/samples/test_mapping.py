@@ -61,7 +61,7 @@ EXAMPLES = {
     "img2dataset": (
         IMG2DATASET,
         {"jpg": b"P", "json": b'{"caption": "A cat.", "status": "success", "similarity": NaN}', "txt": b"A cat."},
-        chat([{"type": "image", "member": "jpg"}], "A cat.", "captioning"),
+        chat([{"type": "image", "member": "jpg"}, {"type": "text", "text": TASKS["captioning"].prompt}], "A cat.", "captioning"),
     ),
     "speech": (
         SPEECH,
@@ -255,7 +255,7 @@ def test_any_text_is_read_as_our_own_form_reads_it(prompt, answer, place):
         answer = content.decode("utf-8-sig")
     if not answer.strip():
         return
-    question = [{"type": "image", "member": "jpg"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+    question = [{"type": "image", "member": "jpg"}, {"type": "text", "text": prompt or TASKS["captioning"].prompt}]
     expected = ours(chat(question, answer.strip(), "captioning"))
     assert read(mapping, {"jpg": b"P", place.split(":")[0]: content}).messages == expected.messages
 
