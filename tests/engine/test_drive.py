@@ -65,10 +65,13 @@ def train_from_a_drive(folder):
 def extensions(request, monkeypatch):
     # One ninja, however the tests were started: another version's would compile all of it again, in each of the ranks.
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    cache = request.config.cache.mkdir("async_io")
+    if not async_io.built(cache).is_dir() and "MEGAMM_COMPILE" not in os.environ:
+        pytest.skip("DeepSpeed's async_io is not compiled, which takes five minutes: set MEGAMM_COMPILE=1 once")
     async_io.install()
     if reason := async_io.missing():
         pytest.skip(reason)
-    folder = async_io.build(request.config.cache.mkdir("async_io"), timeout_seconds=1500)
+    folder = async_io.build(cache, timeout_seconds=1500)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
 
 

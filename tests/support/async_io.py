@@ -32,12 +32,17 @@ def missing() -> str | None:
     return f"{', '.join(absent)} not installed: apt-get install {' '.join(_PACKAGES)}" if absent else None
 
 
+def built(cache: Path) -> Path:
+    """Where it lies once it is compiled."""
+    return cache / "-".join(f"{name}-{version(name)}" for name in ("torch", "deepspeed"))
+
+
 def build(cache: Path, timeout_seconds: float) -> Path:
     """A folder for `TORCH_EXTENSIONS_DIR` that holds it; minutes of compiling where `cache` has none of these versions yet.
 
     Compiled aside and renamed, because torch waits for ever for the lock of a build that was killed.
     """
-    done = cache / "-".join(f"{name}-{version(name)}" for name in ("torch", "deepspeed"))
+    done = built(cache)
     if not done.is_dir():
         with tempfile.TemporaryDirectory(dir=cache) as name:
             draft = Path(name) / "extensions"
