@@ -121,6 +121,8 @@ def prompt(
     layout = _Layout(tokenizer, image_tokens=image_tokens, audio_tokens=audio_tokens, shapes=shapes)
     layout.control("bos")
     layout.chat(messages)
+    # Before the last token, from which the answer goes on.
+    layout.make_up_for_hidden()
     layout.control("assistant")
     return layout.finish().input_ids
 
@@ -183,13 +185,17 @@ class _Layout:
     def control(self, name: str, *, supervised: bool = False) -> None:
         self._append([self._tokenizer.vocabulary.control_id(name)], supervised)
 
+    def make_up_for_hidden(self) -> None:
+        self._append([self._tokenizer.vocabulary.control_id("pad")] * self._num_hidden, False)
+        self._num_hidden = 0
+
     def finish(self) -> Encoded:
         for type_name, rest in self._num_tokens.items():
             if next(rest, None) is not None:
                 raise DataError(f"more {type_name} token counts than {type_name} parts; give one for each part")
         if next(self._shapes, None) is not None:
             raise DataError("more lists of shapes than boxes and mask parts; give one for each part")
-        self._append([self._tokenizer.vocabulary.control_id("pad")] * self._num_hidden, False)
+        self.make_up_for_hidden()
         return Encoded(np.array(self._ids, dtype=np.int32), np.array(self._supervised, dtype=bool))
 
     def _media(self, type_name: str) -> None:

@@ -238,6 +238,15 @@ def test_what_is_not_seen_leaves_its_length_behind(tokenizer):
     assert not part.supervised[len(expected.input_ids) :].any()
 
 
+def test_a_prompt_ends_where_the_answer_begins_whatever_is_hidden_in_it(tokenizer):
+    asked = [IMAGE, {"type": "boxes", "image": 0, "boxes": [{"label": "RBC", "xyxy": [1, 2, 3, 4]}]}, TEXT]
+    messages = parse_sample("k", chat(asked, [LABEL]), where="here").messages[:1]
+    hidden, seen = ([[box("RBC", 0, 0, is_visible=visible)]] for visible in (False, True))
+    one, other = (prompt(messages, tokenizer, image_tokens=[1], shapes=shapes) for shapes in (hidden, seen))
+    assert len(one) == len(other)
+    assert one[-1] == other[-1] == tokenizer.vocabulary.control_id("assistant")
+
+
 def test_an_instance_is_its_outline(tokenizer):
     messages = parse_sample("k", chat([IMAGE], [MASK], task="segmentation"), where="here").messages
     corners = ((0.0, 0.0), (1.0, 0.0), (0.5, 1.0))
