@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def evaluate(
     patterns = dict(datasets) if datasets else held_out_patterns(loaded.recipe)
     reading = None if loaded.recipe is None else resolved_reading(loaded.recipe.data)
     places = list_places(patterns, max_samples, reading=reading)
+    read = partial(read_samples, forms=sample_forms(loaded.recipe, list(patterns)), reading=reading)
     settings = {
         "version": __version__,
         "datasets": {name: str(pattern) for name, pattern in patterns.items()},
@@ -135,7 +137,8 @@ def evaluate(
     # Every rank has read what was done before any begins to add to it.
     ranks.wait()
     own = _own_places(places, done, ranks)
-    results = _judge(loaded, own, Progress(output, ranks.rank, start), tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    judged = judge(loaded, read(own), tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    results = _keep(judged, Progress(output, ranks.rank, start))
     ranks.wait()
     report = None
     if ranks.rank == 0:
@@ -144,8 +147,7 @@ def evaluate(
         report = _report(list(found.values()), len(places), tasks, slices, loaded, settings)
         if output is not None:
             report.write(output)
-            samples = read_samples(shown(report, places), sample_forms(loaded.recipe, list(patterns)), reading=reading)
-            write_pictures(report, output, samples)
+            write_pictures(report, output, read(shown(report, places)))
             progress.end(output)
     ranks.wait()
     ranks.leave()
@@ -160,13 +162,11 @@ def _own_places(places: Sequence[Place], done: Collection[tuple[str, str, int]],
     return left[ranks.rank :: ranks.size]
 
 
-def _judge(loaded: Loaded, places: Sequence[Place], kept: Progress, **settings: Any) -> list[Result]:
-    """Look at each place once, and keep what became of it."""
-    reading = None if loaded.recipe is None else resolved_reading(loaded.recipe.data)
-    forms = sample_forms(loaded.recipe, sorted({place.dataset for place in places}))
+def _keep(judged: Iterable[Result], kept: Progress) -> list[Result]:
+    """All results, each kept as it comes."""
     results = []
     try:
-        for result in judge(loaded, read_samples(places, forms, reading=reading), **settings):
+        for result in judged:
             if isinstance(result, SkippedSample):
                 _log.warning("skipped %s/%s in %s: %s", result.dataset, result.key, result.shard, result.reason)
             kept.write(result)

@@ -17,14 +17,13 @@ from megamm.data.samples.encode import SampleEncoder
 from megamm.data.samples.shapes import read_masks
 from megamm.evaluation.held_out import Place, skipped
 from megamm.evaluation.records import Answered, Result, Scored, SkippedSample
-from megamm.inference.generate import Sampling, generate
+from megamm.inference import replies
 from megamm.inference.item_trie import ItemTrie
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import Prompt, make_prompt
-from megamm.inference.ranking import rank_items
 from megamm.inference.score import token_losses
 from megamm.tasks import TASKS, recommendation, template
-from megamm.tasks.reply import Reply, read_reply, stored_reply
+from megamm.tasks.reply import Reply, stored_reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,23 +118,13 @@ class _Judge:
 
     def answer(self, questions: Sequence[_Question]) -> Iterator[Answered]:
         """Greedy answers."""
-        answers = generate(self._loaded, [one.prompt for one in questions], Sampling(max_new_tokens=self._max_new_tokens))
-        for question, answer in zip(questions, answers, strict=True):
-            reply = read_reply(
-                answer.token_ids,
-                self._loaded.tokenizer,
-                question.view,
-                probabilities=answer.probabilities,
-                is_finished=answer.is_finished,
-            )
-            yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
+        prompts, views = [one.prompt for one in questions], [one.view for one in questions]
+        return _answered(questions, replies.answers(self._loaded, prompts, views, max_new_tokens=self._max_new_tokens))
 
     def rank(self, questions: Sequence[_Question]) -> Iterator[Answered]:
         """All items of the catalogue, of which the best are kept."""
-        rankings = rank_items(self._loaded, self._trie, [one.prompt for one in questions], max_items=max(recommendation.CUTOFFS))
-        for question, ranking in zip(questions, rankings, strict=True):
-            reply = Reply(items=tuple(ranking))
-            yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
+        prompts = [one.prompt for one in questions]
+        return _answered(questions, replies.rankings(self._loaded, self._trie, prompts, num_items=max(recommendation.CUTOFFS)))
 
     def score(self, documents: Sequence[_Document]) -> Iterator[Scored]:
         """How likely each token of a document was."""
@@ -158,6 +147,11 @@ class _Judge:
         limit = self._loaded.config.text_config.max_position_embeddings
         if num_tokens > limit:
             raise DataError(f"the sample takes {num_tokens} tokens, answer included; the decoder has {limit} positions")
+
+
+def _answered(questions: Sequence[_Question], said: Sequence[Reply]) -> Iterator[Answered]:
+    for question, reply in zip(questions, said, strict=True):
+        yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
 
 
 def _view_of(parts: Sequence[Part], prompt: Prompt) -> PictureView | None:

@@ -30,7 +30,7 @@ _CAPTION = 44
 
 
 def write_pictures(report: Report, folder: Path, samples: Iterable[tuple[Place, Sample | SkippedSample]]) -> list[Path]:
-    """Draw what there is to draw beside a report.
+    """Draw what there is to draw beside a report; a task without figures has no curves.
 
     Args:
         report: What was found.
@@ -45,7 +45,7 @@ def write_pictures(report: Report, folder: Path, samples: Iterable[tuple[Place, 
             path.unlink()
     written = []
     for name, picture in _pictures(report, samples):
-        path = folder / f"{name}.png"
+        path = folder / f"{name.replace('/', '-')}.png"
         path.write_bytes(picture)
         written.append(path)
     return written
@@ -63,7 +63,7 @@ def _groups(report: Report) -> dict[str, list[Answered]]:
     groups: dict[str, list[Answered]] = {}
     for record in report.records:
         if isinstance(record, Answered):
-            groups.setdefault(f"{record.dataset}-{record.task}", []).append(record)
+            groups.setdefault(f"{record.dataset}/{record.task}", []).append(record)
     return groups
 
 
@@ -84,9 +84,9 @@ def _pictures(report: Report, samples: Iterable[tuple[Place, Sample | SkippedSam
     matplotlib.use("Agg")
     for name, confusion in report.confusions.items():
         if len(confusion.classes) <= _MAX_CLASSES:
-            yield f"confusion-{name.replace('/', '-')}", _confusion(confusion, name)
+            yield f"confusion-{name}", _confusion(confusion, name)
     for name, group in _groups(report).items():
-        if curves := _precisions(group):
+        if name not in report.problems and (curves := _precisions(group)):
             yield f"precision-{name}", _curves(curves, name)
 
 

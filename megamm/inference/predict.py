@@ -11,14 +11,13 @@ from typing import Any
 from megamm.core.errors import ConfigError
 from megamm.core.types import Message, Part
 from megamm.data.media.files import decode_picture, media_type
+from megamm.inference import replies
 from megamm.inference.drawing import draw_reply
-from megamm.inference.generate import Sampling, generate
 from megamm.inference.item_trie import ItemTrie
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import make_prompt
-from megamm.inference.ranking import rank_items
 from megamm.tasks import TASKS, recommendation
-from megamm.tasks.reply import Reply, read_reply
+from megamm.tasks.reply import Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +69,16 @@ def predict(
         raise ConfigError(f"task {task!r} is not known; the tasks are {', '.join(TASKS)}")
     if task == "text":
         raise ConfigError("task 'text' continues documents and answers nothing; use `megamm generate`")
+    trie = ItemTrie.of(loaded) if task == recommendation.TASK.name else None
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        asked = [_messages(question, task) for question in batch]
-        prompts = [make_prompt(loaded, messages, media) for messages, media in asked]
-        if task == recommendation.TASK.name:
-            rankings = rank_items(loaded, ItemTrie.of(loaded), prompts, max_items=num_items)
-            replies = [Reply(items=tuple(ranking)) for ranking in rankings]
+        prompts = [make_prompt(loaded, *_messages(question, task)) for question in batch]
+        if trie is not None:
+            said = replies.rankings(loaded, trie, prompts, num_items=num_items)
         else:
-            answers = generate(loaded, prompts, Sampling(max_new_tokens=max_new_tokens))
-            replies = [
-                read_reply(
-                    answer.token_ids,
-                    loaded.tokenizer,
-                    prompt.images[0].view if prompt.images else None,
-                    probabilities=answer.probabilities,
-                    is_finished=answer.is_finished,
-                )
-                for answer, prompt in zip(answers, prompts, strict=True)
-            ]
-        yield from (Prediction(question, reply) for question, reply in zip(batch, replies, strict=True))
+            views = [prompt.images[0].view if prompt.images else None for prompt in prompts]
+            said = replies.answers(loaded, prompts, views, max_new_tokens=max_new_tokens)
+        yield from (Prediction(question, reply) for question, reply in zip(batch, said, strict=True))
 
 
 def questions_of(files: Sequence[Path], items: Sequence[str], text: str) -> list[Question]:

@@ -79,3 +79,10 @@ def test_a_task_without_figures_keeps_the_others(tmp_path):
     assert {row.task for row in report.rows} == {"classification"}
     assert "x/detection has no figures: " in report.to_markdown()
     assert len(report.records) == 2
+
+
+def test_a_task_without_figures_has_no_curves(tmp_path):
+    flat = Box("cell", (5, 5, 5, 20))
+    report = make_report([record("detection", 0, Reply(boxes=(flat,)), Reply(boxes=(CELL,)))], [], source="here", step=1, settings={})
+    assert "x/detection" in report.problems
+    assert write_pictures(report, tmp_path, []) == []
