@@ -132,10 +132,11 @@ class RunLock:
                 if _create(owner_path(run, last + 1), owner):
                     _forget_before(run, last)
                     return cls(run, last + 1, owner)
-            except FileNotFoundError:
-                # An owner that began nothing took its files and the folder with it, this moment: looked at anew.
+            except (FileNotFoundError, FileExistsError):
+                # An owner that began nothing took its files and the folder with it, this moment: looked at anew. A folder that is there
+                # when it is made and gone when it is looked at is the latter error.
                 num_vanished += 1
-                if num_vanished == _MAX_VANISHED:
+                if num_vanished == _MAX_VANISHED or (run / LOCK).is_file():
                     raise
                 time.sleep(0.05 * num_vanished)
 

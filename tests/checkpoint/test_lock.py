@@ -313,6 +313,31 @@ def test_owners_that_leave_no_trace_are_in_nobodys_way(run):
     assert "owned" in found and found <= {"owned", "refused"}
 
 
+def test_a_folder_that_vanishes_while_it_is_made_is_made_anew(run, monkeypatch):
+    """`mkdir` finds it there, and it is no folder any more when it asks what it found."""
+    (run / ".lock").mkdir(parents=True)
+    is_dir, vanished = Path.is_dir, []
+
+    def vanish(path, *args, **kwargs):
+        if path == run / ".lock" and not vanished:
+            vanished.append(path)
+            path.rmdir()
+        return is_dir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "is_dir", vanish)
+    lock = acquire(run)
+    assert vanished
+    assert lock.number == 1
+    lock.release()
+
+
+def test_a_file_where_the_folder_belongs_is_an_error(run):
+    run.mkdir()
+    (run / ".lock").write_text("")
+    with pytest.raises(OSError, match=r"\.lock"):
+        acquire(run)
+
+
 def test_processes_of_equal_numbers_keep_their_drafts_apart(run):
     """As those of two containers; here threads, which have one number too."""
     (run / ".lock").mkdir(parents=True)
