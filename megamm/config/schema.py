@@ -78,6 +78,7 @@ class ImageFeatures:
         kind: `naflex` cuts patches at the picture's own aspect ratio; `fixed` resizes to a square (CNN towers).
         patch_size: Side of a patch in pixels (`naflex`).
         max_patches: Bound on patches a picture (`naflex`).
+        max_scale: A picture is enlarged at most so much, so that a small one takes few patches (`naflex`; the default is the stock one).
         merge: `merge` x `merge` neighbouring patches become one token.
         size: Side in pixels (`fixed`).
         stride: Pixels a feature-map cell covers a side (`fixed`).
@@ -88,6 +89,7 @@ class ImageFeatures:
     kind: Literal["naflex", "fixed"] = "naflex"
     patch_size: Positive = 16
     max_patches: Positive = 256
+    max_scale: Annotated[float, Field(gt=0, le=100)] = 100.0
     merge: Positive = 1
     size: Positive = 224
     stride: Positive = 32

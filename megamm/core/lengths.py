@@ -6,6 +6,9 @@ Pure arithmetic without imports, because the export ships this file next to the 
 AUDIO_CHUNK_FRAMES = 100
 """Mel frames that the audio tower's convolutions see at once (2 x `n_window` of `Qwen3ASREncoderConfig`)."""
 
+AUDIO_STATE_FRAMES = 8
+"""Mel frames between two positions that the audio tower returns; the last of a chunk has fewer."""
+
 
 def audio_num_tokens(num_mel_frames: int) -> int:
     """Positions that the audio tower returns for a sound.
@@ -32,7 +35,7 @@ def audio_num_mel_frames(num_samples: int, hop_length: int, min_samples: int) ->
     return max(num_samples, min_samples) // hop_length
 
 
-def patch_grid(height: int, width: int, *, patch_size: int, max_patches: int, merge: int) -> tuple[int, int]:
+def patch_grid(height: int, width: int, *, patch_size: int, max_patches: int, merge: int, max_scale: float = 100.0) -> tuple[int, int]:
     """Rows and columns of patches for a picture resized at constant aspect ratio to at most `max_patches`.
 
     Both are multiples of `merge`, so that neighbouring patches can be merged into one token.
@@ -43,8 +46,10 @@ def patch_grid(height: int, width: int, *, patch_size: int, max_patches: int, me
         patch_size: Side of a patch in pixels.
         max_patches: Upper bound on rows x columns.
         merge: Side of the square of patches that becomes one token.
+        max_scale: The picture is enlarged at most by this factor, so that a small one takes few patches.
 
-    Source: transformers, `get_image_size_for_max_num_patches` of the SigLIP2 image processor; equal to it for merge 1.
+    Source: transformers, `get_image_size_for_max_num_patches` of the SigLIP2 image processor; equal to it for merge 1 and the
+        default scale.
     """
     unit = patch_size * merge
     budget = max_patches // (merge * merge)
@@ -52,7 +57,7 @@ def patch_grid(height: int, width: int, *, patch_size: int, max_patches: int, me
     def units(scale: float, size: int) -> int:
         return max(1, -int(-(size * scale) // unit))
 
-    low, high = 1e-6, 100.0
+    low, high = 1e-6, max_scale
     while high - low >= 1e-5:
         middle = (low + high) / 2
         if units(middle, height) * units(middle, width) <= budget:

@@ -10,6 +10,7 @@ _IMAGE_FEATURES = {
     "kind": "naflex",
     "patch_size": 16,
     "max_patches": 256,
+    "max_scale": 100.0,
     "merge": 1,
     "size": 224,
     "stride": 32,

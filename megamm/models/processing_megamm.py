@@ -38,6 +38,7 @@ class MegaMMProcessor(ProcessorMixin):
         chat_template: Jinja template of a chat.
         merge: `merge` x `merge` neighbouring cells of the vision tower become one token.
         stride: Pixels a cell covers a side, for squares; None for patches.
+        max_scale: Pictures that are cut into patches are enlarged at most by this factor.
     """
 
     valid_processor_kwargs = MegaMMProcessorKwargs
@@ -50,10 +51,12 @@ class MegaMMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         merge: int = 1,
         stride: int | None = None,
+        max_scale: float = 100.0,
     ):
         super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template)
         self.merge = merge
         self.stride = stride
+        self.max_scale = max_scale
         self.image_token, self.audio_token = tokenizer.image_token, tokenizer.audio_token
         self.image_token_id, self.audio_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.audio_token])
 
@@ -75,7 +78,7 @@ class MegaMMProcessor(ProcessorMixin):
             chunk_length=int(audio["max_seconds"]),
         )
         stride = None if config.is_patch_tower else image["stride"]
-        return cls(image_processor, feature_extractor, tokenizer, tokenizer.chat_template, image["merge"], stride)
+        return cls(image_processor, feature_extractor, tokenizer, tokenizer.chat_template, image["merge"], stride, image["max_scale"])
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one picture."""
@@ -108,7 +111,9 @@ class MegaMMProcessor(ProcessorMixin):
             return picture.resize((side, side), Image.Resampling.BILINEAR)
         patch_size = kwargs.get("patch_size") or processor.patch_size
         max_patches = kwargs.get("max_num_patches") or processor.max_num_patches
-        rows, columns = patch_grid(picture.height, picture.width, patch_size=patch_size, max_patches=max_patches, merge=self.merge)
+        rows, columns = patch_grid(
+            picture.height, picture.width, patch_size=patch_size, max_patches=max_patches, merge=self.merge, max_scale=self.max_scale
+        )
         return picture.resize((columns * patch_size, rows * patch_size), Image.Resampling.BILINEAR)
 
     def _process_audio(self, audio: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:

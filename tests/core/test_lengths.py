@@ -30,6 +30,12 @@ def test_merged_grid_is_whole(height, width, merge):
     assert 1 <= image_num_tokens((rows, columns), merge) == rows * columns // merge**2 <= 256 // merge**2
 
 
+def test_small_pictures_are_enlarged_no_further_than_asked():
+    assert patch_grid(28, 28, patch_size=12, max_patches=256, merge=2) == (16, 16)
+    assert patch_grid(28, 28, patch_size=12, max_patches=256, merge=2, max_scale=2.0) == (6, 6)
+    assert patch_grid(240, 320, patch_size=12, max_patches=256, merge=2, max_scale=2.0) == (14, 18)
+
+
 def test_short_sounds_are_padded_before_frames_are_counted():
     assert audio_num_mel_frames(100, 160, 8000) == 50
     assert audio_num_mel_frames(16_000, 160, 8000) == 100

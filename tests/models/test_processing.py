@@ -66,6 +66,15 @@ def test_placeholders_are_the_counts_of_training(make, merge, size, num_samples)
     assert out["input_ids"][0, 0] == config.bos_token_id
 
 
+def test_small_pictures_stay_small_where_the_recipe_says_so(make, tmp_path):
+    config, made = make(max_scale=1.0)
+    made.save_pretrained(tmp_path)
+    for processor in (made, AutoProcessor.from_pretrained(tmp_path)):
+        out = processor(images=[_picture(2 * PATCH, 3 * PATCH), _picture(40, 40)], text="<|image|> <|image|>")
+        assert out["spatial_shapes"].tolist() == [[2, 3], [4, 4]]
+        assert (out["input_ids"] == config.image_token_id).sum() == 6 + 16
+
+
 def test_pictures_equal_the_stock_processor_where_it_can_do_the_same(make):
     _, processor = make()
     pictures = [_picture(20, 13), _picture(9, 40)]

@@ -75,6 +75,16 @@ def test_the_last_baskets_are_held_out_and_never_seen_in_training(tmp_path, hold
     assert all(read(document)[0] == "i1 i2 | i3 | i4 i5 |" for document, _ in found["test"].values())
 
 
+def test_items_stand_as_their_codes_alone_where_asked(tmp_path):
+    (tmp_path / "items.tsv").write_text("item\ttext\ni1\tred mug\n")
+    table = write(tmp_path / "a.tsv")
+    for show, expected in (("text", {"type": "item", "id": "i1", "text": "red mug"}), ("codes", {"type": "item", "id": "i1"})):
+        write_shards("interactions", tmp_path / show, input=table, items=tmp_path / "items.tsv", show=show)
+        document, _ = samples(tmp_path / show, "train")["user-ann-00001"]
+        assert document["messages"][0]["content"][0] == expected
+        assert json.loads((tmp_path / show / "items.jsonl").read_text().splitlines()[0])["text"] == "red mug"
+
+
 def test_a_history_is_as_long_as_asked_and_the_latest(tmp_path):
     found = prepare(tmp_path, write(tmp_path / "a.tsv"), history=3)["train"]
     assert read(found["user-ann-00003"][0])[0] == "i3 | i4 i5 |"

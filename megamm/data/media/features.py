@@ -79,7 +79,14 @@ def image_grid(width: int, height: int, features: ImageFeatures) -> tuple[int, i
     """Rows and columns of the tower's feature map for a picture of `width` x `height` pixels."""
     if features.kind == "fixed":
         return features.size // features.stride, features.size // features.stride
-    return patch_grid(height, width, patch_size=features.patch_size, max_patches=features.max_patches, merge=features.merge)
+    return patch_grid(
+        height,
+        width,
+        patch_size=features.patch_size,
+        max_patches=features.max_patches,
+        merge=features.merge,
+        max_scale=features.max_scale,
+    )
 
 
 def played_rate(rate_hz: int, speed: float) -> int:

@@ -34,6 +34,7 @@ _FIELDS = {
     "basket": "what belongs together (default: the same time)",
 }
 _QUESTION = "What comes next?"
+_SHOWN = {"text": "its codes and its text", "codes": "its codes alone"}
 _HELD_OUT = {"none": (), "test": ("test",), "both": ("test", "validation")}
 
 
@@ -66,6 +67,7 @@ def _records(
     history: int,
     hold_out: str,
     items: Path | None,
+    show: str,
     prompt: str,
 ) -> Listing:
     """Every basket that something came before is a record, under its user.
@@ -89,7 +91,7 @@ def _records(
         records += _records_of(user, tuple(baskets), _HELD_OUT[hold_out], history)
     if num_short:
         notes.append(f"{num_short} users have one basket only, which nothing came before")
-    return Listing(records, partial(_make, prompt=prompt or _QUESTION, texts=texts), notes, {ITEMS_FILE: _item_list(met, texts)})
+    return Listing(records, partial(_make, prompt=prompt or _QUESTION, texts=texts if show == "text" else {}), notes, {ITEMS_FILE: _item_list(met, texts)})
 
 
 def _item_list(met: Iterable[str], texts: Mapping[str, str]) -> bytes:
@@ -216,6 +218,13 @@ SOURCE = Source(
             "WHAT",
         ),
         Option("items", "table with the columns item and text, which describes items", Path, None, "FILE"),
+        Option(
+            "show",
+            f"what a sample says of an item: {'; '.join(f'{name} ({what})' for name, what in _SHOWN.items())}; the list of items keeps texts",
+            one_of(*_SHOWN),
+            "text",
+            "WHAT",
+        ),
         PROMPT,
     ),
 )
