@@ -39,7 +39,7 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="run, checkpoint or exported folder whose weights the run starts from")
     parser.add_argument(
         "--head",
-        choices=("linear", "detector", "segmenter", "ctc"),
+        choices=("linear", "detector", "segmenter", "ctc", "masked"),
         help="train a head that answers in place of tokens; --model.head.labels=[…] says what it can answer",
     )
     pretrain_arguments(parser)

@@ -123,11 +123,12 @@ class Head:
     """A head that answers from the backbone's states in place of tokens: every sample of the recipe is then its own.
 
     Attributes:
-        kind: `linear` (labels of a sample), `detector` (labelled boxes of a picture), `segmenter` (labelled instances, pixel by pixel)
-            or `ctc` (the characters that a sound says).
-        labels: What it can answer, in its fixed order; the characters of `ctc`. An answer outside sends its sample into the ledger.
-        states: What it looks at: the `decoder`'s states (of the whole sample, or of its picture or sound), or those of the `vision` or
-            `audio` tower alone, before its projector.
+        kind: `linear` (labels of a sample), `detector` (labelled boxes of a picture), `segmenter` (labelled instances, pixel by pixel),
+            `ctc` (the characters that a sound says) or `masked` (what was hidden of pictures and sounds, whose answers nobody needs).
+        labels: What it can answer, in its fixed order; the characters of `ctc`; none of `masked`. An answer outside sends its sample into
+            the ledger.
+        states: What it looks at: the `decoder`'s states (of the whole sample, or of its picture or sound), or those of the `vision` tower,
+            of the `audio` tower or of both `towers`, before their projectors.
         multi_label: A sample may have several labels, or none (`linear`); they stand in label parts of their own, or between commas.
         pool: How states of a sample become one: their `mean`, or the `last` (`linear`).
         hidden_size: Width inside (all but `linear`).
@@ -136,12 +137,14 @@ class Head:
         num_queries: Most boxes of a picture (`detector`).
         no_object_weight: Loss weight of a query that is to find nothing (`detector`).
         time_steps: Steps that each state of a sound is spread over (`ctc`): characters and pauses between equal ones need one each.
+        mask_share: Share of each picture's cells and each sound's states that is hidden (`masked`).
+        mask_span: Side of the blocks of cells, and length of the stretches of states, that are hidden together (`masked`).
         lr_scale: Factor on the optimizer's learning rate.
     """
 
-    kind: Literal["linear", "detector", "segmenter", "ctc"]
-    labels: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
-    states: Literal["decoder", "vision", "audio"] = "decoder"
+    kind: Literal["linear", "detector", "segmenter", "ctc", "masked"]
+    labels: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    states: Literal["decoder", "vision", "audio", "towers"] = "decoder"
     multi_label: bool = False
     pool: Literal["mean", "last"] = "mean"
     hidden_size: Positive = 128
@@ -150,7 +153,15 @@ class Head:
     num_queries: Positive = 100
     no_object_weight: Fraction = 0.1
     time_steps: Positive = 4
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    mask_span: Positive = 1
     lr_scale: NonNegative = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "masked" and self.labels:
+            raise ValueError("a masked head fills in what is hidden and has no labels; leave labels out")
+        if self.kind != "masked" and not self.labels:
+            raise ValueError(f"a {self.kind} head needs labels, what it can answer; set model.head.labels")
 
 
 @dataclass(frozen=True, config=_STRICT)

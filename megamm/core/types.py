@@ -111,6 +111,21 @@ class AudioInput:
 
 
 @dataclass(slots=True)
+class HiddenCells:
+    """Cells of pictures, or states of sounds, that the model does not see and is to fill in.
+
+    Attributes:
+        numbers: int64[n], counted through all of the pictures, or sounds, of the sample or micro-batch, in the order of their placeholders.
+        values: float32[n, v], what was there; not a number past the end of a sound.
+        documents: int64[n], of which document of the micro-batch; zeros for a sample alone.
+    """
+
+    numbers: np.ndarray
+    values: np.ndarray
+    documents: np.ndarray
+
+
+@dataclass(slots=True)
 class HeadTarget:
     """What a head is to answer of one sample.
 
@@ -120,12 +135,16 @@ class HeadTarget:
         boxes: float32[n, 4], centre x and y, width and height in shares of the view; None but for a detector.
         pixels: int16[2, h, w] on a grid over the view: one more than the label's number, 0 where nothing is, and whether the pixel
             is inside its instance, away from its border; None but for a segmenter.
+        pictures: What is hidden of its pictures; None but for a masked head that looks at them.
+        sounds: What is hidden of its sounds; likewise.
     """
 
     ids: np.ndarray
     counts: np.ndarray
     boxes: np.ndarray | None = None
     pixels: np.ndarray | None = None
+    pictures: HiddenCells | None = None
+    sounds: HiddenCells | None = None
 
 
 @dataclass(slots=True)
@@ -177,6 +196,8 @@ class HeadTargets:
         boxes: float32[sum of num_ids, 4]; empty but for a detector.
         grids: int64[D, 2], rows and columns of pixels; zeros but for a segmenter.
         pixels: int16[2, sum of rows x columns]; empty but for a segmenter.
+        pictures: What is hidden of all pictures; None where nothing is.
+        sounds: What is hidden of all sounds; likewise.
     """
 
     weights: np.ndarray
@@ -186,6 +207,8 @@ class HeadTargets:
     boxes: np.ndarray
     grids: np.ndarray
     pixels: np.ndarray
+    pictures: HiddenCells | None = None
+    sounds: HiddenCells | None = None
 
 
 @dataclass(slots=True)

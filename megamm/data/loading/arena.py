@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megamm.core.errors import ConfigError
-from megamm.core.types import AudioInput, HeadTarget, ImageInput, TokenSequence
+from megamm.core.types import AudioInput, HeadTarget, HiddenCells, ImageInput, TokenSequence
 from megamm.data.media.features import MediaRules
 from megamm.data.planning.rows import PlannedSample
 
@@ -51,10 +51,12 @@ class SampleBytes:
     def of(cls, rules: MediaRules) -> SampleBytes:
         """The sizes under the rules of a run."""
         patch = 0
+        # What a masked head is to fill in travels beside what hides it.
+        copies = 2 if rules.head is not None and rules.head.kind == "masked" else 1
         if rules.image is not None:
             side = rules.image.patch_size if rules.image.kind == "naflex" else rules.image.stride * rules.image.merge
-            patch = _VALUE_BYTES * 3 * side**2
-        return cls(3 * _VALUE_BYTES, patch, _VALUE_BYTES * rules.audio.num_mel if rules.audio is not None else 0)
+            patch = copies * _VALUE_BYTES * 3 * side**2
+        return cls(3 * _VALUE_BYTES, patch, copies * _VALUE_BYTES * rules.audio.num_mel if rules.audio is not None else 0)
 
     def row(self, samples: Sequence[PlannedSample]) -> int:
         """Of a planned row."""
@@ -153,4 +155,9 @@ def map_arrays(sequence: TokenSequence, change: Callable) -> TokenSequence:
 
 def _map_target(target: HeadTarget, change: Callable) -> HeadTarget:
     boxes, pixels = (None if one is None else change(one) for one in (target.boxes, target.pixels))
-    return HeadTarget(change(target.ids), change(target.counts), boxes, pixels)
+    pictures, sounds = (None if one is None else _map_cells(one, change) for one in (target.pictures, target.sounds))
+    return HeadTarget(change(target.ids), change(target.counts), boxes, pixels, pictures, sounds)
+
+
+def _map_cells(hidden: HiddenCells, change: Callable) -> HiddenCells:
+    return HiddenCells(change(hidden.numbers), change(hidden.values), change(hidden.documents))

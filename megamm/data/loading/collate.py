@@ -8,7 +8,7 @@ import numpy as np
 
 from megamm.config import Head
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
-from megamm.core.types import IGNORE_LABEL, AudioInput, Batch, HeadTargets, ImageInput, PackedRow
+from megamm.core.types import IGNORE_LABEL, AudioInput, Batch, HeadTargets, HiddenCells, ImageInput, PackedRow
 from megamm.data.samples.targets import collate_targets
 
 
@@ -58,11 +58,13 @@ def collate(rows: Sequence[PackedRow], row_tokens: int, pad_id: int, tasks: tupl
 
 def batch_bytes(batch: Batch) -> int:
     """Size of the arrays of a micro-batch."""
-    return _array_bytes(batch) + (0 if batch.head is None else _array_bytes(batch.head))
+    return _array_bytes(batch)
 
 
-def _array_bytes(arrays: Batch | HeadTargets) -> int:
-    return sum(value.nbytes for name in arrays.__slots__ if isinstance(value := getattr(arrays, name), np.ndarray))
+def _array_bytes(arrays: Batch | HeadTargets | HiddenCells) -> int:
+    values = [getattr(arrays, name) for name in arrays.__slots__]
+    nested = sum(_array_bytes(value) for value in values if isinstance(value, HeadTargets | HiddenCells))
+    return nested + sum(value.nbytes for value in values if isinstance(value, np.ndarray))
 
 
 def _add_images(batch: Batch, images: list[ImageInput]) -> None:

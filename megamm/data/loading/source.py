@@ -14,6 +14,7 @@ from megamm.data.media.features import Footprint
 from megamm.data.planning.rows import PlannedSample
 from megamm.data.samples.datasets import ShardSet
 from megamm.data.samples.encode import SampleEncoder
+from megamm.data.samples.hidden import masking_random
 from megamm.data.samples.mapping import read_sample
 from megamm.data.shards.reader import Reader, ShardPool
 
@@ -112,7 +113,8 @@ class SampleSource:
             augment = self._augment.get(planned.dataset)
             changes = None if augment is None else Changes.at(augment, self._seed, planned.position)
             speed = 1.0 if augment is None else augment.audio_speeds[planned.variant]
-            sequence, size = self.encoder.encode(planned.dataset, sample, changes, speed=speed)
+            random = masking_random(self._seed, planned.position)
+            sequence, size = self.encoder.encode(planned.dataset, sample, changes, speed=speed, random=random)
             expected = Footprint(planned.tokens, planned.patches, planned.frames)
             if size != expected:
                 raise BadSample(f"takes {size}, planned {expected}; its media do not hold what their headers say")

@@ -15,6 +15,7 @@ from megamm.data.media.augment import Changes
 from megamm.data.media.decode import audio_input, image_input
 from megamm.data.media.features import Footprint, MediaRules
 from megamm.data.media.files import MediaError
+from megamm.data.samples.hidden import hide
 from megamm.data.samples.shapes import planned_shapes, seen_shapes
 from megamm.data.samples.targets import check_answer, head_target, question_and_answer
 from megamm.tasks import template
@@ -74,7 +75,13 @@ class SampleEncoder:
         return [Footprint(num_others + sum(one.tokens for one in each), patches, sum(one.frames for one in each)) for each in variants]
 
     def encode(
-        self, dataset: str, sample: Sample, changes: Changes | None = None, *, speed: float = 1.0
+        self,
+        dataset: str,
+        sample: Sample,
+        changes: Changes | None = None,
+        *,
+        speed: float = 1.0,
+        random: np.random.Generator | None = None,
     ) -> tuple[TokenSequence, Footprint]:
         """Decode the media and lay the sample out.
 
@@ -83,6 +90,7 @@ class SampleEncoder:
             sample: Parsed, with media.
             changes: Augmentation of the media.
             speed: At which its sounds are played.
+            random: Draws what a masked head is to fill in; the same for all samples by default.
 
         Returns:
             The sequence, and what it takes of a row.
@@ -113,7 +121,9 @@ class SampleEncoder:
                 shapes=seen_shapes(messages, sample.media, [one.view for one in images], self.rules),
             )
             target = None
-            if self.rules.head is not None:
+            if self.rules.head is not None and self.rules.head.kind == "masked":
+                images, audios, target = hide(self.rules.head, images, audios, random or np.random.default_rng(0))
+            elif self.rules.head is not None:
                 target = head_target(self.rules.head, answer, media=sample.media, images=images, audios=audios, rules=self.rules)
         except DataError as error:
             raise BadSample(str(error)) from error

@@ -18,10 +18,11 @@ from megamm.core.geometry import PictureView
 from megamm.core.names import did_you_mean
 from megamm.core.types import AudioInput, HeadTarget, HeadTargets, ImageInput, Message, Part, Sample, TokenSequence
 from megamm.data.media.features import MediaRules
+from megamm.data.samples.hidden import joined, media_alone, num_cells
 from megamm.data.samples.shapes import instance_map, seen_shapes
 from megamm.tasks import template
 
-_NUM_COUNTS = {"linear": 1, "detector": 2, "segmenter": 1, "ctc": 1}
+_NUM_COUNTS = {"linear": 1, "detector": 2, "segmenter": 1, "ctc": 1, "masked": 2}
 _ANSWERS = {"linear": ("text", "label"), "detector": ("boxes",), "segmenter": ("mask",), "ctc": ("text", "label")}
 _MEDIA = {"detector": "image", "segmenter": "image", "ctc": "audio"}
 _MEDIA_OF_TOWER = {"vision": "image", "audio": "audio"}
@@ -33,6 +34,8 @@ def question_and_answer(head: Head, sample: Sample) -> tuple[tuple[Message, ...]
     Raises:
         DataError: The sample is a plain document, lacks the one picture or sound that the head looks at, or has an answer of another kind.
     """
+    if head.kind == "masked":
+        return media_alone(head, sample.messages), ()
     if template.is_document(sample.messages):
         raise DataError(f"a plain document asks nothing that a {head.kind} head could answer; leave its dataset out")
     messages, answer = template.split_answer(sample.messages)
@@ -68,6 +71,8 @@ def check_answer(head: Head, answer: Sequence[Part], audio_tokens: Sequence[int]
         DataError: A label or a character outside the head's, none or several where it takes one, more boxes than it has queries, or more
             characters than the sound has time for.
     """
+    if head.kind == "masked":
+        return
     if head.kind == "linear":
         _labels(head, answer)
     elif head.kind == "ctc":
@@ -130,6 +135,8 @@ def collate_targets(head: Head, sequences: Sequence[TokenSequence]) -> HeadTarge
         boxes=np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
         grids=np.array([one.shape[1:] for one in pixels], dtype=np.int64).reshape(len(targets), 2),
         pixels=np.concatenate([nothing.reshape(2, -1), *(one.reshape(2, -1) for one in pixels)], axis=1),
+        pictures=joined([target.pictures for target in targets], [num_cells(sequence.images) for sequence in sequences]),
+        sounds=joined([target.sounds for target in targets], [num_cells(sequence.audios) for sequence in sequences]),
     )
 
 

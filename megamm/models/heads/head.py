@@ -5,7 +5,7 @@ Legend: B rows, S tokens of a row, N pictures, W width of states, E decoder widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from megamm.models.configuration_megamm import MegaMMConfig
 from megamm.models.heads.ctc import CtcHead
 from megamm.models.heads.detector import DetectorHead
 from megamm.models.heads.linear import LinearHead
+from megamm.models.heads.masked import MaskedHead
 from megamm.models.heads.segmenter import SegmenterHead
 from megamm.models.heads.states import Place, States, media_tokens, places_of, sounds_of, whole_documents
 from megamm.models.heads.targets import Targets
@@ -30,6 +31,7 @@ _STATES = {
     "detector": ("decoder", "vision"),
     "segmenter": ("decoder", "vision"),
     "ctc": ("decoder", "audio"),
+    "masked": ("vision", "audio", "towers"),
 }
 _MOST_STAGES = 6
 _USES_SCIPY = ("detector", "segmenter")
@@ -52,8 +54,11 @@ class BackboneHead(nn.Module):
         super().__init__()
         check_head(settings, config)
         self.settings, self.config = settings, config
-        self.width = _width(settings, config)
-        self.kind = KINDS[settings.kind](settings, self.width)
+        if settings.kind == "masked":
+            self.kind = MaskedHead(_tower_widths(settings, config), config)
+        else:
+            self.width = _width(settings, config)
+            self.kind = KINDS[settings.kind](settings, self.width)
 
     def forward(
         self,
@@ -83,11 +88,14 @@ class BackboneHead(nn.Module):
             documents and float32[B, S], each document's loss at its last token.
         """
         places = places_of(document_lengths, num_padding)
-        seen = _Seen(hidden, towers, input_ids, grids, places)
-        states = self._states(seen) if places else States.nothing(self.width, hidden)
         # Decoder and towers may compute in another type than the head's.
-        dtype = next(iter(self.kind.children())).weight.dtype
-        logits = self.kind(states=States(states.values.to(dtype), states.mask, states.grids))
+        dtype = next(self.kind.parameters()).dtype
+        if isinstance(self.kind, MaskedHead):
+            logits = self.kind(states=_all_cells(self.kind.widths, towers, hidden, dtype))
+        else:
+            seen = _Seen(hidden, towers, input_ids, grids, places)
+            states = self._states(seen) if places else States.nothing(self.width, hidden)
+            logits = self.kind(states=States(states.values.to(dtype), states.mask, states.grids))
         if targets is None:
             return logits, None, None
         token_losses = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
@@ -106,7 +114,12 @@ class BackboneHead(nn.Module):
 
         Returns:
             `linear`: every label with its score; `detector`: boxes; `segmenter`: instances; `ctc`: the text.
+
+        Raises:
+            ConfigError: The head answers nothing.
         """
+        if isinstance(self.kind, MaskedHead):
+            raise ConfigError("a masked head fills in what is hidden and answers nothing; train another head, or tokens, from its run")
         return self.kind.decode(logits, views)
 
     def _states(self, seen: _Seen) -> States:
@@ -142,6 +155,16 @@ class _Seen(NamedTuple):
     places: list[Place]
 
 
+def _all_cells(widths: Mapping[str, int], towers: dict[str, Any], hidden: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """float[P, W] of each tower, the states of all pictures or sounds; one state of zeros of a tower that saw nothing."""
+    found = {name: hidden.new_zeros(1, width, dtype=dtype) for name, width in widths.items()}
+    if "vision" in found and "vision" in towers:
+        found["vision"] = torch.cat([one.flatten(0, 1) for one in towers["vision"]]).to(dtype)
+    if "audio" in found and "audio" in towers:
+        found["audio"] = towers["audio"].to(dtype)
+    return found
+
+
 def check_head(settings: Head, config: MegaMMConfig) -> None:
     """Refuse a head that cannot work on this model.
 
@@ -152,7 +175,9 @@ def check_head(settings: Head, config: MegaMMConfig) -> None:
     kind, states = settings.kind, settings.states
     if states not in _STATES[kind]:
         raise ConfigError(f'model.head.states="{states}" is nothing for a {kind} head; use one of {", ".join(_STATES[kind])}')
-    wanted = {"vision": "vision", "audio": "audio", "decoder": {"linear": None, "ctc": "audio"}.get(kind, "vision")}[states]
+    if states == "towers" and config.vision_config is None and config.audio_config is None:
+        raise ConfigError(f"a {kind} head on tower states needs model.vision or model.audio; add a tower")
+    wanted = {"vision": "vision", "audio": "audio", "towers": None, "decoder": {"linear": None, "ctc": "audio"}.get(kind, "vision")}[states]
     if wanted is not None and getattr(config, f"{wanted}_config") is None:
         raise ConfigError(f"a {kind} head on {states} states needs model.{wanted}; add the tower")
     if twice := sorted({label for label in settings.labels if settings.labels.count(label) > 1}):
@@ -170,6 +195,16 @@ def check_head(settings: Head, config: MegaMMConfig) -> None:
         )
     if kind in _USES_SCIPY and find_spec("scipy") is None:
         raise ConfigError(f"a {kind} head needs scipy; pip install 'megamm[heads]'")
+
+
+def _tower_widths(settings: Head, config: MegaMMConfig) -> dict[str, int]:
+    """Of the states of each tower that a head looks at, in a fixed order."""
+    widths = {}
+    if config.vision_config is not None and settings.states in ("vision", "towers"):
+        widths["vision"] = config.vision_hidden_size
+    if config.audio_config is not None and settings.states in ("audio", "towers"):
+        widths["audio"] = config.audio_config.d_model
+    return widths
 
 
 def _width(settings: Head, config: MegaMMConfig) -> int:

@@ -7,7 +7,22 @@ from dataclasses import dataclass
 
 import torch
 
-from megamm.core.types import HeadTargets
+from megamm.core.types import HeadTargets, HiddenCells
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What is hidden of pictures or sounds. Legend: n cells, v values of one.
+
+    Attributes:
+        numbers: int64[n], among all cells of the micro-batch.
+        values: float32[n, v], what was there; not a number past the end of a sound.
+        documents: int64[n], whose they are.
+    """
+
+    numbers: torch.Tensor
+    values: torch.Tensor
+    documents: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +36,8 @@ class Targets:
         pixels: int64[2, h, w] of each document: classes with 0 for none, and whether the pixel is inside its instance.
         scales: What each part of a document's loss is multiplied by, so that the weighted mean over the documents of the global batch
             is the head's loss over that batch: Σ weights / a global count.
+        pictures: What is hidden of them; None where nothing is.
+        sounds: Likewise.
     """
 
     weights: torch.Tensor
@@ -28,6 +45,8 @@ class Targets:
     boxes: list[torch.Tensor]
     pixels: list[torch.Tensor]
     scales: tuple[float, ...]
+    pictures: Hidden | None = None
+    sounds: Hidden | None = None
 
     @classmethod
     def of(cls, targets: HeadTargets, scales: Sequence[float], device: torch.device) -> Targets:
@@ -35,6 +54,9 @@ class Targets:
 
         def move(array) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
+
+        def hide(cells: HiddenCells | None) -> Hidden | None:
+            return None if cells is None else Hidden(move(cells.numbers), move(cells.values), move(cells.documents))
 
         num_ids, grids = targets.num_ids.tolist(), targets.grids.tolist()
         pixels = move(targets.pixels).long().split([rows * columns for rows, columns in grids], dim=1)
@@ -44,6 +66,8 @@ class Targets:
             boxes=list(move(targets.boxes).split(num_ids if len(targets.boxes) else [0] * len(num_ids))),
             pixels=[one.view(2, rows, columns) for one, (rows, columns) in zip(pixels, grids, strict=True)],
             scales=tuple(scales),
+            pictures=hide(targets.pictures),
+            sounds=hide(targets.sounds),
         )
 
 
