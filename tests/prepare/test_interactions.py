@@ -38,8 +38,8 @@ def test_each_basket_is_asked_for_after_those_before(tmp_path):
     found = prepare(tmp_path, write(tmp_path / "a.tsv"))["train"]
     assert {key: read(document) for key, (document, _) in found.items()} == {
         "user-ann-00001": ("i1 i2 |", "i3"),
-        "user-ann-00002": ("i1 i2 | i3 |", "i4 i5"),
-        "user-ann-00003": ("i1 i2 | i3 | i4 i5 |", "i1"),
+        "user-ann-00002": ("i1 i2 | i3 |", "i5 i4"),
+        "user-ann-00003": ("i1 i2 | i3 | i5 i4 |", "i1"),
     }
     document, _ = found["user-ann-00002"]
     assert {name: document[name] for name in ("task", "user", "time", "basket")} == {
@@ -52,6 +52,15 @@ def test_each_basket_is_asked_for_after_those_before(tmp_path):
     ]
 
 
+def test_a_sorted_log_does_not_say_which_item_comes_first(tmp_path):
+    rows = [(f"user{user}", f"i{item}", day) for user in range(60) for day in ("1", "2") for item in range(3)]
+    found = prepare(tmp_path, write(tmp_path / "a.tsv", rows))["train"]
+    first = [read(document)[1].split()[0] for document, _ in found.values()]
+    assert all(first.count(f"i{item}") > 8 for item in range(3)), first
+    turned = prepare(tmp_path / "turned", write(tmp_path / "b.tsv", rows[::-1]))["train"]
+    assert {key: document for key, (document, _) in turned.items()} == {key: document for key, (document, _) in found.items()}
+
+
 def test_a_column_can_divide_the_baskets_of_a_day(tmp_path):
     found = prepare(tmp_path, write(tmp_path / "a.tsv", header=("user", "item", "time", "basket")))["train"]
     assert read(found["user-ann-00003"][0]) == ("i1 i2 | i3 | i4 |", "i5")
@@ -60,9 +69,9 @@ def test_a_column_can_divide_the_baskets_of_a_day(tmp_path):
 @pytest.mark.parametrize(
     ("hold_out", "train", "validation", "test"),
     [
-        ("none", {"i3", "i4 i5", "i1"}, set(), set()),
-        ("test", {"i3", "i4 i5"}, set(), {"i1"}),
-        ("both", {"i3"}, {"i4 i5"}, {"i1"}),
+        ("none", {"i3", "i5 i4", "i1"}, set(), set()),
+        ("test", {"i3", "i5 i4"}, set(), {"i1"}),
+        ("both", {"i3"}, {"i5 i4"}, {"i1"}),
     ],
 )
 def test_the_last_baskets_are_held_out_and_never_seen_in_training(tmp_path, hold_out, train, validation, test):
@@ -72,7 +81,7 @@ def test_the_last_baskets_are_held_out_and_never_seen_in_training(tmp_path, hold
     held_out = validation | test
     seen = {basket.strip() for document, _ in found["train"].values() for basket in read(document)[0].split("|")}
     assert not seen & held_out
-    assert all(read(document)[0] == "i1 i2 | i3 | i4 i5 |" for document, _ in found["test"].values())
+    assert all(read(document)[0] == "i1 i2 | i3 | i5 i4 |" for document, _ in found["test"].values())
 
 
 def test_items_stand_as_their_codes_alone_where_asked(tmp_path):
@@ -87,7 +96,7 @@ def test_items_stand_as_their_codes_alone_where_asked(tmp_path):
 
 def test_a_history_is_as_long_as_asked_and_the_latest(tmp_path):
     found = prepare(tmp_path, write(tmp_path / "a.tsv"), history=3)["train"]
-    assert read(found["user-ann-00003"][0])[0] == "i3 | i4 i5 |"
+    assert read(found["user-ann-00003"][0])[0] == "i3 | i5 i4 |"
     assert read(found["user-ann-00002"][0])[0] == "i1 i2 | i3 |"
     write_shards("interactions", tmp_path / "two", input=tmp_path / "a.tsv", history=2)
     assert read(samples(tmp_path / "two")["user-ann-00002"][0])[0] == "i2 | i3 |"

@@ -1,7 +1,8 @@
 """Behaviour logs: what each user met, in the order of time, becomes histories with the basket that came next.
 
 A sample shows up to `--history` items that a user met and asks for the items of the next basket. Events of one user at one time are a
-basket, or those that share a value of the column `basket`. With `--hold-out both` a user's last basket is asked for in `test` only and
+basket, or those that share a value of the column `basket`. Its items stand in an order drawn from their names: many logs sort a basket by
+something, and a model that learned what comes first would rank items by that instead of by how likely they are bought. With `--hold-out both` a user's last basket is asked for in `test` only and
 the one before in `validation` only, so that neither is ever an answer, or a part of a history, in training.
 
 `items.jsonl` beside the shards lists all items, those of held-out baskets and those that nobody met included: codes are made for the whole
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.core.errors import ConfigError, DataError
-from megamm.core.files import canonical_json
+from megamm.core.files import canonical_json, digest_text
 from megamm.prepare.columns import map_option, need, resolve
 from megamm.prepare.fields import as_text
 from megamm.prepare.inputs import existing_input
@@ -86,12 +87,23 @@ def _records(
     records = []
     num_short = 0
     for user, found in log.users.items():
-        baskets = sorted((_Basket(time, tuple(names)) for time, names in found.values()), key=lambda basket: order(basket.time))
+        drawn = (_Basket(time, _in_drawn_order(user, time, names)) for time, names in found.values())
+        baskets = sorted(drawn, key=lambda basket: order(basket.time))
         num_short += len(baskets) == 1
         records += _records_of(user, tuple(baskets), _HELD_OUT[hold_out], history)
     if num_short:
         notes.append(f"{num_short} users have one basket only, which nothing came before")
-    return Listing(records, partial(_make, prompt=prompt or _QUESTION, texts=texts if show == "text" else {}), notes, {ITEMS_FILE: _item_list(met, texts)})
+    return Listing(
+        records,
+        partial(_make, prompt=prompt or _QUESTION, texts=texts if show == "text" else {}),
+        notes,
+        {ITEMS_FILE: _item_list(met, texts)},
+    )
+
+
+def _in_drawn_order(user: str, time: str, items: Iterable[str]) -> tuple[str, ...]:
+    """The same for equal logs, another one for each basket."""
+    return tuple(sorted(items, key=lambda item: digest_text(canonical_json([user, time, item]))))
 
 
 def _item_list(met: Iterable[str], texts: Mapping[str, str]) -> bytes:
