@@ -2,8 +2,9 @@
 
 A sample shows up to `--history` items that a user met and asks for the items of the next basket. Events of one user at one time are a
 basket, or those that share a value of the column `basket`. Its items stand in an order drawn from their names: many logs sort a basket by
-something, and a model that learned what comes first would rank items by that instead of by how likely they are bought. With `--hold-out both` a user's last basket is asked for in `test` only and
-the one before in `validation` only, so that neither is ever an answer, or a part of a history, in training.
+something, and a model that learned what comes first would rank items by that instead of by how likely they are bought. With `--hold-out
+both` a user's last basket is asked for in `test` only and the one before in `validation` only, so that neither is ever an answer, or a part
+of a history, in training.
 
 `items.jsonl` beside the shards lists all items, those of held-out baskets and those that nobody met included: codes are made for the whole
 shop, and nothing in the list tells who met what, when or how often.
@@ -232,7 +233,7 @@ SOURCE = Source(
         Option("items", "table with the columns item and text, which describes items", Path, None, "FILE"),
         Option(
             "show",
-            f"what a sample says of an item: {'; '.join(f'{name} ({what})' for name, what in _SHOWN.items())}; the list of items keeps texts",
+            f"what a sample says of an item: {'; '.join(f'{name} ({what})' for name, what in _SHOWN.items())}; the list keeps texts",
             one_of(*_SHOWN),
             "text",
             "WHAT",
