@@ -18,15 +18,23 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="bound on an answer (default: 128)")
     parser.add_argument("--slices", default="", help="comma-separated metadata fields whose values get rows of their own")
+    parser.add_argument("--robustness", action="store_true", help="evaluate with changed pictures and sounds as well: all changes")
+    parser.add_argument(
+        "--changes", default="", help="comma-separated changes instead: noise, blur, jpeg, speed, gain (docs/evaluation.md)"
+    )
 
 
 def evaluate(arguments: Arguments) -> None:
     from megamm.evaluation import evaluate
+    from megamm.evaluation.changes import CHANGES
 
     pairs = [pair.partition("=") for pair in arguments.shards]
     for name, equals, glob in pairs:
         if not (name and equals and glob):
             raise ConfigError(f"--shards {name}{equals}{glob} is not NAME=GLOB, such as --shards digits='data/digits/test-*.tar'")
+    changes = tuple(filter(None, arguments.changes.split(",")))
+    if arguments.robustness and not changes:
+        changes = tuple(change.name for change in CHANGES)
     report = evaluate(
         arguments.source,
         datasets={name: glob for name, _, glob in pairs} or None,
@@ -36,6 +44,36 @@ def evaluate(arguments: Arguments) -> None:
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         slices=tuple(filter(None, arguments.slices.split(","))),
+        changes=changes,
+    )
+    if report is not None:
+        print(report.to_markdown())
+
+
+def pseudo_label_arguments(parser: argparse.ArgumentParser) -> None:
+    source_argument(parser)
+    help = "shards to label, in our own form; answers in them are not shown to the model (may be repeated)"
+    parser.add_argument("--data", action="append", required=True, metavar="GLOB", help=help)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the new shards")
+    parser.add_argument("--threshold", type=float, default=0.9, help="least probability of an answer that is kept (default: 0.9)")
+    parser.add_argument("--tasks", default="", help="comma-separated tasks to label (default: all)")
+    parser.add_argument("--split", default="train", help="what the names of the shards begin with (default: train)")
+    parser.add_argument("--batch-size", type=count, default=64)
+    parser.add_argument("--max-new-tokens", type=count, default=32, help="bound on an answer in tokens (default: 32)")
+
+
+def pseudo_label(arguments: Arguments) -> None:
+    from megamm.labelling import pseudo_label
+
+    report = pseudo_label(
+        arguments.source,
+        arguments.data,
+        arguments.output,
+        threshold=arguments.threshold,
+        tasks=tuple(filter(None, arguments.tasks.split(","))),
+        split=arguments.split,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
     )
     if report is not None:
         print(report.to_markdown())

@@ -20,6 +20,11 @@ class LabelScore:
         """Plain JSON values."""
         return {"label": self.label, "score": self.score}
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LabelScore:
+        """Read what `to_json` wrote."""
+        return cls(value["label"], value["score"])
+
 
 @dataclass(frozen=True, slots=True)
 class Box:

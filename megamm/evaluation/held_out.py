@@ -16,21 +16,22 @@ from megamm.data.shards.index import read_shard_facts
 from megamm.data.shards.places import Shard, rooted
 from megamm.data.shards.reader import ShardPool
 from megamm.data.shards.remote import open_reader
-from megamm.evaluation.records import SkippedSample
+from megamm.evaluation.records import Identity, SkippedSample
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a held-out sample lies: dataset, shard and number inside the shard."""
+    """Where a held-out sample lies: dataset, shard and number inside the shard; and what is done to its media (`changes`)."""
 
     dataset: str
     tar: Shard
     number: int
+    change: str = ""
 
     @property
-    def identity(self) -> tuple[str, str, int]:
+    def identity(self) -> Identity:
         """What tells it from every other place."""
-        return self.dataset, self.tar.name, self.number
+        return self.dataset, self.tar.name, self.number, self.change
 
 
 def held_out_patterns(recipe: Recipe | None) -> dict[str, str]:
@@ -99,7 +100,7 @@ def read_samples(
 
 def skipped(place: Place, key: str, reason: object) -> SkippedSample:
     """The entry of a sample that cannot be evaluated."""
-    return SkippedSample(dataset=place.dataset, shard=place.tar.name, number=place.number, key=key, reason=str(reason))
+    return SkippedSample(dataset=place.dataset, shard=place.tar.name, number=place.number, change=place.change, key=key, reason=str(reason))
 
 
 def _read(pool: ShardPool, place: Place, form: SampleForm) -> Sample | SkippedSample:

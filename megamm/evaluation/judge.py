@@ -12,12 +12,14 @@ import numpy as np
 
 from megamm.core.errors import DataError
 from megamm.core.geometry import PictureView
-from megamm.core.types import IGNORE_LABEL, Part, Sample, TokenSequence
+from megamm.core.types import IGNORE_LABEL, MEDIA_TYPES, Message, Part, Sample, TokenSequence
 from megamm.data.samples.encode import SampleEncoder
 from megamm.data.samples.shapes import read_masks
+from megamm.data.samples.targets import question_and_answer
+from megamm.engine import distributed
 from megamm.evaluation.held_out import Place, skipped
 from megamm.evaluation.records import Answered, Result, Scored, SkippedSample
-from megamm.inference import replies
+from megamm.inference import heads, replies
 from megamm.inference.item_trie import ItemTrie
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import Prompt, make_prompt
@@ -25,14 +27,20 @@ from megamm.inference.score import token_losses
 from megamm.tasks import TASKS, recommendation, template
 from megamm.tasks.reply import Reply, stored_reply
 
+WAYS = ("answer", "rank", "score", "ask_head")
+"""How samples are judged: methods of `Judge`."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Question:
+    """A chat whose last answer is asked for anew, in tokens (`prompt`) or of the head (`sequence`)."""
+
     place: Place
     sample: Sample
-    prompt: Prompt
     reference: Reply
-    view: PictureView | None
+    prompt: Prompt | None = None
+    view: PictureView | None = None
+    sequence: TokenSequence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,9 @@ class _Document:
     place: Place
     sample: Sample
     sequence: TokenSequence
+
+
+Item = _Question | _Document
 
 
 def judge(
@@ -62,74 +73,111 @@ def judge(
         batch_size: Samples that run at once.
         max_new_tokens: Bound on an answer.
     """
-    judge = _Judge(loaded, max_new_tokens)
-    waiting: dict[str, list[Any]] = {"answer": [], "rank": [], "score": []}
-    for place, sample in samples:
-        if isinstance(sample, SkippedSample):
-            yield sample
+    judge = Judge(loaded, max_new_tokens)
+    waiting: dict[str, list[Item]] = {way: [] for way in WAYS}
+    for found in prepared(judge, samples, tasks):
+        if isinstance(found, SkippedSample):
+            yield found
             continue
-        if tasks and sample.task not in tasks:
-            continue
-        if sample.task not in TASKS:
-            yield skipped(place, sample.key, f"task {sample.task!r} is not known; the tasks are {', '.join(TASKS)}")
-            continue
-        try:
-            way, item = judge.prepare(place, sample)
-        except DataError as error:
-            yield skipped(place, sample.key, error)
-            continue
+        way, item = found
         waiting[way].append(item)
         if len(waiting[way]) == batch_size:
-            yield from getattr(judge, way)(waiting[way])
+            yield from judge.run(way, waiting[way])
             waiting[way] = []
     for way, rest in waiting.items():
         if rest:
-            yield from getattr(judge, way)(rest)
+            yield from judge.run(way, rest)
 
 
-class _Judge:
-    """The three ways to judge a batch of samples. State: the trie of the model's items, made when it is first needed."""
+def prepared(
+    judge: Judge, samples: Iterable[tuple[Place, Sample | SkippedSample]], tasks: Collection[str]
+) -> Iterator[SkippedSample | tuple[str, Item]]:
+    """The way in which each sample of `tasks` is judged and what that takes, or why it cannot be."""
+    for place, sample in samples:
+        if isinstance(sample, SkippedSample):
+            yield sample
+        elif tasks and sample.task not in tasks:
+            continue
+        elif sample.task not in TASKS:
+            yield skipped(place, sample.key, f"task {sample.task!r} is not known; the tasks are {', '.join(TASKS)}")
+        else:
+            try:
+                yield judge.prepare(place, sample)
+            except DataError as error:
+                yield skipped(place, sample.key, error)
 
-    def __init__(self, loaded: Loaded, max_new_tokens: int):
-        self._loaded, self._max_new_tokens = loaded, max_new_tokens
+
+class Judge:
+    """The ways to judge a batch of samples. State: the trie of the model's items, made when it is first needed.
+
+    Args:
+        loaded: The model.
+        max_new_tokens: Bound on an answer.
+        in_step: Its weights are split over ranks, so that all of them must run the same forwards: every rank then calls the same ways
+            in the same order, one that has nothing left with nothing.
+    """
+
+    def __init__(self, loaded: Loaded, max_new_tokens: int, *, in_step: bool = False):
+        self._loaded, self._max_new_tokens, self._in_step = loaded, max_new_tokens, in_step
         self._encoder = SampleEncoder(loaded.tokenizer, loaded.media)
 
-    def prepare(self, place: Place, sample: Sample) -> tuple[str, _Question | _Document]:
+    def prepare(self, place: Place, sample: Sample) -> tuple[str, Item]:
         """How a sample is judged, and what that takes.
 
         Raises:
             DataError: It cannot be judged.
         """
+        head = self._loaded.model.head
+        if head is not None:
+            _, parts = question_and_answer(head.settings, sample)
+            sequence = heads.question(self._loaded, sample)
+            self._check(len(sequence.input_ids))
+            return "ask_head", _Question(place, sample, self._reference(sample, parts), sequence=sequence)
         if template.is_document(sample.messages):
             sequence, _ = self._encoder.encode(place.dataset, sample)
             self._check(len(sequence.input_ids))
             return "score", _Document(place, sample, sequence)
         messages, parts = template.split_answer(sample.messages)
-        if all(part.type in ("text", "label") and not part.text.strip() for part in parts):
-            raise DataError("the stored answer is blank, so nothing can be compared with it")
+        reference = self._reference(sample, parts)
         prompt = make_prompt(self._loaded, messages, sample.media)
-        reference = stored_reply(parts, read_masks(parts, sample.media, self._loaded.media))
-        question = _Question(place, sample, prompt, reference, _view_of(parts, prompt))
+        question = _Question(place, sample, reference, prompt, _view_of(parts, prompt))
         if sample.task == recommendation.TASK.name:
             self._check(len(prompt.input_ids) + self._trie.num_levels)
             return "rank", question
         self._check(len(prompt.input_ids) + self._max_new_tokens)
         return "answer", question
 
+    def run(self, way: str, items: Sequence[Any]) -> Iterator[Result]:
+        """Judge a batch of items that were prepared for one of `WAYS`."""
+        return getattr(self, way)(items)
+
     def answer(self, questions: Sequence[_Question]) -> Iterator[Answered]:
         """Greedy answers."""
         prompts, views = [one.prompt for one in questions], [one.view for one in questions]
-        return _answered(questions, replies.answers(self._loaded, prompts, views, max_new_tokens=self._max_new_tokens))
+        if self._in_step and not questions:
+            prompts, views = [self._nothing], [None]
+        return _answered(
+            questions, replies.answers(self._loaded, prompts, views, max_new_tokens=self._max_new_tokens, in_step=self._in_step)
+        )
 
     def rank(self, questions: Sequence[_Question]) -> Iterator[Answered]:
         """All items of the catalogue, of which the best are kept."""
-        prompts = [one.prompt for one in questions]
-        return _answered(questions, replies.rankings(self._loaded, self._trie, prompts, num_items=max(recommendation.CUTOFFS)))
+        prompts, num_tokens = [one.prompt for one in questions], 0
+        if self._in_step:
+            # The size of the batch decides how many forwards it takes.
+            own = [len(prompts), max((len(one.input_ids) for one in prompts), default=0)]
+            num_rows, num_tokens = map(max, zip(*distributed.gather_json(own), strict=True))
+            prompts += [self._nothing] * (num_rows - len(prompts))
+        num_items = max(recommendation.CUTOFFS)
+        return _answered(questions, replies.rankings(self._loaded, self._trie, prompts, num_items=num_items, least_tokens=num_tokens))
 
     def score(self, documents: Sequence[_Document]) -> Iterator[Scored]:
         """How likely each token of a document was."""
-        losses = token_losses(self._loaded, [document.sequence for document in documents])
-        for document, nats in zip(documents, losses, strict=True):
+        sequences = [document.sequence for document in documents]
+        if self._in_step and not documents:
+            sequences = [_unsupervised(self._nothing)]
+        losses = token_losses(self._loaded, sequences)
+        for document, nats in zip(documents, losses, strict=False):
             labels = document.sequence.labels[document.sequence.labels != IGNORE_LABEL]
             yield Scored(
                 **_identity(document.place, document.sample),
@@ -139,9 +187,28 @@ class _Judge:
                 token_counts=dict(Counter(labels.tolist())),
             )
 
+    def ask_head(self, questions: Sequence[_Question]) -> Iterator[Answered]:
+        """What the model's head says."""
+        return _answered(questions, heads.answers(self._loaded, [one.sequence for one in questions]))
+
     @cached_property
     def _trie(self) -> ItemTrie:
         return ItemTrie.of(self._loaded)
+
+    @cached_property
+    def _nothing(self) -> Prompt:
+        """The shortest prompt, for a rank that only keeps step."""
+        vocabulary = self._loaded.tokenizer.vocabulary
+        return Prompt(np.array([vocabulary.control_id("bos"), vocabulary.control_id("assistant")], dtype=np.int32))
+
+    def _reference(self, sample: Sample, parts: Sequence[Part]) -> Reply:
+        head = self._loaded.model.head
+        if head is not None and head.settings.multi_label:
+            # Any number of labels, none as well, in parts of their own or between commas.
+            return Reply(", ".join(part.text for part in parts))
+        if all(part.type in ("text", "label") and not part.text.strip() for part in parts):
+            raise DataError("the stored answer is blank, so nothing can be compared with it")
+        return stored_reply(parts, read_masks(parts, sample.media, self._loaded.media))
 
     def _check(self, num_tokens: int) -> None:
         limit = self._loaded.config.text_config.max_position_embeddings
@@ -150,8 +217,15 @@ class _Judge:
 
 
 def _answered(questions: Sequence[_Question], said: Sequence[Reply]) -> Iterator[Answered]:
-    for question, reply in zip(questions, said, strict=True):
+    """One record a question; a rank that only kept step was told more than it asked."""
+    for question, reply in zip(questions, said[: len(questions)], strict=True):
         yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
+
+
+def _unsupervised(prompt: Prompt) -> TokenSequence:
+    num_tokens = len(prompt.input_ids)
+    labels, weights = np.full(num_tokens, IGNORE_LABEL, dtype=np.int32), np.zeros(num_tokens, dtype=np.float32)
+    return TokenSequence(dataset="", key="", task="text", input_ids=prompt.input_ids, labels=labels, weights=weights)
 
 
 def _view_of(parts: Sequence[Part], prompt: Prompt) -> PictureView | None:
@@ -165,7 +239,15 @@ def _identity(place: Place, sample: Sample) -> dict[str, Any]:
         "dataset": place.dataset,
         "shard": place.tar.name,
         "number": place.number,
+        "change": place.change,
         "key": sample.key,
         "task": sample.task,
         "metadata": sample.metadata,
+        "media": _media_of(sample.messages),
     }
+
+
+def _media_of(messages: Sequence[Message]) -> tuple[str, ...]:
+    """The kinds of media that a chat shows, each once."""
+    shown = {part.type for message in messages for part in message.content}
+    return tuple(kind for kind in MEDIA_TYPES if kind in shown)

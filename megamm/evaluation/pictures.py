@@ -1,4 +1,4 @@
-"""An evaluation in pictures: confusion matrices, precision-recall curves, and samples with what the model said of them."""
+"""An evaluation in pictures: its charts, and samples with what the model said of them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megamm.core.types import Sample
 from megamm.data.media.files import MediaError, decode_picture
+from megamm.evaluation.charts import MAX_CLASSES, Curve, confusion_chart, precision_chart, robustness_chart
 from megamm.evaluation.held_out import Place
 from megamm.evaluation.records import Answered, SkippedSample
 from megamm.evaluation.report import Report, is_picture
 from megamm.inference.drawing import draw_reply
 from megamm.metrics.boxes import match_boxes
-from megamm.metrics.classes import Confusion
 from megamm.metrics.coco import RECALLS, ClassPrecision
+from megamm.metrics.label_precisions import label_precisions
 from megamm.metrics.masks import match_instances
 from megamm.tasks import TASKS
 from megamm.tasks.reply import Reply
 
-_MAX_CLASSES = 40
 _NUM_SAMPLES = 24
 _NUM_COLUMNS = 6
 _SIDE = 192
@@ -83,11 +81,13 @@ def _pictures(report: Report, samples: Iterable[tuple[Place, Sample | SkippedSam
         return
     matplotlib.use("Agg")
     for name, confusion in report.confusions.items():
-        if len(confusion.classes) <= _MAX_CLASSES:
-            yield f"confusion-{name}", _confusion(confusion, name)
+        if len(confusion.classes) <= MAX_CLASSES:
+            yield f"confusion-{name}", confusion_chart(confusion, name)
     for name, group in _groups(report).items():
-        if name not in report.problems and (curves := _precisions(group)):
-            yield f"precision-{name}", _curves(curves, name)
+        if name not in report.problems and (chart := _precisions(group, name)):
+            yield f"precision-{name}", chart
+    for name in dict.fromkeys(f"{row.dataset}/{row.task}" for row in report.robustness):
+        yield f"robustness-{name}", robustness_chart([row for row in report.robustness if f"{row.dataset}/{row.task}" == name], name)
 
 
 def _picture(sample: Sample | SkippedSample) -> Any:
@@ -135,53 +135,25 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _precisions(group: Sequence[Answered]) -> tuple[ClassPrecision, ...]:
-    predictions, references = [one.answer for one in group], [one.reference for one in group]
+def _precisions(group: Sequence[Answered], name: str) -> bytes:
+    """Curves of a task whose answers have scores: places, or labels of a head; nothing for others."""
+    answers, references = [one.answer for one in group], [one.reference for one in group]
+    classes: Sequence[ClassPrecision] = ()
     if any(one.boxes for one in references):
-        return match_boxes([one.boxes for one in predictions], [one.boxes for one in references]).scores().classes
-    if any(one.instances for one in references):
-        return match_instances([one.instances for one in predictions], [one.instances for one in references]).scores().classes
-    return ()
+        classes = match_boxes([one.boxes for one in answers], [one.boxes for one in references]).scores().classes
+    elif any(one.instances for one in references):
+        classes = match_instances([one.instances for one in answers], [one.instances for one in references]).scores().classes
+    elif any(one.labels for one in answers):
+        return _label_precisions(group, name)
+    curves = [Curve(f"{one.label}  (AP50 {one.ap50:.3f}, n = {one.num_references})", RECALLS, one.precisions) for one in classes]
+    return precision_chart(curves, name, what=" at an IoU of 0.5") if curves else b""
 
 
-def _curves(classes: Sequence[ClassPrecision], name: str) -> bytes:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.5), dpi=120, layout="constrained")
-    for one in classes[:_MAX_CLASSES]:
-        axes.plot(RECALLS, one.precisions, label=f"{one.label}  (AP50 {one.ap50:.3f}, n = {one.num_references})", linewidth=1.6)
-    axes.set(xlabel="recall at an IoU of 0.5", ylabel="precision", title=name, xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(alpha=0.3)
-    return _png(figure)
-
-
-def _confusion(confusion: Confusion, name: str) -> bytes:
-    from matplotlib import pyplot
-
-    counts, known = np.array(confusion.counts, dtype=float), len(confusion.classes)
-    # All answers that are no class share one column.
-    counts = np.concatenate([counts[:, :known], counts[:, known:].sum(axis=1, keepdims=True)], axis=1)
-    columns = [*confusion.classes, "(other)"]
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    side = 2.5 + 0.42 * known
-    figure, axes = pyplot.subplots(figsize=(side + 0.8, side), dpi=120, layout="constrained")
-    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts):
-        if count:
-            colour = "white" if shares[row, column] > 0.55 else "black"
-            axes.text(column, row, f"{count:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xticks(range(known + 1), columns, rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(known), confusion.classes, fontsize=8)
-    axes.set(xlabel="answer", ylabel="reference", title=name)
-    figure.colorbar(drawn, ax=axes, label="share of the class", shrink=0.8)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    from matplotlib import pyplot
-
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    pyplot.close(figure)
-    return file.getvalue()
+def _label_precisions(group: Sequence[Answered], name: str) -> bytes:
+    wanted = [TASKS[one.task].parse(one.reference) for one in group]
+    labels = [{one} if isinstance(one, str) else frozenset(one) for one in wanted]
+    found = label_precisions([{label.label: label.score for label in one.answer.labels} for one in group], labels)
+    curves = [
+        Curve(f"{one.label}  (AP {one.average_precision:.3f}, n = {one.num_references})", one.recalls, one.precisions) for one in found
+    ]
+    return precision_chart(curves, name, what="")

@@ -14,7 +14,7 @@ from typing import Any
 from megamm.core.files import canonical_json, digest_text, read_json, write_json
 from megamm.core.json_lines import JsonLines, read_json_lines
 from megamm.core.logging import get_logger
-from megamm.evaluation.records import Result, result_from_json
+from megamm.evaluation.records import Identity, Result, result_from_json
 
 FOLDER = ".progress"
 _IDENTITY = "identity.json"
@@ -65,7 +65,7 @@ def begin(output: Path, identity: Mapping[str, Any]) -> int:
     return 1 + max((int(path.name.split(".")[0].removeprefix("start_")) for path in folder.glob("start_*.jsonl")), default=0)
 
 
-def results_so_far(output: Path | None) -> dict[tuple[str, str, int], Result]:
+def results_so_far(output: Path | None) -> dict[Identity, Result]:
     """What earlier starts, and this one's ranks, have found: each sample once."""
     if output is None:
         return {}

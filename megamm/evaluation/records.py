@@ -9,6 +9,9 @@ from typing import Any
 
 from megamm.tasks.reply import Reply
 
+Identity = tuple[str, str, int, str]
+"""Dataset, shard, number in the shard, and what was done to the sample's media."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -19,17 +22,19 @@ class Result:
         shard: File name of its shard.
         number: Its number in the shard.
         key: Its key.
+        change: What was done to its media (`megamm.evaluation.changes`); empty for nothing.
     """
 
     dataset: str
     shard: str
     number: int
     key: str
+    change: str = ""
 
     @property
-    def identity(self) -> tuple[str, str, int]:
+    def identity(self) -> Identity:
         """What tells it from every other sample."""
-        return self.dataset, self.shard, self.number
+        return self.dataset, self.shard, self.number, self.change
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, all that `result_from_json` needs."""
@@ -50,9 +55,11 @@ class Record(Result):
     Attributes:
         task: Name of its task.
         metadata: Further fields of the sample, for slices.
+        media: Kinds of media that it shows, of `core.types.MEDIA_TYPES`.
     """
 
     task: str
+    media: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -102,6 +109,8 @@ def result_from_json(value: Mapping[str, Any]) -> Result:
     """Read what `Result.to_json` wrote."""
     fields = {name: content for name, content in value.items() if name != "kind"}
     kind = _CLASSES[value["kind"]]
+    if "media" in fields:
+        fields["media"] = tuple(fields["media"])
     if kind is Answered:
         fields |= {name: Reply.from_json(fields[name]) for name in ("reference", "answer")}
     if kind is Scored:

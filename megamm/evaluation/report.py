@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,14 +13,16 @@ import numpy as np
 from megamm.core.errors import ConfigError, DataError
 from megamm.core.files import read_json, write_json, write_text
 from megamm.core.tables import markdown
+from megamm.evaluation.figures import answer_figures, finite, grouped, interval_of, score_figures, value_of
 from megamm.evaluation.progress import FOLDER
 from megamm.evaluation.records import Answered, Record, Scored, SkippedSample
-from megamm.metrics.bootstrap import interval, ratio_of
+from megamm.evaluation.robustness import ChangeRow
 from megamm.metrics.classes import ClassScore, Confusion, class_scores, confusion
 from megamm.tasks import TASKS, Figure
+from megamm.tasks.reply import Reply
 
 REPORT_JSON, REPORT_MARKDOWN, PREDICTIONS = "report.json", "report.md", "predictions.jsonl"
-PICTURE_KINDS = ("samples-", "confusion-", "precision-")
+PICTURE_KINDS = ("samples-", "confusion-", "precision-", "robustness-")
 ALL = ""
 """The slice of a row that is over all samples."""
 
@@ -68,6 +68,7 @@ class Report:
         problems: `dataset/task` -> why there are no figures.
         classes: `dataset/task` -> how each class fares, where answers are classes.
         confusions: `dataset/task` -> its confusion matrix, where answers are classes.
+        robustness: Rows of changed pictures and sounds, where these were asked for.
         skipped: Samples that count in no row.
         records: One entry a sample that counts.
     """
@@ -81,6 +82,7 @@ class Report:
     problems: dict[str, str]
     classes: dict[str, tuple[ClassScore, ...]]
     confusions: dict[str, Confusion]
+    robustness: tuple[ChangeRow, ...]
     skipped: tuple[SkippedSample, ...]
     records: tuple[Record, ...]
 
@@ -98,9 +100,29 @@ class Report:
         for name, scores in self.classes.items():
             rows = [(one.label, one.num_references, _figure(one.recall), _figure(one.precision), _figure(one.f1)) for one in scores]
             lines += ["", f"## Classes of {name}", "", *markdown(("class", "samples", "recall", "precision", "F1"), rows)]
+        if self.robustness:
+            header = (
+                "dataset",
+                "task",
+                "change",
+                "strength",
+                "samples",
+                "metric",
+                "value",
+                "95 % interval",
+                "clean",
+                "difference",
+                "95 % interval",
+            )
+            units = sorted({f"`{row.change}`: {row.unit}" for row in self.robustness})
+            lines += ["", "## Changed pictures and sounds", "", *markdown(header, [_change_cells(row) for row in self.robustness])]
+            lines += [
+                "",
+                f"Strengths: {'; '.join(units)}. Intervals of differences are of pairs: both answers to a sample are drawn together.",
+            ]
         if self.skipped:
-            rows = [(one.dataset, one.shard, one.key, one.reason.replace("\n", " ")) for one in self.skipped]
-            lines += ["", "## Skipped samples", "", *markdown(("dataset", "shard", "key", "reason"), rows)]
+            rows = [(one.dataset, one.shard, one.key, one.change, one.reason.replace("\n", " ")) for one in self.skipped]
+            lines += ["", "## Skipped samples", "", *markdown(("dataset", "shard", "key", "change", "reason"), rows)]
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -153,6 +175,7 @@ def make_report(
     step: int | None,
     settings: dict[str, Any],
     slices: Sequence[str] = (),
+    robustness: Sequence[ChangeRow] = (),
 ) -> Report:
     """Compute the figures; the order of `records` and `skipped` does not matter.
 
@@ -163,43 +186,57 @@ def make_report(
         step: Its optimizer steps.
         settings: How it was evaluated.
         slices: Metadata fields whose values get rows of their own.
+        robustness: Rows of changed media.
     """
-    records = tuple(sorted(records, key=lambda record: (record.dataset, record.task, record.shard, record.number)))
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.dataset, record.task), []).append(record)
     rows: list[Row] = []
     unfinished, malformed, problems, classes, confusions = {}, {}, {}, {}, {}
+    groups = grouped(records)
     for (dataset, task), group in groups.items():
         answered = [record for record in group if isinstance(record, Answered)]
         scored = [record for record in group if isinstance(record, Scored)]
         name = f"{dataset}/{task}"
         if answered:
-            predictions = [TASKS[task].parse(record.answer) for record in answered]
-            references = [TASKS[task].parse(record.reference) for record in answered]
             try:
-                rows += _rows(dataset, task, answered, TASKS[task].figures(predictions, references), slices)
+                rows += _rows(dataset, task, answered, answer_figures(task, answered), slices)
             except DataError as error:
                 # Such as boxes in no reference: what was answered stays worth keeping.
                 problems[name] = str(error)
             unfinished[name] = sum(not record.answer.is_finished for record in answered)
             malformed[name] = sum(record.answer.num_malformed for record in answered)
             if TASKS[task].has_classes:
-                classes[name], confusions[name] = class_scores(predictions, references), confusion(predictions, references)
+                given, wanted = ([TASKS[task].parse(reply) for reply in side] for side in _sides(answered))
+                classes[name], confusions[name] = class_scores(given, wanted), confusion(given, wanted)
         if scored:
-            rows += _rows(dataset, task, scored, _score_figures(scored), slices)
-    ordered = tuple(sorted(skipped, key=lambda one: (one.dataset, one.shard, one.number)))
-    return Report(source, step, settings, tuple(rows), unfinished, malformed, problems, classes, confusions, ordered, records)
+            rows += _rows(dataset, task, scored, score_figures(scored), slices)
+    return Report(
+        source=source,
+        step=step,
+        settings=settings,
+        rows=tuple(rows),
+        unfinished=unfinished,
+        malformed=malformed,
+        problems=problems,
+        classes=classes,
+        confusions=confusions,
+        robustness=tuple(robustness),
+        skipped=tuple(sorted(skipped, key=lambda one: one.identity)),
+        records=tuple(record for group in groups.values() for record in group),
+    )
+
+
+def _sides(records: Sequence[Answered]) -> tuple[list[Reply], list[Reply]]:
+    """Answers and references."""
+    return [record.answer for record in records], [record.reference for record in records]
 
 
 def _rows(dataset: str, task: str, group: Sequence[Record], figures: Sequence[Figure], slices: Sequence[str]) -> Iterator[Row]:
     """Rows over all samples of a task, then over each slice."""
     for name, chosen in _slices(group, slices):
         for figure in figures:
-            value = _finite(_quiet(figure, chosen))
-            low, high = _interval(figure, chosen) if value is not None else (None, None)
+            value = value_of(figure, chosen)
+            low, high = interval_of(figure, chosen) if value is not None else (None, None)
             # Chance was computed over all of them.
-            chance = _finite(figure.chance) if name == ALL else None
+            chance = finite(figure.chance) if name == ALL else None
             yield Row(dataset, task, name, len(chosen), figure.name, value, low, high, chance)
 
 
@@ -212,47 +249,19 @@ def _slices(group: Sequence[Record], names: Sequence[str]) -> Iterator[tuple[str
             yield f"{name}={value}", np.array([index for index, one in enumerate(values) if one is not None and str(one) == value])
 
 
-def _interval(figure: Figure, chosen: np.ndarray) -> tuple[float | None, float | None]:
-    if len(chosen) < 2:
-        return None, None
-    try:
-        found = interval(lambda drawn: figure.statistic(chosen[drawn]), len(chosen), num_resamples=figure.num_resamples)
-    except DataError:
-        # Undefined in every resample.
-        return None, None
-    return _finite(found.low), _finite(found.high)
-
-
-def _quiet(figure: Figure, chosen: np.ndarray) -> float:
-    try:
-        return figure.statistic(chosen)
-    except OverflowError:
-        return math.inf
-
-
-def _score_figures(group: Sequence[Scored]) -> list[Figure]:
-    num_tokens = np.array([record.num_tokens for record in group])
-    nats = np.array([record.nats for record in group])
-    bits = nats / math.log(2)
-    num_bytes = np.array([record.num_bytes for record in group])
-    counts: Counter[int] = sum((Counter(record.token_counts) for record in group), Counter())
-    total = int(num_tokens.sum())
-    # The best guess without looking: these tokens' own frequencies.
-    guess = -sum(count * math.log(count / total) for count in counts.values())
-    a_token = ratio_of(nats, num_tokens)
-    return [
-        Figure("perplexity", lambda indices: math.exp(a_token(indices)), math.exp(guess / total) if total else None),
-        Figure("bits_per_byte", ratio_of(bits, num_bytes), guess / math.log(2) / float(num_bytes.sum()) if total else None),
-    ]
-
-
 def _cells(row: Row) -> tuple[str, ...]:
-    between = "" if row.low is None or row.high is None else f"{_figure(row.low)} – {_figure(row.high)}"
-    return row.dataset, row.task, row.slice, str(row.samples), row.metric, _figure(row.value), between, _figure(row.chance)
+    numbers = _figure(row.value), _between(row.low, row.high), _figure(row.chance)
+    return row.dataset, row.task, row.slice, str(row.samples), row.metric, *numbers
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _change_cells(row: ChangeRow) -> tuple[str, ...]:
+    numbers = _figure(row.value), _between(row.low, row.high), _figure(row.clean)
+    difference = _figure(row.difference), _between(row.difference_low, row.difference_high)
+    return row.dataset, row.task, row.change, f"{row.strength:g}", str(row.samples), row.metric, *numbers, *difference
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{_figure(low)} – {_figure(high)}"
 
 
 def _figure(value: float | None) -> str:

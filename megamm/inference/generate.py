@@ -63,8 +63,11 @@ class Answer:
     probabilities: tuple[float, ...] = field(compare=False)
 
 
-@torch.inference_mode()
-def generate(loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling | None = None, *, use_cache: bool = True) -> list[Answer]:
+# Not inference_mode: weights that ZeRO-3 gathers in here stay, and training goes on with them.
+@torch.no_grad()
+def generate(
+    loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling | None = None, *, use_cache: bool = True, in_step: bool = False
+) -> list[Answer]:
     """Answer every prompt; greedy answers do not depend on which prompts share the batch (to rounding).
 
     Args:
@@ -72,6 +75,7 @@ def generate(loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling | Non
         prompts: Run as one batch.
         sampling: None for greedy answers.
         use_cache: False computes every token from scratch, for comparison.
+        in_step: The weights are split over ranks, which all answer prompts of their own at once: none leaves before all have done.
 
     Raises:
         ConfigError: A prompt with its answer would be longer than the decoder's positions.
@@ -92,7 +96,8 @@ def generate(loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling | Non
         torch.manual_seed(sampling.seed)
         chosen = _Chosen()
         config = _generation_config(loaded, sampling, use_cache)
-        output = loaded.model.generate(**inputs, generation_config=config, logits_processor=[chosen])[:, num_prompt_tokens:]
+        output = loaded.model.generate(**inputs, generation_config=config, logits_processor=[chosen], synced_gpus=in_step)
+    output = output[:, num_prompt_tokens:]
     return [_answer(loaded, *row) for row in zip(output.tolist(), chosen.probabilities(output).tolist(), strict=True)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 
 from megamm.config import Head
 from megamm.core.errors import ConfigError
-from megamm.core.predictions import LabelScore
 from megamm.core.types import IGNORE_LABEL, Message, PackedRow, Sample, TokenSequence
 from megamm.data.loading.collate import collate
 from megamm.data.samples.targets import check_question
@@ -24,20 +22,7 @@ from megamm.tasks.reply import Reply
 _LIKELY = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class HeadAnswer:
-    """What a head says of a sample.
-
-    Attributes:
-        reply: As `megamm.tasks` judge it: the likeliest label, or all likely ones between commas; boxes; instances; or the text.
-        labels: Of a `linear` head every label with its score, the likeliest first.
-    """
-
-    reply: Reply
-    labels: tuple[LabelScore, ...] = ()
-
-
-def predict(loaded: Loaded, samples: Sequence[Sample], *, batch_size: int = 16) -> list[HeadAnswer]:
+def predict(loaded: Loaded, samples: Sequence[Sample], *, batch_size: int = 16) -> list[Reply]:
     """Ask the head about samples, one a row; an answer that a sample already has is not looked at.
 
     Args:
@@ -49,20 +34,23 @@ def predict(loaded: Loaded, samples: Sequence[Sample], *, batch_size: int = 16) 
         ConfigError: The model has no head.
         DataError: A medium is missing or cannot be decoded, or a sample lacks the one picture or sound that the head looks at.
     """
-    head = loaded.model.head
-    if head is None:
-        raise ConfigError(f"{loaded.source} has no head; ask it in tokens (`generate`), or train one with model.head")
-    answers = []
+    found = []
     for start in range(0, len(samples), batch_size):
-        answers += _answer(loaded, head, [_sequence(loaded, head.settings, sample) for sample in samples[start : start + batch_size]])
-    return answers
+        found += answers(loaded, [question(loaded, sample) for sample in samples[start : start + batch_size]])
+    return found
 
 
-def _sequence(loaded: Loaded, settings: Head, sample: Sample) -> TokenSequence:
+def question(loaded: Loaded, sample: Sample) -> TokenSequence:
+    """What the head is to answer of a sample: its chat up to where the assistant's answer begins.
+
+    Raises:
+        ConfigError: The model has no head.
+        DataError: As `predict`.
+    """
     messages: Sequence[Message] = sample.messages
     if messages and messages[-1].role == "assistant":
         messages = messages[:-1]
-    check_question(settings, messages)
+    check_question(_head(loaded).settings, messages)
     prompt = make_prompt(loaded, messages, sample.media)
     num_tokens = len(prompt.input_ids)
     return TokenSequence(
@@ -78,23 +66,44 @@ def _sequence(loaded: Loaded, settings: Head, sample: Sample) -> TokenSequence:
 
 
 @torch.no_grad()
-def _answer(loaded: Loaded, head: BackboneHead, sequences: Sequence[TokenSequence]) -> list[HeadAnswer]:
-    row_tokens = max(len(sequence.input_ids) for sequence in sequences)
-    tasks = tuple({sequence.task for sequence in sequences})
-    batch = collate([PackedRow([sequence]) for sequence in sequences], row_tokens, loaded.config.pad_token_id, tasks)
+def answers(loaded: Loaded, questions: Sequence[TokenSequence]) -> list[Reply]:
+    """What the head says of questions.
+
+    Args:
+        loaded: A model with a head.
+        questions: From `question`, run as one batch; of none the model runs on an empty row, as ranks in step must.
+
+    Returns:
+        A reply each, as `megamm.tasks` judge it: the likeliest label, or all likely ones between commas, with the score of every label;
+        boxes; instances; or the text.
+
+    Raises:
+        ConfigError: The model has no head.
+    """
+    head = _head(loaded)
+    row_tokens = max((len(one.input_ids) for one in questions), default=1)
+    tasks = tuple({one.task for one in questions})
+    batch = collate([PackedRow([one]) for one in questions] or [PackedRow()], row_tokens, loaded.config.pad_token_id, tasks)
     inputs = batch_inputs(batch, loaded.device, loaded.model.dtype)
     # The head's logits alone are wanted: those of one token are the fewest that the model gives.
     logits = loaded.model(**inputs | {"labels": None, "weights": None, "logits_to_keep": 1, "run_head": True}).head_logits
-    views = [sequence.images[0].view if sequence.images else None for sequence in sequences]
-    return [_typed(head.settings, answer) for answer in head.decode(logits, views)]
+    views = [one.images[0].view if one.images else None for one in questions]
+    return [_typed(head.settings, said) for said in head.decode(logits, views)] if questions else []
 
 
-def _typed(settings: Head, answer: Any) -> HeadAnswer:
+def _head(loaded: Loaded) -> BackboneHead:
+    head = loaded.model.head
+    if head is None:
+        raise ConfigError(f"{loaded.source} has no head; ask it in tokens (`generate`), or train one with model.head")
+    return head
+
+
+def _typed(settings: Head, said: Any) -> Reply:
     if settings.kind == "ctc":
-        return HeadAnswer(Reply(answer))
+        return Reply(said)
     if settings.kind == "detector":
-        return HeadAnswer(Reply(boxes=answer))
+        return Reply(boxes=tuple(said))
     if settings.kind == "segmenter":
-        return HeadAnswer(Reply(instances=answer))
-    likely = [one.label for one in answer if one.score >= _LIKELY] if settings.multi_label else [answer[0].label]
-    return HeadAnswer(Reply(", ".join(likely)), answer)
+        return Reply(instances=tuple(said))
+    likely = [one.label for one in said if one.score >= _LIKELY] if settings.multi_label else [said[0].label]
+    return Reply(", ".join(likely), labels=tuple(said))

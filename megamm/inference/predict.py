@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megamm.core.errors import ConfigError
-from megamm.core.types import Message, Part
+from megamm.core.types import Message, Part, Sample
 from megamm.data.media.files import decode_picture, media_type
-from megamm.inference import replies
+from megamm.inference import heads, replies
 from megamm.inference.drawing import draw_reply
 from megamm.inference.item_trie import ItemTrie
 from megamm.inference.load import Loaded
@@ -51,7 +51,7 @@ class Prediction:
 def predict(
     loaded: Loaded, task: str, questions: Sequence[Question], *, batch_size: int = 16, max_new_tokens: int = 512, num_items: int = 10
 ) -> Iterator[Prediction]:
-    """Answer questions of one task, in their order.
+    """Answer questions of one task, in their order: in tokens, by a ranking of items, or by the model's head where it has one.
 
     Args:
         loaded: The model.
@@ -69,15 +69,20 @@ def predict(
         raise ConfigError(f"task {task!r} is not known; the tasks are {', '.join(TASKS)}")
     if task == "text":
         raise ConfigError("task 'text' continues documents and answers nothing; use `megamm generate`")
-    trie = ItemTrie.of(loaded) if task == recommendation.TASK.name else None
+    has_head = loaded.model.head is not None
+    trie = ItemTrie.of(loaded) if task == recommendation.TASK.name and not has_head else None
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        prompts = [make_prompt(loaded, *_messages(question, task)) for question in batch]
-        if trie is not None:
-            said = replies.rankings(loaded, trie, prompts, num_items=num_items)
+        chats = [_messages(question, task) for question in batch]
+        if has_head:
+            said = heads.predict(loaded, [Sample("", task, messages, media) for messages, media in chats], batch_size=batch_size)
         else:
-            views = [prompt.images[0].view if prompt.images else None for prompt in prompts]
-            said = replies.answers(loaded, prompts, views, max_new_tokens=max_new_tokens)
+            prompts = [make_prompt(loaded, *chat) for chat in chats]
+            if trie is not None:
+                said = replies.rankings(loaded, trie, prompts, num_items=num_items)
+            else:
+                views = [prompt.images[0].view if prompt.images else None for prompt in prompts]
+                said = replies.answers(loaded, prompts, views, max_new_tokens=max_new_tokens)
         yield from (Prediction(question, reply) for question, reply in zip(batch, said, strict=True))
 
 
@@ -117,7 +122,7 @@ def line(prediction: Prediction) -> str:
     return json.dumps(prediction.to_json(), ensure_ascii=False)
 
 
-def _messages(question: Question, task: str) -> tuple[list[Message], dict[str, bytes]]:
+def _messages(question: Question, task: str) -> tuple[tuple[Message, ...], dict[str, bytes]]:
     parts, media = [], {}
     for number, path in enumerate(question.files):
         member = f"{number}{path.suffix.lower()}"
@@ -125,4 +130,4 @@ def _messages(question: Question, task: str) -> tuple[list[Message], dict[str, b
         parts.append(Part(media_type(path.name) or "", member=member))
     parts += [Part("item", data={"id": item}) for item in question.items]
     parts.append(Part("text", text=question.text or TASKS[task].prompt))
-    return [Message("user", tuple(parts))], media
+    return (Message("user", tuple(parts)),), media

@@ -57,16 +57,22 @@ def make_prompt(loaded: Loaded, messages: Sequence[Message], media: Mapping[str,
     return Prompt(ids, images, audios)
 
 
-def left_padded(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> dict[str, Any]:
+def left_padded(prompts: Sequence[Prompt], pad_id: int, device: torch.device, *, least_tokens: int = 0) -> dict[str, Any]:
     """Join prompts into the arguments of the model's `generate` or forward.
 
     Padding stands on the left, so that every prompt ends in the last column and new tokens follow it directly.
+
+    Args:
+        prompts: One a row.
+        pad_id: Id of padding.
+        device: Where the tensors go.
+        least_tokens: Rows are made so long even where no prompt is.
 
     Returns:
         `input_ids` and `attention_mask` int64[B, S]; `pixel_values` with `pixel_attention_mask` and `spatial_shapes` (patch
         towers), `input_features` with `input_features_mask`, where any prompt has such media.
     """
-    num_tokens = max(len(prompt.input_ids) for prompt in prompts)
+    num_tokens = max(least_tokens, *(len(prompt.input_ids) for prompt in prompts))
     input_ids = np.full((len(prompts), num_tokens), pad_id, dtype=np.int64)
     mask = np.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):

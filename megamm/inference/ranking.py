@@ -31,6 +31,7 @@ def rank_items(
     *,
     excluded: Sequence[Sequence[str]] = (),
     max_items: int | None = None,
+    least_tokens: int = 0,
 ) -> list[list[RankedItem]]:
     """All items for each prompt, the likeliest to come first in the answer first.
 
@@ -40,6 +41,7 @@ def rank_items(
         prompts: Run as one batch.
         excluded: For each prompt items that are left out, such as those already bought; empty for none.
         max_items: How many are wanted; None for all.
+        least_tokens: As `item_log_probabilities`.
 
     Raises:
         ConfigError: As `item_log_probabilities`, or not one list of excluded items a prompt.
@@ -49,7 +51,7 @@ def rank_items(
         raise ConfigError(f"{len(excluded)} lists of excluded items for {len(prompts)} prompts; give one for each")
     if not prompts:
         return []
-    scores = item_log_probabilities(loaded, trie, prompts).cpu().numpy()
+    scores = item_log_probabilities(loaded, trie, prompts, least_tokens=least_tokens).cpu().numpy()
     rankings = []
     for row, of_prompt in enumerate(scores):
         left_out = {trie.table.row_of(item) for item in excluded[row]} if excluded else set()
@@ -58,18 +60,25 @@ def rank_items(
     return rankings
 
 
-@torch.inference_mode()
-def item_log_probabilities(loaded: Loaded, trie: ItemTrie, prompts: Sequence[Prompt]) -> torch.Tensor:
+# Not inference_mode: weights that ZeRO-3 gathers in here stay, and training goes on with them.
+@torch.no_grad()
+def item_log_probabilities(loaded: Loaded, trie: ItemTrie, prompts: Sequence[Prompt], *, least_tokens: int = 0) -> torch.Tensor:
     """float32[B, N]: log probability, in nats, that each prompt's answer begins with each item, in the order of `trie.table.ids`.
 
     Over the whole vocabulary, so that they sum to the probability that the answer begins with an item at all.
+
+    Args:
+        loaded: The model.
+        trie: Of its items.
+        prompts: Run as one batch.
+        least_tokens: Rows are made so long. Equally many rows of equal length take equally many forwards, whatever they hold.
 
     Raises:
         ConfigError: The decoder does not attend to everything before a token, or a prompt with an item is longer than its positions.
     """
     config = loaded.config.text_config
     _check_decoder(config)
-    inputs = left_padded(prompts, loaded.config.pad_token_id, loaded.device)
+    inputs = left_padded(prompts, loaded.config.pad_token_id, loaded.device, least_tokens=least_tokens)
     num_prompt_tokens = inputs["input_ids"].shape[1]
     if num_prompt_tokens + trie.num_levels > config.max_position_embeddings:
         raise ConfigError(

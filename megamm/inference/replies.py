@@ -13,7 +13,9 @@ from megamm.inference.ranking import rank_items
 from megamm.tasks.reply import Reply, read_reply
 
 
-def answers(loaded: Loaded, prompts: Sequence[Prompt], views: Sequence[PictureView | None], *, max_new_tokens: int) -> list[Reply]:
+def answers(
+    loaded: Loaded, prompts: Sequence[Prompt], views: Sequence[PictureView | None], *, max_new_tokens: int, in_step: bool = False
+) -> list[Reply]:
     """Greedy answers.
 
     Args:
@@ -21,14 +23,16 @@ def answers(loaded: Loaded, prompts: Sequence[Prompt], views: Sequence[PictureVi
         prompts: Run as one batch.
         views: Of each prompt the picture that its answer is about.
         max_new_tokens: Bound on an answer.
+        in_step: As `generate`.
     """
+    said = generate(loaded, prompts, Sampling(max_new_tokens=max_new_tokens), in_step=in_step)
     return [
         read_reply(answer.token_ids, loaded.tokenizer, view, probabilities=answer.probabilities, is_finished=answer.is_finished)
-        for answer, view in zip(generate(loaded, prompts, Sampling(max_new_tokens=max_new_tokens)), views, strict=True)
+        for answer, view in zip(said, views, strict=True)
     ]
 
 
-def rankings(loaded: Loaded, trie: ItemTrie, prompts: Sequence[Prompt], *, num_items: int) -> list[Reply]:
+def rankings(loaded: Loaded, trie: ItemTrie, prompts: Sequence[Prompt], *, num_items: int, least_tokens: int = 0) -> list[Reply]:
     """The likeliest items of all, best first.
 
     Args:
@@ -36,5 +40,7 @@ def rankings(loaded: Loaded, trie: ItemTrie, prompts: Sequence[Prompt], *, num_i
         trie: Of its items.
         prompts: Run as one batch.
         num_items: How many are kept.
+        least_tokens: As `rank_items`.
     """
-    return [Reply(items=tuple(ranking)) for ranking in rank_items(loaded, trie, prompts, max_items=num_items)]
+    ranked = rank_items(loaded, trie, prompts, max_items=num_items, least_tokens=least_tokens)
+    return [Reply(items=tuple(ranking)) for ranking in ranked]

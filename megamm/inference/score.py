@@ -12,7 +12,8 @@ from megamm.inference.load import Loaded
 from megamm.inference.prompt import media_arrays
 
 
-@torch.inference_mode()
+# Not inference_mode: weights that ZeRO-3 gathers in here stay, and training goes on with them.
+@torch.no_grad()
 def token_losses(loaded: Loaded, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
     """Unweighted negative log likelihoods, for each sequence float32[T], 0 where nothing is supervised.
 

@@ -15,7 +15,7 @@ import numpy as np
 from megamm.core.errors import DataError
 from megamm.core.geometry import PictureView, Shape
 from megamm.core.masks import fill, run_lengths
-from megamm.core.predictions import Box, Instance, RankedItem
+from megamm.core.predictions import Box, Instance, LabelScore, RankedItem
 from megamm.core.types import Part
 from megamm.tokenizers.text import TextTokenizer
 from megamm.tokenizers.vocabulary import Vocabulary
@@ -36,6 +36,7 @@ class Reply:
         items: In their order, or best first.
         num_malformed: Boxes, instances and items that do not follow the layout.
         is_finished: False where it was cut off.
+        labels: Every label that a head chose among with its score, the likeliest first; empty where tokens answered.
     """
 
     text: str = ""
@@ -44,6 +45,7 @@ class Reply:
     items: tuple[RankedItem, ...] = ()
     num_malformed: int = 0
     is_finished: bool = True
+    labels: tuple[LabelScore, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is empty is left out."""
@@ -59,7 +61,7 @@ class Reply:
         return cls(value["text"], **lists, num_malformed=value.get("num_malformed", 0), is_finished=value.get("is_finished", True))
 
 
-_LISTS = {"boxes": Box, "instances": Instance, "items": RankedItem}
+_LISTS = {"boxes": Box, "instances": Instance, "items": RankedItem, "labels": LabelScore}
 
 
 def stored_reply(parts: Sequence[Part], masks: Mapping[str, np.ndarray]) -> Reply:

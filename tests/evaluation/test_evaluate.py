@@ -26,6 +26,7 @@ ASK = {"type": "text", "text": "What digit is this?"}
 IMAGE, AUDIO = {"type": "image", "member": "0.png"}, {"type": "audio", "member": "0.flac"}
 DOCUMENTS = ["two is a number", "It is the number one; say one.", "say", "three 3"]
 SETTINGS = {"batch_size": 3, "max_new_tokens": 5}
+CHANGES = ("blur", "gain")
 
 
 def picture(seed):
@@ -214,7 +215,7 @@ def test_parts_of_the_samples_add_up_to_the_whole(run, datasets, report):
     assert sum(isinstance(result, SkippedSample) for result in results) == len(report.skipped)
 
 
-def judge_places(run, datasets, output, max_judged):
+def judge_places(run, datasets, output, max_judged, **settings):
     """An evaluation that is killed after so many samples."""
     done = []
 
@@ -227,7 +228,7 @@ def judge_places(run, datasets, output, max_judged):
     write = progress.Progress.write
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(progress.Progress, "write", judged)
-        evaluate(run, datasets=datasets, output=output, **SETTINGS)
+        evaluate(run, datasets=datasets, output=output, **SETTINGS, **settings)
     return done
 
 
@@ -251,11 +252,39 @@ def test_a_part_of_another_evaluation_is_not_taken_over(run, datasets, tmp_path,
     assert len(again.records) == 4
 
 
+@pytest.fixture(scope="module")
+def changed_report(run, datasets, tmp_path_factory):
+    """Killed while pictures are blurred, and gone on with."""
+    output = tmp_path_factory.mktemp("changed")
+    done = judge_places(run, datasets, output, 20, changes=CHANGES)
+    assert done.count("p0") == 2
+    return evaluate(run, datasets=datasets, output=output, changes=CHANGES, **SETTINGS), output
+
+
+def test_changed_media_are_compared_with_clean_ones(changed_report, report):
+    changed, output = changed_report
+    assert [row.value for row in changed.rows] == pytest.approx([row.value for row in report.rows], rel=1e-5)
+    assert [record.key for record in changed.records] == [record.key for record in report.records]
+    cells = [(row.dataset, row.change, row.strength, row.samples) for row in changed.robustness]
+    assert cells == [("pictures", "image_blur", one, 6) for one in (0.01, 0.02, 0.04)] + [
+        ("sounds", "audio_gain", one, 2) for one in (-20, -10, 10)
+    ]
+    clean = {(row.dataset, row.metric): row.value for row in report.rows}
+    for row in changed.robustness:
+        assert row.clean == clean[row.dataset, row.metric] and row.difference == pytest.approx(row.value - row.clean)
+    assert {path.name for path in output.iterdir() if path.name.startswith("robustness")} == {
+        "robustness-pictures-classification.png",
+        "robustness-sounds-speech_recognition.png",
+    }
+    assert "| pictures | classification | image_blur | 0.04 | 6 | accuracy |" in (output / "report.md").read_text()
+
+
 @pytest.mark.distributed
-def test_ranks_share_the_samples_and_one_report(run, datasets, report, tmp_path):
-    judge_places(run, datasets, tmp_path, 4)
-    rows, none = run_ranks(evaluate_on_rank, 2, str(run), datasets, str(tmp_path))
-    assert none is None and rows == pytest.approx([row.value for row in report.rows], rel=1e-5)
+def test_ranks_share_the_samples_and_one_report(run, datasets, report, changed_report, tmp_path):
+    judge_places(run, datasets, tmp_path, 4, changes=CHANGES)
+    found, none = run_ranks(evaluate_on_rank, 2, str(run), datasets, str(tmp_path))
+    assert none is None and found[0] == pytest.approx([row.value for row in report.rows], rel=1e-5)
+    assert found[1] == pytest.approx([row.value for row in changed_report[0].robustness], rel=1e-5)
     table = json.loads((tmp_path / "report.json").read_text())
     assert table["settings"]["num_ranks"] == 2
     predictions = [json.loads(line)["key"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
@@ -263,8 +292,8 @@ def test_ranks_share_the_samples_and_one_report(run, datasets, report, tmp_path)
 
 
 def evaluate_on_rank(run, datasets, output):
-    report = evaluate(Path(run), datasets=datasets, output=Path(output), **SETTINGS)
-    return None if report is None else [row.value for row in report.rows]
+    report = evaluate(Path(run), datasets=datasets, output=Path(output), changes=CHANGES, **SETTINGS)
+    return None if report is None else ([row.value for row in report.rows], [row.value for row in report.robustness])
 
 
 def test_a_bound_on_samples_spreads_over_the_dataset(datasets):

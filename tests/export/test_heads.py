@@ -7,17 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megamm.config import Head, to_dict
+from megamm.config import Head
 from megamm.core.errors import CheckpointError
-from megamm.core.files import write_json
 from megamm.export.export import export
 from megamm.inference.heads import predict
 from megamm.inference.load import load_model
-from megamm.models.heads.head import BackboneHead
 from megamm.tasks import template
-from tests.support.checkpoints import write_checkpoint
 from tests.support.shards import jpeg
-from tests.support.tiny_run import archive, random_model, recipe
+from tests.support.tiny_run import write_run
 
 HEAD = Head("detector", ("cell", "platelet"), states="vision", hidden_size=16, num_queries=9, num_layers=1)
 
@@ -26,14 +23,7 @@ HEAD = Head("detector", ("cell", "platelet"), states="vision", hidden_size=16, n
 def run(tmp_path_factory) -> Path:
     """A run folder whose checkpoint holds a model and a head of random weights."""
     run = tmp_path_factory.mktemp("runs") / "headed"
-    loaded = random_model(run)
-    one = recipe()
-    archive(run, one)
-    write_json(run / "config.json", to_dict(replace(one, model=replace(one.model, head=HEAD))))
-    loaded.model.head = BackboneHead(HEAD, loaded.config)
-    parameters = {name: value.detach() for name, value in loaded.model.named_parameters()}
-    buffers = {name: value for name, value in loaded.model.state_dict().items() if name in dict(loaded.model.named_buffers())}
-    write_checkpoint(run / "checkpoints", 3, parameters, buffers=buffers)
+    write_run(run, head=HEAD)
     return run
 
 
@@ -50,9 +40,9 @@ def samples():
 def test_the_run_answers_with_its_own_weights_in_source_pixels(run):
     loaded = load_model(run, device="cpu")
     answers = predict(loaded, samples())
-    assert any(answer.reply.boxes for answer in answers)
+    assert any(answer.boxes for answer in answers)
     for number, answer in enumerate(answers):
-        for box in answer.reply.boxes:
+        for box in answer.boxes:
             assert 0 <= box.xyxy[0] < box.xyxy[2] <= 20 + 4 * number and 0 <= box.xyxy[1] < box.xyxy[3] <= 12
     with torch.no_grad():
         loaded.model.head.kind.place[2].bias += 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megamm.checkpoint.commit import Progress
-from megamm.config import Engine, Recipe, Tokenizer, load_resolved, to_dict
+from megamm.config import Engine, Head, Recipe, Tokenizer, load_resolved, to_dict
 from megamm.config.schema import Training
 from megamm.core.files import write_json
 from megamm.data.media.features import MediaRules
@@ -18,6 +19,7 @@ from megamm.export.probes import make_probes
 from megamm.inference.load import Loaded, run_config
 from megamm.inference.prompt import left_padded, make_prompt
 from megamm.models.build import parameter_groups
+from megamm.models.heads.head import BackboneHead
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.tokenizers import text
 from megamm.tokenizers.text import TextTokenizer
@@ -63,10 +65,13 @@ def archive(run: Path, one: Recipe) -> None:
     write_json(run / "config.json", to_dict(one))
 
 
-def write_run(run: Path, *, step: int = 3, seed: int = 0, precision: str = "fp32", **model: Any) -> Loaded:
+def write_run(run: Path, *, step: int = 3, seed: int = 0, precision: str = "fp32", head: Head | None = None, **model: Any) -> Loaded:
     """A run folder whose checkpoint holds the weights of a random model, in the real format, without an engine."""
     loaded = random_model(run, seed=seed, **model)
-    archive(run, recipe(precision=precision, **model))
+    one = recipe(precision=precision, **model)
+    archive(run, replace(one, model=replace(one.model, head=head)))
+    if head is not None:
+        loaded.model.head = BackboneHead(head, loaded.config)
     network = loaded.model
     # A checkpoint holds what state_dict does, tied weights under their first name.
     parameters = {name: value.detach() for name, value in network.named_parameters()}

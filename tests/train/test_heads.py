@@ -224,13 +224,13 @@ def test_the_run_answers_in_types_of_its_task(trained, name):
         together, alone = predict(loaded, samples[:5]), predict(loaded, samples[:5], batch_size=1)
     assert len(together) == 5
     for one, other in zip(together, alone, strict=True):
-        assert one.reply.text == other.reply.text and len(one.reply.boxes) == len(other.reply.boxes)
+        assert one.text == other.text and len(one.boxes) == len(other.boxes)
         assert [label.label for label in one.labels] == [label.label for label in other.labels]
         if name == "linear":
-            assert one.reply.text in ("left", "right") and len(one.labels) == 2
-        for box in one.reply.boxes:
+            assert one.text in ("left", "right") and len(one.labels) == 2
+        for box in one.boxes:
             assert box.label in ("left", "right") and 0 <= box.xyxy[0] < box.xyxy[2] <= 32 and 0 <= box.xyxy[1] < box.xyxy[3] <= 16
-        assert all(instance.size == (16, 32) for instance in one.reply.instances)
+        assert all(instance.size == (16, 32) for instance in one.instances)
 
 
 @pytest.mark.distributed
