@@ -128,13 +128,17 @@ class Head:
         labels: What it can answer, in its fixed order; the characters of `ctc`; none of `masked`. An answer outside sends its sample into
             the ledger.
         states: What it looks at: the `decoder`'s states (of the whole sample, or of its picture or sound), or those of the `vision` tower,
-            of the `audio` tower or of both `towers`, before their projectors.
+            of the `audio` tower or of both `towers`, before their projectors (`linear` pools each tower's by itself and sets them side by
+            side).
         multi_label: A sample may have several labels, or none (`linear`); they stand in label parts of their own, or between commas.
         pool: How states of a sample become one: their `mean`, or the `last` (`linear`).
-        hidden_size: Width inside (all but `linear`).
+        hidden_layers: Layers of `hidden_size` between the pooled states and the labels (`linear`).
+        hidden_size: Width inside.
         num_layers: Layers that look at the picture (`detector`), 2^n times finer than its cells (`segmenter`).
-        num_heads: Attention heads (`detector`).
-        num_queries: Most boxes of a picture (`detector`).
+        queries: What asks for boxes (`detector`): `learned` queries that attend to the picture, or each of its `cells` for the box whose
+            middle it is, which learns from fewer pictures.
+        num_heads: Attention heads (`detector` with learned queries).
+        num_queries: Learned queries, the most boxes of a picture (`detector`; with cells it is as many as there are).
         no_object_weight: Loss weight of a query that is to find nothing (`detector`).
         time_steps: Steps that each state of a sound is spread over (`ctc`): characters and pauses between equal ones need one each.
         mask_share: Share of each picture's cells and each sound's states that is hidden (`masked`).
@@ -147,8 +151,10 @@ class Head:
     states: Literal["decoder", "vision", "audio", "towers"] = "decoder"
     multi_label: bool = False
     pool: Literal["mean", "last"] = "mean"
+    hidden_layers: Annotated[int, Field(ge=0, le=8)] = 0
     hidden_size: Positive = 128
     num_layers: Annotated[int, Field(gt=0, le=24)] = 2
+    queries: Literal["learned", "cells"] = "learned"
     num_heads: Positive = 4
     num_queries: Positive = 100
     no_object_weight: Fraction = 0.1

@@ -19,10 +19,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from megamm.config.schema import Adapter, Model, Tower
+from megamm.config.schema import Adapter, Head, Model, Tower
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES, audio_num_tokens
 from megamm.core.types import IGNORE_LABEL, Batch
 from megamm.models.configuration_megamm import MegaMMConfig
+from megamm.models.heads.flops import head_flops
+from megamm.models.heads.head import state_width, tower_widths
+from megamm.models.heads.masked import cell_sizes
 
 _FORWARD, _THROUGH, _TRAINED = 2, 4, 6
 
@@ -60,22 +63,48 @@ class BatchSizes:
 def train_flops(config: MegaMMConfig, sizes: BatchSizes, recipe: Model, adapter: Adapter | None = None) -> float:
     """Operations of forward and backward over one micro-batch.
 
-    What an adapter itself computes is not counted: it is next to nothing.
+    What an adapter itself computes is not counted: it is next to nothing. A head on towers' states leaves the decoder and the projectors
+    out, and so do its operations, although the modality contract runs them.
 
     Args:
         config: The composed model's configuration.
         sizes: What the micro-batch holds.
-        recipe: Which towers train; projectors always do.
+        recipe: Which towers train (projectors always do), and the head where it has one.
         adapter: The recipe's adapter, where it has one; gradients go through frozen towers that hold adapters.
     """
-    text = _factor("text", recipe.text, adapter)
-    has_media = bool(sizes.patches or sizes.frames)
-    total = _decoder_flops(config, sizes, _THROUGH if text == _FORWARD and has_media else text)
-    if sizes.patches:
-        total += _vision_flops(config, sizes.patches, factor=_factor("vision", recipe.vision, adapter))
-    if sizes.frames:
-        total += _audio_flops(config, sizes.frames, factor=_factor("audio", recipe.audio, adapter))
+    head = recipe.head
+    seen = "decoder" if head is None else head.states
+    total = 0 if head is None else _head_flops(config, sizes, head)
+    if seen == "decoder":
+        text = _factor("text", recipe.text, adapter)
+        has_media = bool(sizes.patches or sizes.frames)
+        total += _decoder_flops(config, sizes, _THROUGH if text == _FORWARD and has_media else text)
+    if sizes.patches and seen != "audio":
+        factor = _factor("vision", recipe.vision, adapter)
+        total += _vision_flops(config, sizes.patches, factor=factor)
+        total += _vision_projector_flops(config, sizes.patches, factor=factor) if seen == "decoder" else 0
+    if sizes.frames and seen != "vision":
+        factor = _factor("audio", recipe.audio, adapter)
+        total += _audio_flops(config, sizes.frames, factor=factor)
+        total += _audio_projector_flops(config, sizes.frames, factor=factor) if seen == "decoder" else 0
     return float(total)
+
+
+def _head_flops(config: MegaMMConfig, sizes: BatchSizes, head: Head) -> int:
+    if head.kind != "masked":
+        return head_flops(head, state_width(head, config), _states(config, sizes, head))
+    values, num_states = cell_sizes(config), {"vision": sum(sizes.patches), "audio": sum(map(audio_num_tokens, sizes.frames))}
+    return sum(_TRAINED * num_states[name] * width * values[name] for name, width in tower_widths(head, config).items())
+
+
+def _states(config: MegaMMConfig, sizes: BatchSizes, head: Head) -> list[int]:
+    """How many states the head looks at, of each document; heads but linear ones have one picture or sound a document."""
+    if head.kind == "linear":
+        return [1] * len(sizes.documents)
+    if head.kind == "ctc":
+        return [audio_num_tokens(one) for one in sizes.frames]
+    merged = config.image_features["merge"] ** 2 if head.states == "decoder" else 1
+    return [one // merged for one in sizes.patches]
 
 
 def _factor(name: str, tower: Tower, adapter: Adapter | None) -> int:
@@ -99,18 +128,20 @@ def _decoder_flops(config: MegaMMConfig, sizes: BatchSizes, factor: int) -> int:
 
 
 def _vision_flops(config: MegaMMConfig, patches: Sequence[int], *, factor: int) -> int:
-    trains = factor != _FORWARD
-    merged = config.vision_hidden_size * config.image_features["merge"] ** 2
-    is_first = not trains and not config.projector_use_layernorm
-    num_tokens = sum(patches) // config.image_features["merge"] ** 2
-    total = num_tokens * _projector_flops(merged, config.projector_hidden_size, config.text_config.hidden_size, is_first=is_first)
     vision = config.vision_config
     if not config.is_patch_tower:
-        return total + len(patches) * _square_flops(vision.to_json_string(), config.image_features["size"], trains)
+        return len(patches) * _square_flops(vision.to_json_string(), config.image_features["size"], factor != _FORWARD)
     embedding = 3 * vision.patch_size**2 * vision.hidden_size
     # The first matrix has no input to pass a gradient to.
-    total += (_THROUGH if factor == _TRAINED else _FORWARD) * sum(patches) * embedding
-    return total + _encoder_flops(vision, patches, patches, factor=factor)
+    first = (_THROUGH if factor == _TRAINED else _FORWARD) * sum(patches) * embedding
+    return first + _encoder_flops(vision, patches, patches, factor=factor)
+
+
+def _vision_projector_flops(config: MegaMMConfig, patches: Sequence[int], *, factor: int) -> int:
+    merged = config.vision_hidden_size * config.image_features["merge"] ** 2
+    is_first = factor == _FORWARD and not config.projector_use_layernorm
+    num_tokens = sum(patches) // config.image_features["merge"] ** 2
+    return num_tokens * _projector_flops(merged, config.projector_hidden_size, config.text_config.hidden_size, is_first=is_first)
 
 
 def _audio_flops(config: MegaMMConfig, frames: Sequence[int], *, factor: int) -> int:
@@ -118,7 +149,6 @@ def _audio_flops(config: MegaMMConfig, frames: Sequence[int], *, factor: int) ->
     tokens = [audio_num_tokens(one) for one in frames]
     window = audio_num_tokens(AUDIO_CHUNK_FRAMES) * (audio.n_window_infer // AUDIO_CHUNK_FRAMES)
     windows = [piece for one in tokens for piece in [window] * (one // window) + ([one % window] if one % window else [])]
-    projector = _projector_flops(audio.d_model, audio.d_model, audio.output_dim, is_first=factor == _FORWARD)
     # Adapters lie behind the convolutions.
     trains, front_factor = factor == _TRAINED, factor if factor == _TRAINED else _FORWARD
     front, bands, length = 0, audio.num_mel_bins, AUDIO_CHUNK_FRAMES
@@ -130,7 +160,13 @@ def _audio_flops(config: MegaMMConfig, frames: Sequence[int], *, factor: int) ->
     front += front_factor * audio.downsample_hidden_size * bands * audio.d_model * length
     # The last chunk of a sound is convolved whole, but only its real share counts.
     num_chunks = sum(frames) / AUDIO_CHUNK_FRAMES
-    return int(num_chunks * front) + sum(tokens) * projector + _encoder_flops(audio, tokens, windows, factor=factor)
+    return int(num_chunks * front) + _encoder_flops(audio, tokens, windows, factor=factor)
+
+
+def _audio_projector_flops(config: MegaMMConfig, frames: Sequence[int], *, factor: int) -> int:
+    audio = config.audio_config
+    num_tokens = sum(audio_num_tokens(one) for one in frames)
+    return num_tokens * _projector_flops(audio.d_model, audio.d_model, audio.output_dim, is_first=factor == _FORWARD)
 
 
 def _projector_flops(width: int, hidden: int, out: int, *, is_first: bool) -> int:

@@ -80,7 +80,7 @@ def check_answer(head: Head, answer: Sequence[Part], audio_tokens: Sequence[int]
     elif head.kind == "detector":
         labels = [box["label"] for part in answer for box in part.data["boxes"]]
         _numbers(head, labels)
-        if len(labels) > head.num_queries:
+        if head.queries == "learned" and len(labels) > head.num_queries:
             raise DataError(f"{len(labels)} boxes, and the head finds {head.num_queries} at most; set model.head.num_queries higher")
     else:
         _numbers(head, [label for part in answer for label in part.data["labels"]])
@@ -106,7 +106,8 @@ def head_target(
         rules: How pictures become cells, and what is refused.
 
     Raises:
-        DataError: As `check_answer`; or a box outside its picture, or a mask that is damaged or of another picture.
+        DataError: As `check_answer`; or a box outside its picture, more boxes than cells that ask for them, or a mask that is damaged or of
+            another picture.
     """
     check_answer(head, answer, [audio.num_tokens for audio in audios])
     if head.kind == "linear":
@@ -115,7 +116,7 @@ def head_target(
         ids = _characters(head, answer, audios[0].num_tokens)
         return HeadTarget(_array(ids), np.array([float(len(ids))]))
     if head.kind == "detector":
-        return _boxes(head, answer, images[0].view, rules)
+        return _boxes(head, answer, images[0], rules)
     return _pixels(head, answer, media, images[0], rules)
 
 
@@ -169,22 +170,25 @@ def _numbers(head: Head, labels: Sequence[str]) -> list[int]:
     return [numbers[label] for label in labels]
 
 
-def _boxes(head: Head, answer: Sequence[Part], view: PictureView, rules: MediaRules) -> HeadTarget:
-    lists = seen_shapes([Message("assistant", tuple(answer))], {}, [view], rules)
+def _boxes(head: Head, answer: Sequence[Part], image: ImageInput, rules: MediaRules) -> HeadTarget:
+    lists = seen_shapes([Message("assistant", tuple(answer))], {}, [image.view], rules)
     # What a change of the picture left of no extent has no place that could be learned.
     shapes = [shape for shapes in lists for shape in shapes if shape.is_visible]
     corners = np.array([shape.bounds for shape in shapes], dtype=np.float32).reshape(-1, 4)
     boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
-    num = len(shapes)
-    counts = np.array([num + head.no_object_weight * (head.num_queries - num), num], dtype=np.float64)
+    num, num_queries = len(shapes), head.num_queries
+    if head.queries == "cells":
+        rows, columns = _cells(head, image, rules)
+        num_queries = rows * columns
+        if num > num_queries:
+            raise DataError(f"{num} boxes in a picture of {num_queries} cells, each of which finds one; set model.image_features finer")
+    counts = np.array([num + head.no_object_weight * (num_queries - num), num], dtype=np.float64)
     return HeadTarget(_array(_numbers(head, [shape.label for shape in shapes])), counts, boxes=boxes)
 
 
 def _pixels(head: Head, answer: Sequence[Part], media: Mapping[str, bytes], image: ImageInput, rules: MediaRules) -> HeadTarget:
-    assert rules.image is not None, "there is a picture, so there is a tower for it"
-    merge = rules.image.merge if head.states == "decoder" else 1
-    scale = 2**head.num_layers
-    grid = image.grid[0] // merge * scale, image.grid[1] // merge * scale
+    rows, columns = _cells(head, image, rules)
+    grid = rows * 2**head.num_layers, columns * 2**head.num_layers
     instances, classes = np.zeros(grid, dtype=np.int32), np.zeros(grid, dtype=np.int16)
     for part in answer:
         seen = resampled(instance_map(part, media, image.view, rules), image.view, grid)
@@ -192,6 +196,13 @@ def _pixels(head: Head, answer: Sequence[Part], media: Mapping[str, bytes], imag
         instances = np.where(seen > 0, seen + instances.max(), instances)
         classes = np.where(seen > 0, numbers[seen], classes)
     return HeadTarget(_array([]), np.array([float(classes.size)]), pixels=np.stack([classes, inner_pixels(instances).astype(np.int16)]))
+
+
+def _cells(head: Head, image: ImageInput, rules: MediaRules) -> tuple[int, int]:
+    """Rows and columns of the states that the head sees of a picture."""
+    assert rules.image is not None, "there is a picture, so there is a tower for it"
+    merge = rules.image.merge if head.states == "decoder" else 1
+    return image.grid[0] // merge, image.grid[1] // merge
 
 
 def resampled(values_HW: np.ndarray, view: PictureView, grid: tuple[int, int]) -> np.ndarray:

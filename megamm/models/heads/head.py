@@ -21,13 +21,13 @@ from megamm.models.heads.detector import DetectorHead
 from megamm.models.heads.linear import LinearHead
 from megamm.models.heads.masked import MaskedHead
 from megamm.models.heads.segmenter import SegmenterHead
-from megamm.models.heads.states import Place, States, media_tokens, places_of, sounds_of, whole_documents
+from megamm.models.heads.states import Place, States, media_tokens, pictures_of, places_of, side_by_side, sounds_of, whole_documents
 from megamm.models.heads.targets import Targets
 from megamm.models.parts import nothing_of
 
 KINDS = {"linear": LinearHead, "detector": DetectorHead, "segmenter": SegmenterHead, "ctc": CtcHead}
 _STATES = {
-    "linear": ("decoder", "vision", "audio"),
+    "linear": ("decoder", "vision", "audio", "towers"),
     "detector": ("decoder", "vision"),
     "segmenter": ("decoder", "vision"),
     "ctc": ("decoder", "audio"),
@@ -55,9 +55,9 @@ class BackboneHead(nn.Module):
         check_head(settings, config)
         self.settings, self.config = settings, config
         if settings.kind == "masked":
-            self.kind = MaskedHead(_tower_widths(settings, config), config)
+            self.kind = MaskedHead(tower_widths(settings, config), config)
         else:
-            self.width = _width(settings, config)
+            self.width = state_width(settings, config)
             self.kind = KINDS[settings.kind](settings, self.width)
 
     def forward(
@@ -128,14 +128,26 @@ class BackboneHead(nn.Module):
             maps = _one_each(seen.towers.get("vision", []), seen.places, "picture")
             return States.of([one.flatten(0, 1) for one in maps], [tuple(one.shape[:2]) for one in maps])
         if of == "audio":
-            sounds = seen.towers.get("audio", seen.hidden.new_zeros(0, self.width))
-            return States.of(_some(sounds_of(sounds, seen.input_ids, seen.places, config.audio_token_id), "sound"))
+            return States.of(_some(self._sounds(seen), "sound"))
+        if of == "towers":
+            towers = {"vision": self._pictures, "audio": self._sounds}
+            return States.of(side_by_side([towers[name](seen) for name in tower_widths(self.settings, config)], self.settings.pool))
         if kind == "linear":
             return States.of(whole_documents(seen.hidden, seen.places))
         if kind == "ctc":
             return States.of(_some(media_tokens(seen.hidden, seen.input_ids, seen.places, config.audio_token_id), "sound"))
         pictures = _some(media_tokens(seen.hidden, seen.input_ids, seen.places, config.image_token_id), "picture")
         return States.of(pictures, _one_each(self._merged_grids(seen.grids, len(pictures)), seen.places, "picture"))
+
+    def _pictures(self, seen: _Seen) -> list[torch.Tensor]:
+        """float[T, W] of each document: the vision tower's states of all its pictures."""
+        nothing = seen.hidden.new_zeros(0, self.config.vision_hidden_size)
+        return pictures_of(seen.towers.get("vision", []), seen.input_ids, seen.places, self.config.image_start_token_id, nothing)
+
+    def _sounds(self, seen: _Seen) -> list[torch.Tensor]:
+        """float[T, W] of each document: the audio tower's states of all its sounds."""
+        nothing = seen.hidden.new_zeros(0, self.config.audio_config.d_model)
+        return sounds_of(seen.towers.get("audio", nothing), seen.input_ids, seen.places, self.config.audio_token_id)
 
     def _merged_grids(self, grids: torch.Tensor | None, num_pictures: int) -> list[tuple[int, int]]:
         features = self.config.image_features
@@ -184,10 +196,11 @@ def check_head(settings: Head, config: MegaMMConfig) -> None:
         raise ConfigError(f"model.head.labels holds {twice[0]!r} twice; name each label once")
     if kind == "ctc" and (long := [label for label in settings.labels if len(label) != 1]):
         raise ConfigError(f"model.head.labels holds {long[0]!r}; the labels of a ctc head are single characters")
-    if kind == "detector" and (settings.hidden_size % settings.num_heads or settings.hidden_size % 4):
+    num_heads = settings.num_heads if settings.queries == "learned" else 1
+    if kind == "detector" and (settings.hidden_size % num_heads or settings.hidden_size % 4):
         raise ConfigError(
-            f"model.head.hidden_size={settings.hidden_size} is not a multiple of 4 and of model.head.num_heads={settings.num_heads}; "
-            f"set it to {4 * settings.num_heads * max(1, settings.hidden_size // (4 * settings.num_heads))}"
+            f"model.head.hidden_size={settings.hidden_size} is not a multiple of 4 and of model.head.num_heads={num_heads}; "
+            f"set it to {4 * num_heads * max(1, settings.hidden_size // (4 * num_heads))}"
         )
     if kind == "segmenter" and settings.num_layers > _MOST_STAGES:
         raise ConfigError(
@@ -197,20 +210,19 @@ def check_head(settings: Head, config: MegaMMConfig) -> None:
         raise ConfigError(f"a {kind} head needs scipy; pip install 'megamm[heads]'")
 
 
-def _tower_widths(settings: Head, config: MegaMMConfig) -> dict[str, int]:
-    """Of the states of each tower that a head looks at, in a fixed order."""
+def state_width(settings: Head, config: MegaMMConfig) -> int:
+    """Width of the states that a head looks at; towers' states stand side by side."""
+    return config.text_config.hidden_size if settings.states == "decoder" else sum(tower_widths(settings, config).values())
+
+
+def tower_widths(settings: Head, config: MegaMMConfig) -> dict[str, int]:
+    """Width of the states of each tower that a head looks at, in a fixed order."""
     widths = {}
     if config.vision_config is not None and settings.states in ("vision", "towers"):
         widths["vision"] = config.vision_hidden_size
     if config.audio_config is not None and settings.states in ("audio", "towers"):
         widths["audio"] = config.audio_config.d_model
     return widths
-
-
-def _width(settings: Head, config: MegaMMConfig) -> int:
-    if settings.states == "vision":
-        return config.vision_hidden_size
-    return config.audio_config.d_model if settings.states == "audio" else config.text_config.hidden_size
 
 
 def _one_each(of: list[Any], places: list[Place], what: str) -> list[Any]:

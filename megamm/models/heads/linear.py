@@ -6,6 +6,7 @@ Legend: D documents, T states of one, W their width, L labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -19,13 +20,15 @@ from megamm.models.heads.targets import Targets
 
 
 class LinearHead(nn.Module):
-    """Pooled states, a norm, one linear layer."""
+    """Pooled states, a norm, as many hidden layers as the recipe says, one linear layer."""
 
     def __init__(self, settings: Head, width: int):
         super().__init__()
         self.labels, self.multi_label, self.pool = settings.labels, settings.multi_label, settings.pool
         self.norm = nn.LayerNorm(width)
-        self.classify = nn.Linear(width, len(settings.labels))
+        widths = [width, *[settings.hidden_size] * settings.hidden_layers]
+        self.hidden = nn.ModuleList(nn.Linear(one, after) for one, after in pairwise(widths))
+        self.classify = nn.Linear(widths[-1], len(settings.labels))
 
     def forward(self, *, states: States) -> dict[str, torch.Tensor]:
         """`labels` float[D, L]."""
@@ -34,7 +37,10 @@ class LinearHead(nn.Module):
             pooled = states.values[torch.arange(len(lengths), device=lengths.device), lengths - 1]
         else:
             pooled = states.values.float().sum(1) / lengths[:, None]
-        return {"labels": self.classify(self.norm(pooled.to(self.classify.weight.dtype)))}
+        hidden = self.norm(pooled.to(self.classify.weight.dtype))
+        for layer in self.hidden:
+            hidden = F.gelu(layer(hidden))
+        return {"labels": self.classify(hidden)}
 
     def loss(self, logits: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
         """float32[D]: cross-entropy of the label, or the mean over labels of the binary cross-entropies."""

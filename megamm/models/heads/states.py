@@ -81,6 +81,39 @@ def media_tokens(hidden_BSE: torch.Tensor, input_ids_BS: torch.Tensor, places: S
     ]
 
 
+def side_by_side(towers: Sequence[Sequence[torch.Tensor]], pool: str) -> list[torch.Tensor]:
+    """Of each document one state: what each tower's states become by themselves, one behind the other.
+
+    Args:
+        towers: For each tower float[T, W of the tower] of each document; T is 0 where it saw nothing of a document, which then says zeros.
+        pool: `mean` or `last`.
+    """
+
+    def pooled(states: torch.Tensor) -> torch.Tensor:
+        if not len(states):
+            return states.new_zeros(states.shape[1])
+        return states[-1] if pool == "last" else states.float().mean(0).to(states.dtype)
+
+    return [torch.cat([pooled(one) for one in document])[None] for document in zip(*towers, strict=True)]
+
+
+def pictures_of(
+    maps: Sequence[torch.Tensor], input_ids_BS: torch.Tensor, places: Sequence[Place], start_id: int, nothing: torch.Tensor
+) -> list[torch.Tensor]:
+    """float[T, W] of each document: the cells of all its pictures.
+
+    Args:
+        maps: float[rows, columns, W] of each picture.
+        input_ids_BS: int64[B, S].
+        places: Of the documents.
+        start_id: The token that stands before each picture.
+        nothing: float[0, W].
+    """
+    left = iter(maps)
+    counts = [int((input_ids_BS[place.row, place.start : place.stop] == start_id).sum()) for place in places]
+    return [torch.cat([nothing, *(next(left).flatten(0, 1) for _ in range(count))]) for count in counts]
+
+
 def sounds_of(states: torch.Tensor, input_ids_BS: torch.Tensor, places: Sequence[Place], token_id: int) -> list[torch.Tensor]:
     """Split the audio tower's float[tokens, W] into the documents' sounds, one each."""
     counts = [int((input_ids_BS[place.row, place.start : place.stop] == token_id).sum()) for place in places]

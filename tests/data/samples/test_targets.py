@@ -36,12 +36,12 @@ def mask_png(values: np.ndarray) -> bytes:
 def made(tokenizer):
     """Encode a sample for a head, from its answer's parts and its media, and measure it as planning does."""
 
-    def make(head: Head, answer: list, media: dict[str, bytes] | None = None, question: list | None = None, **document):
+    def make(head: Head, answer: list, media: dict[str, bytes] | None = None, question: list | None = None, rules=RULES, **document):
         media = {"0.jpg": jpeg(32, 16)} if media is None else media
         asked = ([IMAGE] if "0.jpg" in media else []) + ([AUDIO] if "0.flac" in media else []) if question is None else question
         turns = [{"role": "user", "content": [*asked, {"type": "text", "text": "what is it?"}]}, {"role": "assistant", "content": answer}]
         sample = template.parse_sample("k", {"task": "classification", "messages": turns} | document, where="here")
-        encoder = SampleEncoder(tokenizer, replace(RULES, head=head), {"classification": 2.0})
+        encoder = SampleEncoder(tokenizer, replace(rules, head=head), {"classification": 2.0})
         facts = {name: DECODERS[name.rpartition(".")[2]].facts(io.BytesIO(content)) for name, content in media.items()}
         (planned,) = encoder.measure(sample, facts)
         sequence, footprint = encoder.encode("d", replace(sample, media=media))
@@ -80,6 +80,16 @@ def test_boxes_are_shares_of_the_view_with_both_counts(made):
     np.testing.assert_allclose(target.boxes, [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]])
     assert target.counts.tolist() == pytest.approx([2 + 0.1, 2])
     assert made(CELLS, boxes()).target.boxes.shape == (0, 4)
+
+
+def test_where_each_cell_asks_for_a_box_there_are_as_many_queries_as_cells(made):
+    answer = boxes(*[("cell", (0, 0, 4, 4))] * 4)
+    rules = replace(RULES, image=replace(RULES.image, merge=2, max_patches=32))
+    for states, num_cells in (("vision", 4 * 8), ("decoder", 2 * 4)):
+        target = made(replace(CELLS, queries="cells", states=states), answer, rules=rules).target
+        assert target.counts.tolist() == pytest.approx([4 + 0.1 * (num_cells - 4), 4])
+    with pytest.raises(BadSample, match="12 boxes in a picture of 8 cells"):
+        made(replace(CELLS, queries="cells"), answer * 3, rules=rules)
 
 
 def test_pixels_are_classes_on_the_grid_and_touching_instances_have_a_seam(made):

@@ -11,8 +11,9 @@ from megamm.config import Head
 from megamm.core.geometry import Affine, PictureView
 from megamm.core.masks import pixels_of
 from megamm.models.heads.ctc import CtcHead
-from megamm.models.heads.detector import DetectorHead, anchors, corners_of
+from megamm.models.heads.detector import DetectorHead, corners_of
 from megamm.models.heads.linear import LinearHead
+from megamm.models.heads.queries import anchors
 from megamm.models.heads.segmenter import SegmenterHead, split_instances
 from megamm.models.heads.states import States, places_of
 from megamm.models.heads.targets import Targets, loss_scales
@@ -21,11 +22,21 @@ WIDTH = 12
 SETTINGS = {
     "linear": Head("linear", ("cat", "dog", "cow")),
     "several": Head("linear", ("cat", "dog", "cow"), multi_label=True, pool="last"),
+    "deep": Head("linear", ("cat", "dog", "cow"), hidden_layers=2, hidden_size=8),
     "detector": Head("detector", ("cell", "platelet"), hidden_size=16, num_heads=2, num_queries=5),
+    "cells": Head("detector", ("cell", "platelet"), hidden_size=16, queries="cells"),
     "segmenter": Head("segmenter", ("nucleus", "wall"), hidden_size=8, num_layers=1),
     "ctc": Head("ctc", tuple("abc"), states="audio", hidden_size=8, time_steps=2),
 }
-KINDS = {"linear": LinearHead, "several": LinearHead, "detector": DetectorHead, "segmenter": SegmenterHead, "ctc": CtcHead}
+KINDS = {
+    "linear": LinearHead,
+    "several": LinearHead,
+    "deep": LinearHead,
+    "detector": DetectorHead,
+    "cells": DetectorHead,
+    "segmenter": SegmenterHead,
+    "ctc": CtcHead,
+}
 GRIDS = [(2, 3), (3, 1), (4, 4)]
 UNIT = PictureView.whole(1, 1)
 
@@ -42,7 +53,14 @@ def states_of(seed: int = 1) -> list[torch.Tensor]:
 
 def targets_of(name: str, scales: tuple[float, ...] = (1.0, 1.0)) -> Targets:
     """For three documents; the second one's answer is the least that there is."""
-    ids = {"linear": [[0], [2], [1]], "several": [[0, 2], [], [1]], "detector": [[0, 1], [], [1]], "ctc": [[0, 0, 1], [], [2]]}
+    ids = {
+        "linear": [[0], [2], [1]],
+        "deep": [[0], [2], [1]],
+        "several": [[0, 2], [], [1]],
+        "detector": [[0, 1], [], [1]],
+        "cells": [[0, 1], [], [1]],
+        "ctc": [[0, 0, 1], [], [2]],
+    }
     boxes = [torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.7, 0.6, 0.3, 0.3]]), torch.zeros(0, 4), torch.tensor([[0.5, 0.5, 0.9, 0.9]])]
     random = torch.Generator().manual_seed(0)
     pixels = [torch.randint(0, 2, (2, 2 * rows, 2 * columns), generator=random) for rows, columns in GRIDS]
@@ -94,10 +112,12 @@ def test_a_head_runs_on_nothing(name):
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
 
 
-def test_the_detector_costs_what_the_stock_loss_says():
-    head, states, targets = head_of("detector"), States.of(states_of(), GRIDS), targets_of("detector")
+@pytest.mark.parametrize(("name", "grids", "num_queries"), [("detector", GRIDS, 5), ("cells", [(2, 3)] * 3, 6)])
+def test_the_detector_costs_what_the_stock_loss_says(name, grids, num_queries):
+    head, targets = head_of(name), targets_of(name)
+    states = States.of([torch.randn(rows * columns, WIDTH) for rows, columns in grids], grids)
     num_boxes = [len(ids) for ids in targets.ids]
-    counts = sum(num + 0.1 * (5 - num) for num in num_boxes), sum(num_boxes)
+    counts = sum(num + 0.1 * (num_queries - num) for num in num_boxes), sum(num_boxes)
     logits = head(states=states)
     losses = head.loss(logits, Targets(targets.weights, targets.ids, targets.boxes, [], loss_scales(3.0, counts)))
     config = SimpleNamespace(class_cost=1, bbox_cost=5, giou_cost=2, num_labels=2, eos_coefficient=0.1, auxiliary_loss=False)
@@ -115,6 +135,14 @@ def test_logits_that_are_no_numbers_cost_no_number_instead_of_ending_the_run():
     assert losses.isfinite().tolist() == [True, False, True]
 
 
+def test_each_cell_begins_at_its_own_middle():
+    head, grid = head_of("cells"), (2, 4)
+    torch.nn.init.zeros_(head.place[-1].weight)
+    torch.nn.init.zeros_(head.place[-1].bias)
+    boxes = head(states=States.of([torch.randn(8, WIDTH)], [grid]))["boxes"][0]
+    assert boxes[5].tolist() == pytest.approx([1.5 / 4, 1.5 / 2, 0.5, 0.5]) and boxes[0].tolist() == pytest.approx([0.125, 0.25, 0.5, 0.5])
+
+
 def test_queries_begin_all_over_the_view():
     middles = anchors(7, torch.device("cpu"))
     assert len({tuple(one) for one in middles.tolist()}) == 7
@@ -126,6 +154,7 @@ def test_boxes_come_back_in_source_pixels_of_a_mirrored_view():
     head = head_of("detector")
     view = PictureView(40, 20, Affine.scale(-1 / 40, 1 / 20).then(Affine.shift(1, 0)))
     logits = {"labels": torch.tensor([[[0.0, 9, 0], [0, 0, 9]]]), "boxes": torch.tensor([[[0.2, 0.5, 0.2, 0.4], [0.5, 0.5, 0.1, 0.1]]])}
+    logits["mask"] = torch.tensor([[True, True]])
     ((box,),) = head.decode(logits, [view])
     assert box.label == "platelet" and box.xyxy == pytest.approx((28, 6, 36, 14), abs=1e-4) and box.score > 0.99
 

@@ -18,8 +18,11 @@ CPU = torch.device("cpu")
 HEADS = {
     "linear-decoder": Head("linear", ("a", "b")),
     "linear-vision": Head("linear", ("a", "b"), states="vision"),
+    "linear-towers": Head("linear", ("a", "b"), states="towers", hidden_layers=1, hidden_size=8),
     "linear-audio": Head("linear", ("a", "b"), states="audio", pool="last"),
     "detector-decoder": Head("detector", ("a", "b"), hidden_size=16, num_queries=4, num_layers=1),
+    "cells-decoder": Head("detector", ("a", "b"), queries="cells", hidden_size=16, num_layers=1),
+    "cells-vision": Head("detector", ("a", "b"), states="vision", queries="cells", hidden_size=16, num_layers=1),
     "detector-vision": Head("detector", ("a", "b"), states="vision", hidden_size=16, num_queries=4, num_layers=1),
     "segmenter-decoder": Head("segmenter", ("a", "b"), hidden_size=8, num_layers=1),
     "segmenter-vision": Head("segmenter", ("a", "b"), states="vision", hidden_size=8, num_layers=1),
@@ -90,9 +93,9 @@ def test_gradients_reach_the_head_and_what_its_states_come_from(name):
     reached = {
         "head": True,
         "model.language_model": states == "decoder",
-        "model.vision_tower": states in ("decoder", "vision"),
+        "model.vision_tower": states in ("decoder", "vision", "towers"),
         # The sound stands behind the picture, whose states in a causal decoder know nothing of it.
-        "model.audio_tower": states == "audio" or name in ("linear-decoder", "ctc-decoder"),
+        "model.audio_tower": states in ("audio", "towers") or name in ("linear-decoder", "ctc-decoder"),
         "model.vision_projector": states == "decoder",
     }
     for part, is_reached in reached.items():
@@ -120,6 +123,24 @@ def test_bf16_costs_about_the_same(name):
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.1)
     assert all(parameter.grad.isfinite().all() for parameter in rounded.parameters())
+
+
+def test_towers_that_saw_nothing_of_a_document_say_zeros():
+    head = Head("linear", ("a", "b"), states="towers")
+    model = model_of(head).eval()
+    media = {"both": {"grid": (2, 4), "frames": 70}, "picture": {"grid": (2, 4)}, "sound": {"frames": 70}, "text": {}}
+
+    def answers(*names):
+        batch = pack([[document(1, 3, merge=MERGE, **media[name]) for name in names]], 90)
+        inputs = batch_inputs(batch, CPU, torch.float32) | {"labels": None, "logits_to_keep": 1, "run_head": True}
+        return model(**inputs).head_logits["labels"]
+
+    together = answers("sound", "both", "text", "picture")
+    for number, name in enumerate(("sound", "both", "text", "picture")):
+        torch.testing.assert_close(together[number], answers(name)[0], rtol=1e-4, atol=1e-5)
+    assert len({tuple(one) for one in together.tolist()}) == 4
+    # Zeros have a norm of zero: what is left is the bias.
+    torch.testing.assert_close(together[2], model.head.kind.classify(model.head.kind.norm.bias))
 
 
 def test_without_a_head_nothing_changes_and_a_head_that_is_not_asked_is_silent():
@@ -157,6 +178,8 @@ def test_a_head_trains_beside_a_frozen_backbone_at_its_own_rate():
         (Head("ctc", ("a",), states="vision"), {}, 'states="vision" is nothing for a ctc head; use one of decoder, audio'),
         (Head("detector", ("a",)), {"vision": ""}, "needs model.vision"),
         (Head("linear", ("a",), states="audio"), {"audio": False}, "needs model.audio"),
+        (Head("linear", ("a",), states="towers"), {"vision": "", "audio": False}, "add a tower"),
+        (Head("segmenter", ("a",), states="towers"), {}, 'states="towers" is nothing for a segmenter head'),
         (Head("linear", ("a", "b", "a")), {}, "holds 'a' twice"),
         (Head("ctc", ("a", "bc")), {}, "single characters"),
         (Head("detector", ("a",), hidden_size=30, num_heads=4), {}, "set it to 16"),
