@@ -45,9 +45,10 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class ParameterEntry:
-    """One parameter or persistent buffer: name, whole shape, stored dtype, and `trainable`, `frozen`, `buffer` or `base`.
+    """One parameter or persistent buffer: name, whole shape, stored dtype, and `trainable`, `followed`, `frozen`, `buffer` or `base`.
 
-    What is `base` is frozen and lies where the run started from: the checkpoint holds nothing of it.
+    What is `followed` trains, and has averages beside its moments; what is `base` is frozen and lies where the run started from: the
+    checkpoint holds nothing of it.
     """
 
     name: str

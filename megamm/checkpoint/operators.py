@@ -75,7 +75,7 @@ def describe(folder: Path) -> dict[str, Any]:
         CheckpointError: The manifest is missing or damaged.
     """
     manifest = read_manifest(folder)
-    sizes = {kind: sum(math.prod(entry.shape) for entry in manifest.parameters if entry.kind == kind) for kind in _KINDS}
+    sizes = {name: sum(math.prod(one.shape) for one in manifest.parameters if one.kind in kinds) for name, kinds in _KINDS.items()}
     return {
         "step": manifest.step,
         "num_tokens": manifest.num_tokens,
@@ -133,7 +133,7 @@ def _newest(folder: Path) -> tuple[int, Path]:
     return found[-1]
 
 
-_KINDS = ("trainable", "frozen", "buffer", "base")
+_KINDS = {"trainable": ("trainable", "followed"), "frozen": ("frozen",), "buffer": ("buffer",), "base": ("base",)}
 
 
 def _entry(path: Path, step: int | None, *, verified: bool) -> Entry:

@@ -19,7 +19,13 @@ from megamm.checkpoint.slicing import pieces, pieces_of
 from megamm.core.errors import CheckpointError
 from megamm.engine import partitions
 
-_KEYS = {"trainable": (partitions.WEIGHT, *partitions.MOMENTS), "frozen": (partitions.WEIGHT,), "buffer": (partitions.BUFFER,), "base": ()}
+_KEYS = {
+    "trainable": (partitions.WEIGHT, *partitions.MOMENTS),
+    "followed": (partitions.WEIGHT, *partitions.MOMENTS, *partitions.AVERAGES),
+    "frozen": (partitions.WEIGHT,),
+    "buffer": (partitions.BUFFER,),
+    "base": (),
+}
 """Kind of a parameter -> what is stored of it."""
 
 

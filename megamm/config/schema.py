@@ -184,29 +184,54 @@ class Model:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class RankBudget:
+    """How AdaLoRA takes ranks from layers that do not need them: all have `initial_rank` at first, `adapter.rank` on average at the end.
+
+    Attributes:
+        initial_rank: Rank of every layer's change at first.
+        warmup_steps: First steps, in which no rank is taken.
+        final_steps: Last steps, in which layers keep the ranks that they have come to.
+        every: Steps between two times that ranks are shared out.
+        sensitivity_decay: What the moving average of an element's sensitivity keeps of itself at a step.
+        uncertainty_decay: Likewise, of its changes.
+        orthogonality: Weight, in the loss, of how far the factors are from orthogonal.
+    """
+
+    initial_rank: Positive = 12
+    warmup_steps: Count = 0
+    final_steps: Count = 0
+    every: Positive = 1
+    sensitivity_decay: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    uncertainty_decay: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    orthogonality: NonNegative = 0.5
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Adapter:
     """Small trainable parts inside the model, whose own weights then stay as they are (`docs/finetuning.md`).
 
     Attributes:
-        method: `lora` and `dora` change linear layers, `prefix` adds keys and values to the decoder's attention, `bottleneck` a narrow
-            network behind blocks; `none` trains the model itself.
+        method: `lora`, `dora` and `adalora` change linear layers, `prefix` adds keys and values to the decoder's attention, `bottleneck` a
+            narrow network behind blocks; `none` trains the model itself.
         targets: `TOWER.PATTERN`, where TOWER is text, vision, audio or projector: linear layers by the last word of their name, such as
             `text.[qv]_proj`; blocks by their number. A prefix is the decoder's alone and takes none.
-        rank: Rank of a linear layer's change.
-        alpha: The change is multiplied by `alpha / rank`.
+        rank: Rank of a linear layer's change; of `adalora` the average rank at the end.
+        alpha: The change is multiplied by `alpha` over the rank that it is built with.
         dropout: Share of the change's inputs that is dropped in training.
         prefix_tokens: Keys and values of a prefix, a layer and head each.
         bottleneck_size: Width of the network behind a block.
+        budget: How `adalora` comes from the rank that it is built with to `rank`.
         train_base: Train the model's own weights as well, as its towers' `trainable` says.
     """
 
-    method: Literal["none", "lora", "dora", "prefix", "bottleneck"] = "none"
+    method: Literal["none", "lora", "dora", "adalora", "prefix", "bottleneck"] = "none"
     targets: Annotated[tuple[Annotated[str, Field(pattern=r"^(text|vision|audio|projector)\..+$")], ...], Field(min_length=1)] = ("text.*",)
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     prefix_tokens: Positive = 16
     bottleneck_size: Positive = 64
+    budget: RankBudget = RankBudget()
     train_base: bool = False
 
     @property

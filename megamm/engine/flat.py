@@ -71,6 +71,21 @@ class FlatState:
     def set_stored(self, param: nn.Parameter, master: torch.Tensor) -> None:
         """Nothing yet: `renew` makes all stored weights from the masters at once."""
 
+    def gradient(self, param: Any) -> torch.Tensor:
+        """A copy of what this rank holds of the step's gradient, in the type that it is summed in."""
+        return param.new_empty(0) if param._hp_mapping is None else self._gradient_fragment(param).clone()
+
+    def add_to_gradient(self, param: Any, addition: torch.Tensor) -> None:
+        """Add to what this rank holds of the step's gradient."""
+        if param._hp_mapping is not None:
+            self._gradient_fragment(param).add_(addition)
+
+    def _gradient_fragment(self, param: Any) -> torch.Tensor:
+        flat = param._hp_mapping.get_lp_grad_fragment(param._index_in_param_group).view(-1)
+        place = param._hp_mapping.lp_fragment_address
+        # ZeRO-1 in bf16 keeps the whole gradient on every rank.
+        return flat.narrow(0, place.start, place.numel) if flat.numel() == param.numel() else flat[: place.numel]
+
     def frozen_slice(self, param: nn.Parameter) -> torch.Tensor:
         """The elements of a frozen parameter that this rank answers for."""
         start, stop = self.bounds(param)

@@ -6,6 +6,7 @@ shown. Slices are named by kind and parameter:
     weight/NAME       float32 master of a trainable parameter, or the stored weight of a frozen one
     exp_avg/NAME      AdamW's first moment
     exp_avg_sq/NAME   AdamW's second moment
+    sensitivity/NAME  of parameters that are followed (`followed`): what somebody averages of them, and `uncertainty/NAME` likewise
     buffer/NAME       a persistent buffer, whole, on rank 0 only (buffers are equal on all ranks)
 
 So a state of N ranks becomes one of M ranks by slicing and nothing else. Which slices a rank holds depends on the ZeRO stage: `split`
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from megamm.core.errors import CheckpointError
 from megamm.engine.distributed import fail_together
@@ -28,6 +30,7 @@ from megamm.engine.runtime import Engine
 from megamm.engine.split import SplitState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGES = ("sensitivity", "uncertainty")
 WEIGHT = "weight"
 BUFFER = "buffer"
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -44,7 +47,7 @@ class ParameterFacts:
         name: Its first name in `named_parameters` (tied parameters count once) or its name in `state_dict`.
         shape: Whole shape.
         dtype: What the model stores, such as `bfloat16`; masters are float32.
-        kind: `trainable`, `frozen` or `buffer`.
+        kind: `trainable`, `followed` (trainable as well, with averages of its own), `frozen` or `buffer`.
     """
 
     name: str
@@ -55,9 +58,15 @@ class ParameterFacts:
 
 def parameter_table(engine: Engine) -> list[ParameterFacts]:
     """The model's parameters in their order, then its persistent buffers; the same on every rank."""
-    state = _state_of(engine)
+    state = state_of(engine)
+
+    def kind(name: str, param: nn.Parameter) -> str:
+        if f"{AVERAGES[0]}/{name}" in engine.averages:
+            return "followed"
+        return "trainable" if param.requires_grad else "frozen"
+
     table = [
-        ParameterFacts(name, state.shape(param), _dtype_name(state.dtype(param)), "trainable" if param.requires_grad else "frozen")
+        ParameterFacts(name, state.shape(param), _dtype_name(state.dtype(param)), kind(name, param))
         for name, param in engine.module.named_parameters()
     ]
     table += [ParameterFacts(name, tuple(tensor.shape), _dtype_name(tensor.dtype), "buffer") for name, tensor in _buffers(engine)]
@@ -70,7 +79,7 @@ def uneven_slices(engine: Engine) -> dict[str, tuple[int, int]]:
     Empty under ZeRO-3, whose slices are arithmetic. Lower stages cut whole groups of parameters, so that all ranks together
     name each parameter about once.
     """
-    state = _state_of(engine)
+    state = state_of(engine)
     if isinstance(state, SplitState):
         return {}
     bounds = {name: state.bounds(param) for name, param in engine.module.named_parameters() if param.requires_grad}
@@ -83,12 +92,13 @@ def local_state(engine: Engine, *, rank: int, with_frozen: bool = True) -> Itera
     Copy or write each before the next is asked for, and all before the next step. Before the first step the moments are zeros.
     """
     _ensure_moments(engine)
-    state = _state_of(engine)
+    state = state_of(engine)
     names = {id(param): name for name, param in engine.module.named_parameters()}
     for param, tensors in state.fragments(MOMENTS, keep=False):
         start, stop = state.bounds(param)
         for kind, tensor in zip((WEIGHT, *MOMENTS), tensors, strict=True):
             yield f"{kind}/{names[id(param)]}", tensor[: stop - start]
+        yield from ((key, engine.averages[key]) for kind in AVERAGES if (key := f"{kind}/{names[id(param)]}") in engine.averages)
     for name, param in engine.module.named_parameters():
         if with_frozen and not param.requires_grad:
             yield f"{WEIGHT}/{name}", state.frozen_slice(param)
@@ -106,7 +116,7 @@ def load_local_state(engine: Engine, read: ReadSlice, counters: dict[str, Any], 
         with_frozen: False leaves frozen parameters as they are.
     """
     _ensure_moments(engine)
-    state = _state_of(engine)
+    state = state_of(engine)
     names = {id(param): name for name, param in engine.module.named_parameters()}
     # Nothing in it waits for another rank until the end.
     with fail_together(), torch.no_grad():
@@ -116,6 +126,9 @@ def load_local_state(engine: Engine, read: ReadSlice, counters: dict[str, Any], 
                 tensor[: stop - start].copy_(read(f"{kind}/{names[id(param)]}", start, stop))
                 tensor[stop - start :].zero_()
             state.set_stored(param, tensors[0])
+            for key in (f"{kind}/{names[id(param)]}" for kind in AVERAGES):
+                if key in engine.averages:
+                    engine.averages[key].copy_(read(key, start, stop))
         for name, param in engine.module.named_parameters():
             if with_frozen and not param.requires_grad:
                 state.set_frozen(param, functools.partial(read, f"{WEIGHT}/{name}"))
@@ -144,13 +157,14 @@ def full_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 
     A collective: every rank iterates to the end and gets the same tensors.
     """
-    state = _state_of(engine)
+    state = state_of(engine)
     for name, param in engine.module.named_parameters():
         yield name, state.whole(param)
     yield from _buffers(engine)
 
 
-def _state_of(engine: Engine) -> SplitState | FlatState:
+def state_of(engine: Engine) -> SplitState | FlatState:
+    """Where this engine's ZeRO stage keeps its state, for this room only."""
     return SplitState(engine.deepspeed) if engine.zero_stage == 3 else FlatState(engine.deepspeed)
 
 
@@ -167,7 +181,7 @@ def _buffers(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 def _ensure_moments(engine: Engine) -> None:
     """Give every flat master its AdamW state, which torch makes at the first step only."""
     optimizer = engine.deepspeed.optimizer.optimizer
-    partitioned = _state_of(engine)
+    partitioned = state_of(engine)
     for number, master in enumerate(partitioned.masters()):
         state = optimizer.state[master]
         if not state:
@@ -182,7 +196,7 @@ def _set_counters(engine: Engine, values: dict[str, Any]) -> None:
     runner = engine.deepspeed
     optimizer, scheduler = runner.optimizer, runner.lr_scheduler
     scaler = getattr(optimizer, "loss_scaler", None)
-    for master in _state_of(engine).masters():
+    for master in state_of(engine).masters():
         optimizer.optimizer.state[master]["step"].fill_(values["num_applied_steps"])
     runner.skipped_steps = values["num_skipped_steps"]
     runner.global_steps = values["num_steps"]

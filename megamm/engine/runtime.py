@@ -17,15 +17,17 @@ from megamm.engine.drive import OwnFolder, open_drive
 class Engine:
     """A model under DeepSpeed with torch's fused AdamW and a learning rate by optimizer step.
 
-    State: the model's partitions, their float32 masters and moments, the number of applied steps (which decides the
-    learning rate) and fp16's loss scale. `partitions` reads and writes all of it; what it restores continues bit for bit.
-    Within a step also how many backwards it had: checkpoints lie between steps, where there are none.
+    State: the model's partitions, their float32 masters and moments, averages of parameters that are followed (`followed`), the
+    number of applied steps (which decides the learning rate) and fp16's loss scale. `partitions` reads and writes all of it; what it
+    restores continues bit for bit. Within a step also how many backwards it had: checkpoints lie between steps, where there are none.
     """
 
     def __init__(self, engine: Any, drive: OwnFolder | None = None):
         self._engine = engine
         self._drive = drive
         self._num_backwards = 0
+        # KIND/NAME -> this rank's slice; whoever follows parameters fills it, and checkpoints keep it.
+        self.averages: dict[str, torch.Tensor] = {}
 
     @property
     def module(self) -> nn.Module:

@@ -61,6 +61,18 @@ class SplitState:
         """The next forward gathers the stored weight, which DeepSpeed renews only after a step."""
         param.ds_tensor.copy_(master)
 
+    def gradient(self, param: Any) -> torch.Tensor:
+        """A copy of what this rank holds of the step's gradient, in the type that it is summed in."""
+        start, stop = partition_bounds(param)
+        return import_deepspeed().utils.safe_get_local_grad(param)[: stop - start].clone()
+
+    def add_to_gradient(self, param: Any, addition: torch.Tensor) -> None:
+        """Add to what this rank holds of the step's gradient."""
+        utils = import_deepspeed().utils
+        gradient = utils.safe_get_local_grad(param).clone()
+        gradient[: addition.numel()] += addition
+        utils.safe_set_local_grad(param, gradient)
+
     def frozen_slice(self, param: Any) -> torch.Tensor:
         """This rank's elements of a frozen parameter."""
         start, stop = partition_bounds(param)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import DOCUMENT_ATTENTION
-from .low_rank import LowRankLinear
+from .low_rank import LowRankLinear, TripletLinear
 
 _TOWERS = {
     "text": ("language_model",),
@@ -26,7 +26,7 @@ _TOWERS = {
     "audio": ("audio_tower",),
     "projector": ("vision_projector", "multi_modal_projector"),
 }
-_NAMES = {"lora_A", "lora_B", "lora_magnitude_vector", "prefix", "bottleneck"}
+_NAMES = {"lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "prefix", "bottleneck"}
 
 
 class Prefix(nn.Module):
@@ -105,6 +105,11 @@ def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
 
 
+def triplet_layers(model: nn.Module) -> Iterator[tuple[str, TripletLinear]]:
+    """Names and layers whose change is a sum of triplets."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, TripletLinear))
+
+
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state of the plain model that does what `model` with its changes of low rank does.
 
@@ -116,7 +121,7 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _linear_layers(model: nn.Module, tower: str) -> list[str]:
     """Those that are plain or adapted already, so that a layer that two targets name is adapted once."""
-    return [name for name, module in _modules(model, tower) if type(module) in (nn.Linear, LowRankLinear)]
+    return [name for name, module in _modules(model, tower) if type(module) in (nn.Linear, LowRankLinear, TripletLinear)]
 
 
 def _blocks(model: nn.Module, tower: str) -> list[str]:
@@ -134,15 +139,12 @@ def _attach_low_rank(model: nn.Module, name: str, adapter: dict[str, Any]) -> No
     plain = model.get_submodule(name)
     if isinstance(plain, LowRankLinear):
         return
-    layer = LowRankLinear(
-        plain.in_features,
-        plain.out_features,
-        plain.bias is not None,
-        rank=adapter["rank"],
-        alpha=adapter["alpha"],
-        dropout=adapter["dropout"],
-        has_magnitude=adapter["method"] == "dora",
-    )
+    size = (plain.in_features, plain.out_features, plain.bias is not None)
+    settings = {name: adapter[name] for name in ("rank", "alpha", "dropout")}
+    if adapter["method"] == "adalora":
+        layer = TripletLinear(*size, **settings)
+    else:
+        layer = LowRankLinear(*size, **settings, has_magnitude=adapter["method"] == "dora")
     setattr(model.get_submodule(parent), last, layer)
 
 

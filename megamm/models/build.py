@@ -70,6 +70,8 @@ def config_from_recipe(
     )
     if adapter.method != "none":
         config.adapter = {key: value for key, value in _plain(adapter).items() if key in _ADAPTER_KEYS}
+        if adapter.method == "adalora":
+            config.adapter["rank"] = adapter.budget.initial_rank
         try:
             num_parameters(config)
         except ValueError as error:

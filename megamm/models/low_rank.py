@@ -1,4 +1,4 @@
-"""Linear layers with a trainable change of low rank beside a weight that may stay as it is: LoRA and DoRA.
+"""Linear layers with a trainable change of low rank beside a weight that may stay as it is: LoRA, DoRA and AdaLoRA.
 
 The layer owns all that its forward reads, base weight included, so that ZeRO-3, which gathers a module's own parameters, needs no
 exception for it; and the base weight keeps its name, so that a checkpoint of the base fits. Names and arithmetic of the change are
@@ -46,7 +46,7 @@ class LowRankLinear(nn.Linear):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float[..., I] to float[..., O]."""
         change = F.dropout(features, self.dropout, self.training)
-        change = F.linear(F.linear(change, self.lora_A), self.lora_B) * self.scaling
+        change = F.linear(F.linear(change, self._inward()), self.lora_B) * self.scaling
         if self.lora_magnitude_vector is None:
             return F.linear(features, self.weight, self.bias) + change
         # Lengths are taken as constants in the backward, as section 4.3 of the paper suggests.
@@ -74,4 +74,36 @@ class LowRankLinear(nn.Linear):
         return self._changed_weight().norm(dim=1)
 
     def _changed_weight(self) -> torch.Tensor:
-        return self.weight.float() + self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        return self.weight.float() + self.scaling * (self.lora_B.float() @ self._inward().float())
+
+    def _inward(self) -> torch.Tensor:
+        """float[R, I], the factor that inputs meet first."""
+        return self.lora_A
+
+
+class TripletLinear(LowRankLinear):
+    """A linear layer whose weight is changed by a sum of triplets: a left vector, a number, a right vector (AdaLoRA).
+
+    The change is zero at first: the numbers are. A triplet whose number stays zero is a rank that the layer does without; who
+    trains the layer decides which (`train.rank_budget`), and the factor of the change stays that of the first rank.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: Whether the base layer has one.
+        rank: R, the number of triplets.
+        alpha: The change is multiplied by `alpha / rank`, with a hundred-thousandth added to the rank as peft does.
+        dropout: Share of the change's inputs that is dropped in training.
+
+    Source: AdaLoRA (arXiv:2303.10512, equation 3).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, *, rank: int, alpha: float, dropout: float):
+        super().__init__(in_features, out_features, bias, rank=rank, alpha=alpha, dropout=dropout, has_magnitude=False)
+        self.scaling = alpha / (rank + 1e-5)
+        self.lora_E = nn.Parameter(torch.zeros(rank, 1))
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+
+    def _inward(self) -> torch.Tensor:
+        return self.lora_A * self.lora_E

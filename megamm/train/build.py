@@ -25,6 +25,7 @@ from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.models.weights import pretrained_weights
 from megamm.tokenizers.text import TextTokenizer
 from megamm.train.origin import Origin, load_origin
+from megamm.train.rank_budget import RankAllocator, check_budget
 from megamm.train.schedule import lr_factor
 
 
@@ -39,6 +40,7 @@ class Trainer:
         dtype: Of the forward pass.
         num_micro_steps: Micro-steps a step on this number of ranks.
         group_names: Of the optimizer's parameter groups, in order.
+        ranks: Shares ranks out among the adapter's layers; None for adapters whose ranks stay.
     """
 
     engine: runtime.Engine
@@ -47,6 +49,7 @@ class Trainer:
     dtype: torch.dtype
     num_micro_steps: int
     group_names: tuple[str, ...]
+    ranks: RankAllocator | None
 
 
 def load_tokenizer(recipe: Recipe, archived: Path | None = None) -> TextTokenizer:
@@ -77,6 +80,7 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World, origin
         ds_config = settings.deepspeed_config(
             recipe.engine, batch=recipe.batch, optim=recipe.optim, world_size=world.size, accumulation=num_micro_steps
         )
+        check_budget(recipe.adapter, recipe.train.steps)
         factor = lr_factor(recipe.schedule, recipe.train.steps)
         config = run_config(recipe, tokenizer.vocabulary)
         if recipe.model.head is not None:
@@ -99,13 +103,15 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World, origin
     set_activation_checkpointing(model, recipe.engine.activation_checkpointing)
     model.train()
     groups = _optimizer_groups(model, recipe)
+    engine = runtime.initialize(model, ds_config, groups, factor)
     return Trainer(
-        engine=runtime.initialize(model, ds_config, groups, factor),
+        engine=engine,
         config=config,
         ds_config=ds_config,
         dtype=TRAINED_DTYPES[recipe.engine.precision],
         num_micro_steps=num_micro_steps,
         group_names=tuple(group["name"] for group in groups),
+        ranks=RankAllocator(engine, recipe.adapter, recipe.train.steps) if recipe.adapter.method == "adalora" else None,
     )
 
 

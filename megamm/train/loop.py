@@ -25,7 +25,7 @@ from megamm.train.interruption import STOP_AFTER, STOP_FILE, StopRequest, wants_
 from megamm.train.journal import Journal
 from megamm.train.positions import sample_keys_digest
 from megamm.train.report import StepReport
-from megamm.train.resume import WATCH
+from megamm.train.resume import RANKS, WATCH
 from megamm.train.rewind import go_back
 from megamm.train.run_folder import RunFolder
 from megamm.train.spikes import SpikeWatch, Trouble
@@ -272,6 +272,8 @@ def _go_back(run: Run, batch: StepData, trouble: Trouble) -> None:
     run.ledger = list(start.ledger) if run.world.is_main else []
     run.num_skipped = Counter(entry.dataset for entry in start.ledger)
     run.watch.restore(start.watch)
+    if run.trainer.ranks is not None:
+        run.trainer.ranks.restore(start.ranks)
     with distributed.fail_together():
         run.loader = run.data.loader(start.data_state, run.world, start.ledger)
 
@@ -294,6 +296,8 @@ def _one_by_one(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
 def _save(run: Run, batch: StepData) -> None:
     run.where.enter("save", run.step)
     state = {**batch.state.to_json(), WATCH: run.watch.to_json()}
+    if run.trainer.ranks is not None:
+        state[RANKS] = run.trainer.ranks.to_json()
     run.saver.save(Progress(run.step, state, _all_entries(run.ledger), run.fingerprints, run.num_tokens))
 
 

@@ -114,6 +114,8 @@ def _train(
         scale = Scale(world.size, recipe.batch.micro_rows, trainer.num_micro_steps)
         watch = SpikeWatch(recipe.spike, recipe.optim.max_unapplied_updates)
         watch.restore(start.watch)
+        if trainer.ranks is not None:
+            trainer.ranks.restore(start.ranks)
         journal = Journal(folder, recipe, world, start=state, scale=scale)
         with distributed.fail_together():
             if world.is_main:

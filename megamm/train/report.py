@@ -37,6 +37,7 @@ class StepReport:
     def __init__(self, recipe: Recipe, trainer: Trainer, world: World):
         self._recipe = recipe
         self._config = trainer.config
+        self._ranks = trainer.ranks
         self._world = world
         self._num_watched = 0
         self._watched_seconds = 0.0
@@ -104,6 +105,8 @@ class StepReport:
             "memory_gib": peak_memory_gib(self._world.device),
             "update_applied": int(result.applied),
         }
+        if self._ranks is not None:
+            values["adapter/mean_rank"] = self._ranks.mean_rank
         if self._peak is not None:
             values["mfu"] = counts.flops / seconds / (self._peak * self._world.size)
         return values

@@ -22,6 +22,8 @@ from megamm.train.run_folder import RunFolder
 
 WATCH = "watch"
 """Where the state of the data in a checkpoint holds that of `SpikeWatch`: both say where the run stands between two steps."""
+RANKS = "ranks"
+"""Likewise, that of `RankAllocator`."""
 
 _log = get_logger("train")
 
@@ -36,6 +38,7 @@ class Start:
         ledger: Samples that all ranks skipped so far.
         num_tokens: Real tokens that were trained on so far.
         watch: What `SpikeWatch.to_json` gave; None at the beginning.
+        ranks: What `RankAllocator.to_json` gave; None at the beginning, and where ranks stay.
     """
 
     step: int = 0
@@ -43,12 +46,14 @@ class Start:
     ledger: tuple[Skipped, ...] = ()
     num_tokens: int = 0
     watch: dict[str, Any] | None = None
+    ranks: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, loaded: Loaded, data_state: LoaderState) -> Start:
         """After a checkpoint was loaded, with the data going on from `data_state`."""
         ledger = tuple(Skipped.from_json(entry) for entry in loaded.ledger)
-        return cls(loaded.manifest.step, data_state, ledger, loaded.manifest.num_tokens, loaded.data_state.get(WATCH))
+        watch, ranks = (loaded.data_state.get(name) for name in (WATCH, RANKS))
+        return cls(loaded.manifest.step, data_state, ledger, loaded.manifest.num_tokens, watch, ranks)
 
 
 def find_start(

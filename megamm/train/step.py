@@ -160,7 +160,11 @@ def train_step(trainer: Trainer, batches: Sequence[Batch], counts: GlobalCounts,
         losses = output.token_losses.float().cpu().numpy()
         task_sums += _task_loss_sums(losses, batch, len(tasks))
         suspects += _without_finite_loss(losses, batch)
+    if trainer.ranks is not None:
+        trainer.ranks.before_update()
     applied = engine.step()
+    if trainer.ranks is not None:
+        trainer.ranks.after_update(applied=applied)
     # One rank's norm for all: what is decided from it must be the same everywhere, to the last bit.
     *totals, grad_norm = distributed.all_reduce_sum([*task_sums, engine.grad_norm if world.is_main else 0.0])
     loss = sum(totals) / counts.weight_sum if counts.weight_sum else 0.0

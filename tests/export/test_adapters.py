@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megamm.config import Adapter, to_dict
+from megamm.config.schema import RankBudget
 from megamm.core.errors import ExportError
 from megamm.core.files import read_json, write_json
 from megamm.export import export, export_peft
@@ -21,7 +22,7 @@ from megamm.export.probes import make_probes
 from megamm.inference import load_model
 from megamm.inference.load import run_config
 from megamm.inference.prompt import left_padded, make_prompt
-from megamm.models.adapters import is_adapter, low_rank_layers
+from megamm.models.adapters import is_adapter, low_rank_layers, triplet_layers
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tiny_run import recipe, tokenizer
@@ -29,6 +30,7 @@ from tests.support.tiny_run import recipe, tokenizer
 ADAPTERS = {
     "lora": Adapter(method="lora", targets=("text.*", "vision.fc?", "audio.*_proj", "projector.linear_2"), rank=2, alpha=3.0),
     "dora": Adapter(method="dora", targets=("text.[qv]_proj", "vision.*"), rank=3),
+    "adalora": Adapter(method="adalora", targets=("text.[qv]_proj", "vision.*"), rank=1, alpha=5.0, budget=RankBudget(initial_rank=4)),
     "prefix": Adapter(method="prefix", prefix_tokens=3),
     "bottleneck": Adapter(method="bottleneck", targets=("text.*", "vision.1", "audio.0"), bottleneck_size=4),
 }
@@ -64,6 +66,10 @@ def write_adapter_run(run: Path, adapter: Adapter) -> None:
             if layer.lora_magnitude_vector is not None:
                 layer.reset_magnitude()
                 layer.lora_magnitude_vector.mul_(1 + 0.3 * torch.rand_like(layer.lora_magnitude_vector))
+        # What AdaLoRA leaves: layers of different ranks, some of none.
+        for number, (_, layer) in enumerate(triplet_layers(model)):
+            layer.lora_E[torch.randperm(4)[: number % 5]] = 0.0
+            layer.lora_E.mul_(10)
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     buffers = {name: value for name, value in model.state_dict().items() if name in dict(model.named_buffers())}
     write_json(run / "config.json", to_dict(one))
@@ -89,7 +95,7 @@ def test_an_adapter_travels_with_its_model(tmp_path, method):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
 def test_a_merged_folder_is_a_plain_model_with_the_same_answers(tmp_path, method):
     write_adapter_run(tmp_path / "run", ADAPTERS[method])
     folder = export(tmp_path / "run", tmp_path / "merged", dtype="float32", merge=True, views=("text",))
@@ -99,12 +105,14 @@ def test_a_merged_folder_is_a_plain_model_with_the_same_answers(tmp_path, method
     assert read_json(folder / "config.json")["adapter"] is None
     stored, base = load_file(folder / "model.safetensors"), load_model(tmp_path / "base", dtype=torch.float32, device="cpu").model
     changed = {name for name, value in base.named_parameters() if not torch.equal(stored[name], value)}
-    adapted = {name for name, _ in low_rank_layers(load_model(tmp_path / "run", device="cpu").model)}
+    layers = dict(low_rank_layers(load_model(tmp_path / "run", device="cpu").model))
+    adapted = {name for name, layer in layers.items() if method != "adalora" or layer.lora_E.any()}
+    assert (adapted < layers.keys()) == (method == "adalora")
     assert changed == {f"{name}.weight" for name in adapted}
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
 def test_peft_makes_the_same_model_of_the_exported_base(tmp_path, method):
     pytest.importorskip("peft", reason="needs the extra `adapters`")
     write_adapter_run(tmp_path / "run", ADAPTERS[method])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from megamm.models.low_rank import LowRankLinear
+from megamm.models.low_rank import LowRankLinear, TripletLinear
 
 
 def _layer(*, has_magnitude: bool, bias: bool = True, dropout: float = 0.0) -> LowRankLinear:
@@ -67,3 +67,18 @@ def test_dropout_is_for_training_and_for_the_change_alone():
     layer.train()
     dropped = layer(x) - base
     assert 0.3 < (dropped.abs().sum(1) < 1e-12).double().mean() < 0.8  # 0.9^6 of the rows lose all inputs.
+
+
+def test_triplets_begin_as_the_base_layer_and_merge_into_it():
+    torch.manual_seed(0)
+    layer = TripletLinear(6, 5, True, rank=3, alpha=4.0, dropout=0.0).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), _plain(layer, layer.weight.detach())(x))
+    with torch.no_grad():
+        layer.lora_A.normal_(), layer.lora_B.normal_(), layer.lora_E.normal_()
+        layer.lora_E[1] = 0.0
+        outer = [number * torch.outer(left, right) for left, number, right in zip(layer.lora_B.T, layer.lora_E, layer.lora_A, strict=True)]
+    # A number of zero takes its triplet out, and the factor stays that of three.
+    expected = layer.weight.detach() + 4 / (3 + 1e-5) * (outer[0] + outer[2])
+    torch.testing.assert_close(layer(x), _plain(layer, expected)(x))
+    torch.testing.assert_close(layer.merged_weight().double(), expected, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from tests.support.models import NOTHING_STAYS_GATHERED
 from tests.support.multimodal import CONTROL_IDS, VOCAB_SIZE, document, pack, tiny_recipe
 from tests.support.ranks import run_ranks
 
-METHODS = ("lora", "dora", "prefix", "bottleneck")
+METHODS = ("lora", "dora", "adalora", "prefix", "bottleneck")
 # In turn no media at all, one kind each, and nothing on a rank.
 STEPS = (("text", "text"), ("image", "audio"), ("empty", "both"))
 
