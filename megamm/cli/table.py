@@ -43,6 +43,12 @@ COMMANDS = (
     ),
     Command(("evaluate",), "Run tasks over held-out samples.", trained.evaluate_arguments, trained.evaluate),
     Command(("predict",), "Ask one task of pictures, sounds or histories: typed answers.", trained.predict_arguments, trained.predict),
+    Command(
+        ("pseudo-label",),
+        "Label samples with a model; write those that it is sure of.",
+        trained.pseudo_label_arguments,
+        trained.pseudo_label,
+    ),
     Command(("generate",), "Ask a run or an exported folder.", trained.generate_arguments, trained.generate),
     Command(("export",), "Write a Hugging Face folder from a run, with proof that it matches.", trained.export_arguments, trained.export),
 )

@@ -49,7 +49,7 @@ def parse_sample(key: str, document: Any, *, where: str) -> Sample:
 
     Args:
         key: Sample key.
-        document: The parsed JSON. Its fields besides `task` and `messages` become the sample's metadata.
+        document: The parsed JSON; a chat may lack its answer. Its fields besides `task` and `messages` become the sample's metadata.
         where: Shard and key, for the error.
 
     Raises:
@@ -91,9 +91,12 @@ def encode(
         supervise_all: Supervise every message like the assistant's.
 
     Raises:
-        DataError: The number of pictures, sounds or lists of shapes is not that of their parts, or a part has no layout in tokens.
+        DataError: Nothing is supervised, the number of pictures, sounds or lists of shapes is not that of their parts, or a part has no
+            layout in tokens.
     """
     layout = _Layout(tokenizer, image_tokens=image_tokens, audio_tokens=audio_tokens, shapes=shapes)
+    if not (supervise_all or any(message.role == "assistant" for message in messages)):
+        raise DataError("no assistant message, so nothing to learn in tokens; label it, or train a masked head on it")
     layout.control("bos")
     if is_document(messages):
         layout.parts(messages[0].content, supervised=True)
@@ -242,10 +245,10 @@ class _Layout:
 
 
 def _check_turns(task: str, messages: Sequence[Message], where: str) -> None:
-    """What the layout and the loss need of the order of messages."""
+    """What the layout needs of the order of messages. A chat without an answer is unlabelled, and no token of it can be learned."""
     roles = [message.role for message in messages]
-    if "assistant" not in roles:
-        raise DataError(f"{where}: no assistant message, so nothing to learn; the roles are {roles}")
+    if not {"user", "assistant"} & set(roles):
+        raise DataError(f"{where}: neither a user's nor an assistant's message; the roles are {roles}")
     if "system" in roles[1:]:
         raise DataError(f"{where}: a system message after the first message; the roles are {roles}")
     if (task == "text") != is_document(messages):

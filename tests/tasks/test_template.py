@@ -311,7 +311,7 @@ def user(*parts):
         (chat([TEXT], [MASK], task="segmentation"), "a mask part lies in picture 0, and 0 pictures stand before it"),
         (chat([{"type": "item", "id": 7}], [LABEL]), "id of message 0, part 0 is '7', not a string"),
         (chat([{"type": "item", "id": "7", "price": 1}], [LABEL]), "unknown fields price; it takes type, id, text"),
-        (chat([TEXT]), "no assistant message"),
+        ({"task": "classification", "messages": [{"role": "system", "content": "be kind"}]}, "neither a user's nor an assistant's message"),
         (chat("x", "y", task="text"), "task 'text' is one assistant message"),
         ({**DOCUMENT, "task": "classification"}, "task 'classification' needs a message before"),
         (
