@@ -10,48 +10,50 @@ samples that stand on both sides.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
+from benchmarks.shared_faces import noto_emoji48_faces
+from benchmarks.shared_pairs import digit_matching, digit_sums
+from benchmarks.shared_tables import (
+    DIGITS,
+    SKIN_TONES,
+    Command,
+    digit_pictures,
+    every,
+    jsonl,
+    official_split,
+    tsv,
+    unpacked,
+    without_held_out,
+)
 from megamm.data.shards.index import load_index
-
-Command = Sequence[object]
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SKIN_TONES = re.compile(r"_1f3f[b-f]")
 
 
 def mnist12k(data: Path, scratch: Path) -> Iterator[Command]:
     """Handwritten digits, split as given."""
-    from PIL import Image
-
-    rows = []
-    for split in ("train", "test"):
-        pictures = np.frombuffer(gzip.decompress((data / f"{split}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
-        labels = np.frombuffer(gzip.decompress((data / f"{split}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
-        for number, (picture, label) in enumerate(zip(pictures.reshape(-1, 28, 28), labels.tolist(), strict=True)):
-            name = f"{split}-{number:05}.png"
-            Image.fromarray(picture).save(scratch / name)
-            rows.append({"image": name, "label": str(label), "split": split, "key": f"{split}-{number:05}"})
+    rows = [
+        {"image": name, "label": str(digit), "split": split, "key": name.removesuffix(".png")}
+        for split, pictures in digit_pictures(data, scratch).items()
+        for name, digit in pictures
+    ]
     yield "manifest", jsonl(scratch / "digits.jsonl", rows), "--prompt", "Which digit is this?"
 
 
 def fsdd(data: Path, scratch: Path) -> Iterator[Command]:
     """Spoken digits; takes 0 to 4 of each are the official test."""
-    yield *spoken_digits(data, scratch, lambda speaker, take: "test" if take < 5 else "train"), "--root", data
+    yield *spoken_digits(data, scratch, lambda speaker, take: official_split(take)), "--root", data
 
 
 def fsdd_speakers(data: Path, scratch: Path) -> Iterator[Command]:
@@ -293,6 +295,8 @@ SETS: dict[str, tuple[str, Callable[[Path, Path], Iterator[Command]]]] = {
         ("mnist12k", mnist12k),
         ("fsdd", fsdd),
         ("fsdd", fsdd_speakers),
+        ("mnist12k", digit_matching),
+        ("mnist12k", digit_sums),
         ("esc10_16k", esc10_16k),
         ("cmn_words", cmn_words),
         ("ljspeech32", ljspeech32),
@@ -302,6 +306,7 @@ SETS: dict[str, tuple[str, Callable[[Path, Path], Iterator[Command]]]] = {
         ("noto_emoji48", noto_emoji48),
         ("noto_emoji48", noto_emoji48_pictures),
         ("noto_emoji48", noto_emoji48_edits),
+        ("noto_emoji48", noto_emoji48_faces),
         ("flowers96", flowers96),
         ("goemotions", goemotions),
         ("online_retail", online_retail),
@@ -381,35 +386,6 @@ def contents(output: Path, split: str) -> Iterator[tuple[object, ...]]:
                     json.dumps([found["messages"], found.get("user"), found.get("basket")], sort_keys=True),
                     *(xxhash.xxh3_64_hexdigest(os.pread(file.fileno(), member.size, member.offset)) for member in members.values()),
                 )
-
-
-def jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write rows, one JSON object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def tsv(path: Path, rows: Iterable[Sequence[str]]) -> Path:
-    """Write rows with tabs between their values."""
-    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def unpacked(path: Path) -> str:
-    """The text of a gzipped UTF-8 file."""
-    return gzip.decompress(path.read_bytes()).decode()
-
-
-def without_held_out(rows: Sequence[Any], step: int, content: Callable[[Any], object]) -> Iterator[tuple[int, Any, str]]:
-    """Number, row and split, `test` for every `step`-th row; rows of train that repeat one of those are dropped."""
-    held_out = {content(row) for number, row in enumerate(rows) if every(number, step) == "test"}
-    kept = [(number, row, every(number, step)) for number, row in enumerate(rows)]
-    yield from (one for one in kept if one[2] == "test" or content(one[1]) not in held_out)
-
-
-def every(number: int, step: int) -> str:
-    """`test` for every `step`-th, counted from 1; else `train`."""
-    return "test" if number % step == step - 1 else "train"
 
 
 if __name__ == "__main__":
