@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megamm.cli import checkpoints, data, status, submit, trained, training
+from megamm.cli import checkpoints, data, explaining, status, submit, trained, training
 from megamm.cli.command import Command, recipe_argument
 
 GROUP_HELP = {
@@ -50,5 +50,6 @@ COMMANDS = (
         trained.pseudo_label,
     ),
     Command(("generate",), "Ask a run or an exported folder.", trained.generate_arguments, trained.generate),
+    Command(("explain",), "Show what in a picture, a sound or a text made an answer.", explaining.explain_arguments, explaining.explain),
     Command(("export",), "Write a Hugging Face folder from a run, with proof that it matches.", trained.export_arguments, trained.export),
 )

@@ -79,6 +79,10 @@ class TextTokenizer:
         """Ids of the text block; control strings in `text` are plain characters."""
         return self._pieces.encode(text, add_special_tokens=False).ids
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """First character and the one behind the last of each token of `encode(text)`; pieces of one character share its span."""
+        return [tuple(span) for span in self._pieces.encode(text, add_special_tokens=False).offsets]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the text-block ids in `ids`; ids of other blocks are skipped."""
         return self._pieces.decode([int(token_id) for token_id in ids if 0 <= token_id < self.vocabulary.text])
