@@ -586,10 +586,23 @@ class Checkpointing:
 
 @dataclass(frozen=True, config=_STRICT)
 class Evaluation:
-    """Held-out loss during training: `rows` packed rows every `every` steps (0 for never)."""
+    """What is measured on held-out data during training, after the last step as well.
+
+    Attributes:
+        every: Steps between two held-out losses; 0 for never.
+        rows: Packed rows that a held-out loss is over.
+        tasks_every: Steps between two evaluations of tasks, whose answers are judged as by `megamm evaluate`; 0 for never.
+        tasks_samples: Samples of each held-out dataset, spread evenly over it and the same every time.
+        tasks_batch_size: Samples that a rank answers at once.
+        tasks_max_new_tokens: Bound on an answer.
+    """
 
     every: Count = 0
     rows: Positive = 16
+    tasks_every: Count = 0
+    tasks_samples: Positive = 32
+    tasks_batch_size: Positive = 16
+    tasks_max_new_tokens: Positive = 128
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -25,6 +25,7 @@ _NUM_SAMPLES = 24
 _NUM_COLUMNS = 6
 _SIDE = 192
 _CAPTION = 44
+_NUM_ITEMS = 3
 
 
 def write_pictures(report: Report, folder: Path, samples: Iterable[tuple[Place, Sample | SkippedSample]]) -> list[Path]:
@@ -71,10 +72,12 @@ def _spread(group: Sequence[Answered]) -> list[Answered]:
 
 
 def _pictures(report: Report, samples: Iterable[tuple[Place, Sample | SkippedSample]]) -> Iterator[tuple[str, bytes]]:
-    known = {place.identity: picture for place, sample in samples if (picture := _picture(sample)) is not None}
+    known = {place.identity: picture for place, sample in samples if (picture := picture_of(sample)) is not None}
     for name, group in _groups(report).items():
-        if sheet := _contact_sheet([(one, known[one.identity]) for one in _spread(group) if one.identity in known]):
-            yield f"samples-{name}", sheet
+        if cells := [(one, known[one.identity]) for one in _spread(group) if one.identity in known]:
+            file = io.BytesIO()
+            contact_sheet(cells).save(file, "PNG")
+            yield f"samples-{name}", file.getvalue()
     try:
         import matplotlib
     except ImportError:
@@ -90,9 +93,9 @@ def _pictures(report: Report, samples: Iterable[tuple[Place, Sample | SkippedSam
         yield f"robustness-{name}", robustness_chart([row for row in report.robustness if f"{row.dataset}/{row.task}" == name], name)
 
 
-def _picture(sample: Sample | SkippedSample) -> Any:
-    """The first picture of a sample, decoded; None where it has none."""
-    parts = [] if isinstance(sample, SkippedSample) else [part for message in sample.messages for part in message.content]
+def picture_of(sample: Sample | SkippedSample | None) -> Any:
+    """The first picture of a sample, a `PIL.Image` in RGB; None where it has none."""
+    parts = [part for message in sample.messages for part in message.content] if isinstance(sample, Sample) else []
     member = next((part.member for part in parts if part.type == "image"), None)
     try:
         return None if member is None else decode_picture(sample.media[member])
@@ -100,33 +103,32 @@ def _picture(sample: Sample | SkippedSample) -> Any:
         return None
 
 
-def _contact_sheet(cells: Sequence[tuple[Answered, Any]]) -> bytes:
-    """A grid of samples, where there are places what was asked for beside what was answered; nothing without a picture."""
+def contact_sheet(cells: Sequence[tuple[Answered, Any]]) -> Any:
+    """A grid of answers and their pictures as `PIL.Image`, where there are places what was asked for beside what was answered."""
     from PIL import Image, ImageDraw, ImageFont
 
-    if not cells:
-        return b""
     has_places = any(record.reference.boxes or record.reference.instances for record, _ in cells)
     width, rows = _SIDE * (2 if has_places else 1), -(-len(cells) // _NUM_COLUMNS)
-    sheet = Image.new("RGB", (width * _NUM_COLUMNS, (_SIDE + _CAPTION) * rows), (255, 255, 255))
+    sheet = Image.new("RGB", (width * min(_NUM_COLUMNS, len(cells)), (_SIDE + _CAPTION) * rows), (255, 255, 255))
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, (record, picture) in enumerate(cells):
         left, top = number % _NUM_COLUMNS * width, number // _NUM_COLUMNS * (_SIDE + _CAPTION)
         replies = [record.reference, record.answer] if has_places else [Reply()]
         for place, reply in enumerate(replies):
             sheet.paste(draw_reply(picture, reply, longest_side=_SIDE - 8), (left + place * _SIDE + 4, top + 4))
-        wanted, given = (_words(record, reply) for reply in (record.reference, record.answer))
+        wanted, given = (words_of(record, reply) for reply in (record.reference, record.answer))
         canvas.text((left + 4, top + _SIDE), _cut(f"is: {wanted}", width), fill=(0, 0, 0), font=font)
         colour = (0, 110, 60) if wanted == given else (190, 40, 0)
         canvas.text((left + 4, top + _SIDE + 18), _cut(f"said: {given}", width), fill=colour, font=font)
-    file = io.BytesIO()
-    sheet.save(file, "PNG")
-    return file.getvalue()
+    return sheet
 
 
-def _words(record: Answered, reply: Any) -> str:
+def words_of(record: Answered, reply: Reply) -> str:
+    """What the reference or the answer of a record says, in a few words."""
     if reply.boxes or reply.instances or record.reference.boxes or record.reference.instances:
         return f"{len(reply.boxes) + len(reply.instances)} found"
+    if reply.items or record.reference.items:
+        return ", ".join(item.id for item in reply.items[:_NUM_ITEMS]) or "–"
     return str(TASKS[record.task].parse(reply)) if reply.text else "–"
 
 

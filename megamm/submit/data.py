@@ -40,7 +40,7 @@ def check_shards(plan: Plan) -> Iterator[Finding]:
 def _check_datasets(recipe: Recipe, tokenizer: TextTokenizer | None) -> Iterator[Finding]:
     if not recipe.data.train:
         yield problem("data.train names no dataset")
-    held_out = recipe.data.held_out if recipe.evaluation.every else {}
+    held_out = recipe.data.held_out if recipe.evaluation.every or recipe.evaluation.tasks_every else {}
     num_unplanned = 0
     for name, dataset, is_trained in [*((*one, True) for one in recipe.data.train.items()), *((*one, False) for one in held_out.items())]:
         if is_url(dataset.shards):

@@ -6,8 +6,11 @@ import math
 import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megamm.config import Telemetry
 from megamm.core.errors import ConfigError
@@ -17,6 +20,25 @@ from megamm.core.logging import get_logger
 
 _log = get_logger("telemetry")
 Value = float | int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture to show: `pixels` uint8[H, W, 3]."""
+
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """A sound to play: `wave` float32[n] between -1 and 1."""
+
+    wave: np.ndarray
+    rate_hz: int
+
+
+Shown = Picture | Sound | str
+"""What TensorBoard shows besides numbers; a string is Markdown."""
 
 
 class MetricsLog:
@@ -54,6 +76,25 @@ class MetricsLog:
                 self._lose_tensorboard(error)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+
+    @property
+    def shows(self) -> bool:
+        """Whether there is anywhere to show more than numbers."""
+        return self._tensorboard is not None
+
+    def show(self, step: int, name: str, content: Shown) -> None:
+        """Put a picture, a sound or words of one step where they can be looked at, in TensorBoard; nowhere where there is none."""
+        if self._tensorboard is None:
+            return
+        try:
+            if isinstance(content, Picture):
+                self._tensorboard.add_image(name, content.pixels, step, dataformats="HWC")
+            elif isinstance(content, Sound):
+                self._tensorboard.add_audio(name, content.wave.clip(-1, 1)[None], step, sample_rate=content.rate_hz)
+            else:
+                self._tensorboard.add_text(name, content, step)
+        except OSError as error:
+            self._lose_tensorboard(error)
 
     def close(self) -> None:
         """Flush and close every sink."""

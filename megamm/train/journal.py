@@ -11,7 +11,7 @@ from megamm.data.planning.state import LoaderState
 from megamm.engine import distributed
 from megamm.engine.distributed import World
 from megamm.telemetry.bar import Bar
-from megamm.telemetry.metrics import MetricsLog, Value
+from megamm.telemetry.metrics import MetricsLog, Shown, Value
 from megamm.train.positions import PositionLog, Scale
 from megamm.train.run_folder import RunFolder
 from megamm.train.skipped import SkippedLog, cut_back_skipped
@@ -88,3 +88,13 @@ class Journal:
         metrics.write(step, values)
         if "loss" in values:
             bar.update(step, loss=float(values["loss"]), tokens_per_second=float(values["tokens_per_second"]))
+
+    @property
+    def shows(self) -> bool:
+        """Whether this rank shows more than numbers; the others need not make it."""
+        return self._main is not None and self._main[0].shows
+
+    def show(self, step: int, name: str, content: Shown) -> None:
+        """Show a picture, a sound or words of a step."""
+        if self._main is not None:
+            self._main[0].show(step, name, content)

@@ -30,6 +30,7 @@ from megamm.train.rewind import go_back
 from megamm.train.run_folder import RunFolder
 from megamm.train.spikes import SpikeWatch, Trouble
 from megamm.train.step import GlobalCounts, StepResult, count, head_scales, held_out_loss, train_step
+from megamm.train.task_evaluation import TaskEvaluation
 from megamm.train.time_limit import TimeLimit
 from megamm.train.unapplied import own_part, record
 
@@ -47,6 +48,7 @@ class Run:
         world: The ranks.
         data: What is trained on.
         trainer: The model under ZeRO.
+        tasks: Held-out samples that it is asked about; None where the recipe asks for none.
         loader: Steps from the next one on.
         hold: This job's hold of the run.
         saver: Commits checkpoints behind training.
@@ -68,6 +70,7 @@ class Run:
     world: World
     data: TrainingData
     trainer: Trainer
+    tasks: TaskEvaluation | None
     loader: StepLoader
     hold: Hold
     saver: Saver
@@ -113,6 +116,8 @@ def train(run: Run) -> None:
                 journal.numbers(run.step, {**report.values(counts, result), **so_far, "sample_keys": sample_keys_digest(batch.keys)})
             if run.data.held_out and (due(run.step, recipe.evaluation.every) or run.step == recipe.train.steps):
                 _evaluate(run)
+            if run.tasks is not None and (due(run.step, recipe.evaluation.tasks_every) or run.step == recipe.train.steps):
+                run.tasks.run(run.trainer.engine, run.step, where=run.where, journal=journal)
             _tell(run, run.saver.poll())
             trouble = _judge(run, batch, result)
             if trouble is not None:

@@ -34,6 +34,7 @@ from megamm.train.positions import Scale
 from megamm.train.resume import find_start
 from megamm.train.run_folder import RunFolder
 from megamm.train.spikes import SpikeWatch
+from megamm.train.task_evaluation import TaskEvaluation
 from megamm.train.time_limit import TimeLimit
 
 _log = get_logger("train")
@@ -100,6 +101,7 @@ def _train(
     origin = find_origin(source, folder, recipe, tokenizer, world)
     base = origin.base if origin is not None and recipe.adapter.freezes_base else None
     data = TrainingData.open(recipe, tokenizer, world)
+    tasks = TaskEvaluation.open(recipe, folder, tokenizer, world)
     trainer = build_trainer(recipe, tokenizer, world, origin)
     with trainer.engine.on_drive():
         fingerprints = {"tokenizer": tokenizer.fingerprint}
@@ -138,6 +140,7 @@ def _train(
                 world=world,
                 data=data,
                 trainer=trainer,
+                tasks=tasks,
                 loader=loader,
                 hold=hold,
                 saver=saver,

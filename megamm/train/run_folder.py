@@ -1,6 +1,6 @@
 """The folder of one run: archived recipe, markers, logs, checkpoints.
 
-config.json origin.json ds_config.json environment.json tokenizer/ metrics.jsonl tensorboard/ logs/ checkpoints/
+config.json origin.json ds_config.json environment.json tokenizer/ metrics.jsonl tensorboard/ answers/ logs/ checkpoints/
 INTERRUPTED or DONE when the last process left in order, STOP when a user asks for it
 """
 
@@ -61,6 +61,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
+        self.answers = path / "answers"
         self.stop = path / "STOP"
         self.interrupted = path / "INTERRUPTED"
         self.done = path / "DONE"

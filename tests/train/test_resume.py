@@ -12,6 +12,7 @@ from megamm.checkpoint.manifest import read_manifest
 from megamm.config import to_dict
 from megamm.core.files import canonical_json, digest_text, read_json
 from megamm.core.json_lines import read_json_lines
+from megamm.evaluation import evaluate
 from tests.support.recipes import write_recipe
 from tests.support.runs import make_data, recipe_over
 
@@ -39,7 +40,8 @@ def folder(tmp_path_factory):
     make_data(folder / "data")
     recipe = to_dict(recipe_over(folder / "data", "--evaluation.every=6", "--evaluation.rows=4", "--batch.micro_rows=1"))
     write_recipe(folder / "recipe.toml", recipe)
-    train(folder, 2, "unbroken")
+    # Asked about tasks on the way, which must change nothing: the others are not.
+    train(folder, 2, "unbroken", "--evaluation.tasks_every=4", "--evaluation.tasks_max_new_tokens=4")
     train(folder, 2, "halves", "--stop-after", "6")
     return folder
 
@@ -75,6 +77,27 @@ def test_half_and_half_equals_the_whole_bit_for_bit(folder):
     mine, theirs = (read_manifest(run / "checkpoints" / "step_00000012") for run in (halves, unbroken))
     assert mine.files == theirs.files and {"rank_00000.safetensors", "rank_00001.safetensors"} <= set(mine.files)
     assert (halves / "DONE").is_file() and not (halves / "INTERRUPTED").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.integration
+def test_tasks_are_asked_on_the_way_and_shown(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = folder / "unbroken"
+    asked = {line["step"]: line for line in read_json_lines(run / "metrics.jsonl") if "evaluation/pictures/accuracy" in line}
+    assert list(asked) == [4, 8, 12] and {line["evaluation/pictures/samples"] for line in asked.values()} == {5}
+    assert len((run / "answers" / "step_00000012.jsonl").read_text().splitlines()) == 5
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [one.step for one in events.Images("evaluation/pictures/classification")] == [4, 8, 12]
+    assert [one.value for one in events.Scalars("evaluation/pictures/accuracy")] == pytest.approx(
+        [line["evaluation/pictures/accuracy"] for line in asked.values()]
+    )
+    # In bf16, with the batches of two ranks; the report's are those of one.
+    report = evaluate(run, batch_size=16, max_new_tokens=4, device="cpu")
+    said = [json.loads(line)["answer"]["text"] for line in (run / "answers" / "step_00000012.jsonl").read_text().splitlines()]
+    equal = sum(one == record.answer.text for one, record in zip(said, report.records, strict=True))
+    assert equal >= len(said) - 1
 
 
 @pytest.mark.distributed
