@@ -1,0 +1,187 @@
+"""What a reference run trains and evaluates, a part each; every part goes on where it stopped and says whether it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reference.shares import make_shards, sets_of
+from benchmarks.reference.shop import Shop, model_figures
+from benchmarks.reference.work import Work
+from megamm.config import load_recipe, to_dict
+from megamm.config.schema import Recipe
+
+SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+FOLDS = ("fold1", "fold2", "fold3", "fold4", "fold5")
+SINGLE_SETS = ("mnist12k", "fsdd", "goemotions")
+SPEAKER_RECIPE, SOUNDS_RECIPE = "reference_speaker", "reference_sounds"
+SHOP, CELLS = "online_retail", "bccd_320"
+DETECTOR = {
+    "model.head": {"kind": "detector", "labels": ["Platelets", "RBC", "WBC"], "states": "vision", "num_queries": 100, "num_layers": 3},
+    "train.steps": 1500,
+    "schedule.warmup_steps": 100,
+    "schedule.decay_steps": 0,
+    "optim.lr": 5e-4,
+}
+"""What makes a detector of the main recipe, beside its data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a part needs to know.
+
+    Attributes:
+        work: Where everything is kept.
+        data: The folder of the real data.
+        recipe: Of the main model: a name or a TOML file.
+    """
+
+    work: Work
+    data: Path
+    recipe: str
+
+    def load(self, recipe: str) -> Recipe:
+        """A recipe on this work folder's shards."""
+        return load_recipe(recipe, self.work.recipe_overrides(recipe))
+
+
+def main(setting: Setting) -> bool:
+    """The model of all tasks, its evaluation, and the ranking of a shop's items as its README measures it."""
+    work = setting.work
+    make_shards(work, setting.data, sets_of(setting.load(setting.recipe)))
+    if not work.train("main", ["pretrain", setting.recipe]):
+        return False
+    work.evaluate("main")
+    if SHOP in sets_of(setting.load(setting.recipe)):
+        shop = Shop.read(setting.data / SHOP)
+        print("\nranking all items for each customer", flush=True)
+        model_figures(work.run_folder("main"), work.shards / SHOP, shop, work.folder / "main" / "shop.json")
+    return True
+
+
+def speakers(setting: Setting) -> bool:
+    """Spoken digits with one speaker left out, a model each."""
+    return _left_out(setting, SPEAKER_RECIPE, "fsdd_speakers", SPEAKERS)
+
+
+def folds(setting: Setting) -> bool:
+    """Sounds with one fold left out, a model each."""
+    return _left_out(setting, SOUNDS_RECIPE, "esc10_16k", FOLDS)
+
+
+def single(setting: Setting) -> bool:
+    """A model of one task for three of them: the main one's size, on that task's share of the tokens."""
+    work, recipe = setting.work, setting.load(setting.recipe)
+    make_shards(work, setting.data, sets_of(recipe))
+    # Planned lengths lie beside shards once this is there; they say how many tokens a set has.
+    work.make_tokenizer(setting.recipe)
+    work.run("data", "plan-lengths", setting.recipe, *work.recipe_overrides(setting.recipe))
+    shares = token_shares(recipe)
+    done = True
+    for name in SINGLE_SETS[:1] if work.quick else SINGLE_SETS:
+        share = sum(share for dataset, share in shares.items() if set_of(recipe, "train", dataset) == name)
+        done = done and _trained_alone(setting, recipe, name, share)
+    return done
+
+
+def detector(setting: Setting) -> bool:
+    """A detector head on the main model's vision tower."""
+    work = setting.work
+    source = work.run_folder("main")
+    if not (source / "DONE").is_file():
+        print("the detector starts from the main model, which is not done", flush=True)
+        return False
+    recipe = setting.load(setting.recipe)
+    data = {f"data.{part}": only(recipe, part, CELLS) for part in ("train", "held_out")}
+    overrides = [*tables({**data, **DETECTOR}), "--data.schedule", "[]"]
+    return done_and_judged(setting, "detector", ["finetune", source, setting.recipe], overrides)
+
+
+PARTS: Mapping[str, Callable[[Setting], bool]] = {
+    "main": main,
+    "detector": detector,
+    "speakers": speakers,
+    "folds": folds,
+    "single": single,
+}
+"""Name -> part, in the order in which they run."""
+
+
+def done_and_judged(setting: Setting, name: str, command: list[object], overrides: list[str]) -> bool:
+    """Train a run and evaluate it; whether both are done."""
+    if not setting.work.train(name, command, overrides):
+        return False
+    setting.work.evaluate(name)
+    return True
+
+
+def _left_out(setting: Setting, recipe: str, name: str, splits: tuple[str, ...]) -> bool:
+    make_shards(setting.work, setting.data, [name])
+    datasets = to_dict(setting.load(recipe))["data"]["train"]
+    pattern = next(iter(datasets.values()))
+    done = True
+    for left_out in splits[:1] if setting.work.quick else splits:
+        train = {split: {**pattern, "shards": f"{name}/{split}-*.tar"} for split in splits if split != left_out}
+        overrides = tables({"data.train": train, "data.held_out": {left_out: {"shards": f"{name}/{left_out}-*.tar"}}})
+        done = done and done_and_judged(setting, f"{name}-{left_out}", ["pretrain", recipe], overrides)
+    return done
+
+
+def _trained_alone(setting: Setting, recipe: Recipe, name: str, share: float) -> bool:
+    steps = max(1, round(share * recipe.train.steps))
+    warmup, decay = (min(steps // 4, round(share * one)) for one in (recipe.schedule.warmup_steps, recipe.schedule.decay_steps))
+    overrides = [
+        *tables({f"data.{part}": only(recipe, part, name) for part in ("train", "held_out")}),
+        *("--data.schedule", "[]", "--train.steps", str(steps)),
+        *("--schedule.warmup_steps", str(warmup), "--schedule.decay_steps", str(decay)),
+    ]
+    return done_and_judged(setting, f"single-{name}", ["pretrain", setting.recipe], overrides)
+
+
+def set_of(recipe: Recipe, part: str, dataset: str) -> str:
+    """The set whose shards a dataset reads."""
+    return Path(getattr(recipe.data, part)[dataset].shards).parts[0]
+
+
+def only(recipe: Recipe, part: str, name: str) -> dict[str, Any]:
+    """The datasets of a part of a recipe that read one set."""
+    return {dataset: table for dataset, table in to_dict(recipe)["data"][part].items() if set_of(recipe, part, dataset) == name}
+
+
+def token_shares(recipe: Recipe) -> dict[str, float]:
+    """Dataset -> its share of the tokens that a recipe draws in training; lengths must have been planned.
+
+    Raises:
+        DataError: They were not.
+    """
+    from megamm.data.planning.mixture import planned_weights
+    from megamm.prepare.stats import recipe_stats
+    from megamm.tokenizers.text import TextTokenizer
+
+    stats = recipe_stats(recipe, TextTokenizer.load(Path(recipe.tokenizer.folder)))
+    planned = {one.name: one.tokens for one in stats.datasets if one.part == "train"}
+    lengths = {name: tokens.total / tokens.num for name, tokens in planned.items() if tokens is not None and tokens.num}
+    names, drawn = sorted(recipe.data.train), dict.fromkeys(recipe.data.train, 0.0)
+    changes = planned_weights(recipe.data)
+    for change, end in zip(changes, [*(one.step for one in changes[1:]), recipe.train.steps], strict=True):
+        tokens = {name: weight * lengths.get(name, 0.0) for name, weight in zip(names, change.weights, strict=True)}
+        for name, num in tokens.items():
+            drawn[name] += (end - change.step) * num / sum(tokens.values())
+    return {name: steps / recipe.train.steps for name, steps in drawn.items()}
+
+
+def tables(values: Mapping[str, Any]) -> list[str]:
+    """Overrides that give keys of a recipe new values, whole tables among them."""
+    return [word for key, value in values.items() for word in (f"--{key}", toml(value))]
+
+
+def toml(value: Any) -> str:
+    """A plain value as TOML on one line; None is left out of tables."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(one)}" for key, one in value.items() if one is not None) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
