@@ -22,28 +22,29 @@ from megamm.tasks.template import parse_sample
 
 @dataclass(frozen=True)
 class Originals:
-    """The shards that samples come from, by pattern and file name.
+    """The shards that samples come from, by digest: what is written depends on what they hold, and not on where they lie.
 
-    Its `repr` is what they hold rather than where they lie, so that a repeated command on moved data is the same command.
+    Attributes:
+        shards: Digest -> shard.
+        digests: Pattern and file name of a shard -> its digest.
     """
 
-    shards: Mapping[tuple[str, str], Shard]
+    shards: Mapping[str, Shard]
+    digests: Mapping[tuple[str, str], str]
 
     @classmethod
     def of(cls, places: Iterable[Place]) -> Originals:
         """The shards of some places."""
-        return cls({(place.dataset, place.tar.name): place.tar for place in places})
+        tars = {(place.dataset, place.tar.name): place.tar for place in places}
+        digests = {name: read_shard_facts(tar).digest for name, tar in tars.items()}
+        return cls({digests[name]: tar for name, tar in tars.items()}, digests)
 
     def __repr__(self) -> str:
-        return f"Originals({sorted((tar.name, read_shard_facts(tar).digest) for tar in self.shards.values())})"
+        return f"Originals({sorted(self.shards)})"
 
-    def read(self, dataset: str, name: str, number: int) -> dict[str, bytes]:
-        """All members of a sample.
-
-        Raises:
-            DataError: The shard cannot be read, or the sample's bytes changed.
-        """
-        return _opened(self.shards[dataset, name]).sample(number)
+    def reader(self, digest: str) -> ShardReader:
+        """Reads the samples of a shard."""
+        return _opened(self.shards[digest])
 
 
 def labelled_source(kept: Iterable[Labelled], originals: Originals, step: int | None) -> Source:
@@ -54,10 +55,7 @@ def labelled_source(kept: Iterable[Labelled], originals: Originals, step: int | 
         originals: Where the samples lie.
         step: Of the checkpoint that labelled them; None for an exported folder.
     """
-    records = [
-        Record(one.key, _num_bytes(originals, one), (one.dataset, one.shard, one.number, one.task, one.label, round(one.confidence, 6)))
-        for one in kept
-    ]
+    records = [_record(one, originals) for one in kept]
     make = partial(_make, originals=originals, step=step)
     return Source(name="pseudo-label", help="samples that a model labelled", records=lambda: Listing(records, make))
 
@@ -72,19 +70,21 @@ def relabelled(document: Mapping[str, Any], task: str, label: str, *, confidence
 
 
 def _make(record: Record, *, originals: Originals, step: int | None) -> Draft:
-    dataset, shard, number, task, label, confidence = record.data
-    files = originals.read(dataset, shard, number)
+    digest, number, task, label, confidence = record.data
+    shard = originals.reader(digest)
+    files, where = shard.sample(number), f"{shard.tar.name} {record.key}"
     document = relabelled(json.loads(files["json"]), task, label, confidence=confidence, step=step)
-    sample = parse_sample(record.key, document, where=f"{shard} {record.key}")
+    sample = parse_sample(record.key, document, where=where)
     named = {part.member for message in sample.messages for part in message.content if part.member}
     if missing := named - files.keys():
-        raise DataError(f"{shard} {record.key}: member {min(missing)} is missing")
+        raise DataError(f"{where}: member {min(missing)} is missing")
     return Draft(document, {suffix: files[suffix] for suffix in named})
 
 
-def _num_bytes(originals: Originals, one: Labelled) -> int:
-    index = _opened(originals.shards[one.dataset, one.shard]).index
-    return sum(member.size for member in index.members(one.number))
+def _record(one: Labelled, originals: Originals) -> Record:
+    digest = originals.digests[one.dataset, one.shard]
+    num_bytes = sum(member.size for member in originals.reader(digest).index.members(one.number))
+    return Record(one.key, num_bytes, (digest, one.number, one.task, one.label, round(one.confidence, 4)))
 
 
 @lru_cache(maxsize=64)
