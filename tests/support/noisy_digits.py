@@ -1,14 +1,23 @@
-"""A tiny run that reads one handwritten digit anywhere in a picture of noise, trained in seconds."""
+"""A tiny run that reads one handwritten digit anywhere in a picture of noise, trained in seconds.
+
+`python -m tests.support.noisy_digits FOLDER` draws the pictures of docs/explain.md into a folder.
+"""
 
 from __future__ import annotations
 
+import shutil
+import sys
+import tempfile
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from megamm.cli import main
 from megamm.config import Engine, Recipe, to_dict
 from megamm.config.schema import ImageFeatures, Model, Tower, Training
 from megamm.core.files import write_json
@@ -26,14 +35,13 @@ SIDE, DIGIT_SIDE, PATCH = 40, 16, 8
 
 _NUM_STEPS, _BATCH, _LR = 300, 32, 3e-3
 _NOISE = 0.5
+_EXAMPLE = 3
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def noisy_digits(count: int, *, seed: int, held_out: bool = False) -> tuple[np.ndarray, list[int], list[tuple[int, int, int, int]]]:
     """Pictures uint8[count, SIDE, SIDE] with their digits and the digits' boxes (left, top, right, bottom)."""
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
+    scans = _scans()
     chosen = np.flatnonzero(np.isin(scans.target, DIGITS) & ((np.arange(len(scans.target)) % 5 == 0) == held_out))
     random = np.random.default_rng(seed)
     pictures = random.uniform(0, _NOISE, (count, SIDE, SIDE))
@@ -83,6 +91,13 @@ def write_picture(picture: np.ndarray, path: Path) -> Path:
     return path
 
 
+@cache
+def _scans() -> Any:
+    from sklearn.datasets import load_digits
+
+    return load_digits()
+
+
 def _model() -> Model:
     decoder = {**_TOWER, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True, "rope_theta": 10000.0}
     vision = {**_TOWER, "patch_size": PATCH, "num_patches": (SIDE // PATCH) ** 2}
@@ -103,3 +118,20 @@ def _tower_input(pictures: np.ndarray) -> dict[str, torch.Tensor]:
         "pixel_attention_mask": torch.ones(count, grid * grid, dtype=torch.long),
         "spatial_shapes": torch.full((count, 2), grid),
     }
+
+
+def _draw_examples(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        run = train_run(Path(scratch) / "run")
+        pictures, _, _ = noisy_digits(4, seed=1234, held_out=True)
+        shown = write_picture(pictures[_EXAMPLE], Path(scratch) / "noise.png")
+        for method in ("integrated", "rollout"):
+            output = Path(scratch) / method
+            words = ["explain", str(run), "--image", str(shown), "--text", QUESTION, "--method", method, "--output", str(output)]
+            if main(words):
+                raise SystemExit(f"`megamm {' '.join(words)}` failed")
+            shutil.copy(output / "image_0.png", folder / f"explain_{method}.png")
+
+
+if __name__ == "__main__":
+    _draw_examples(Path(sys.argv[1]))

@@ -59,7 +59,8 @@ def patches(scores: np.ndarray, image: ImageInput) -> tuple[Patch, ...]:
     for (row, column), score in np.ndenumerate(scores):
         corners = (column / columns, row / rows), ((column + 1) / columns, (row + 1) / rows)
         (left, top), (right, bottom) = (image.view.source(corner) for corner in corners)
-        found.append(Patch((left, top, right, bottom), float(score)))
+        # The way back through shares of the view leaves rounding behind.
+        found.append(Patch((round(left, 6), round(top, 6), round(right, 6), round(bottom, 6)), float(score)))
     return tuple(found)
 
 
