@@ -1,12 +1,23 @@
 """A test that was left out is no test: where `MEGAMM_REQUIRE` names a marker, skipping one of its tests is a failure.
 
 Set it to what a machine must be able to run (`MEGAMM_REQUIRE=slurm make test`); without it a skip says in one line what is missing.
+
+Tests on real data find it by `MEGAMM_DATA`, or at `../shared/data` beside the checkout; set it to nothing to leave them out.
 """
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+
+_SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    """Before tests are collected: some are left out by what is set here."""
+    if _SHARED_DATA.is_dir():
+        os.environ.setdefault("MEGAMM_DATA", str(_SHARED_DATA))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -66,3 +66,20 @@ def test_a_shard_that_is_gone_is_noticed(tmp_path):
     (tmp_path / "text-1.tar").unlink()
     with pytest.raises(DataError, match=r"text-1\.tar does not exist, but its index does"):
         list(texts(Data(root=str(tmp_path), train={"text": Dataset("text-*.tar")})))
+
+
+def test_no_dataset_gives_more_text_than_the_mean_one(tmp_path):
+    from megamm.data.shards.index import write_index
+
+    sizes = {"large": (2, 300), "small": (1, 40), "least": (1, 20)}
+    for name, (num_shards, num_samples) in sizes.items():
+        for shard in range(num_shards):
+            documents = {f"{number:03}": as_files(text_document(f"{name} {shard} {number:03}")) for number in range(num_samples)}
+            write_index(write_tar(tmp_path / f"{name}-{shard}.tar", documents))
+    data = Data(root=str(tmp_path), train={name: Dataset(f"{name}-*.tar") for name in sizes})
+    found = list(texts(data))
+    large = [text for text in found if text.startswith("large")]
+    assert [len(found) - len(large), found == list(texts(data))] == [60, True]
+    assert len(large) == pytest.approx((600 + 40 + 20) / 3, rel=0.02)
+    # Spread over all of it.
+    assert len([text for text in large if text.startswith("large 1")]) == pytest.approx(len(large) / 2, abs=2)
