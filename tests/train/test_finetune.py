@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megamm.checkpoint.consolidate import consolidate
-from megamm.checkpoint.manifest import check_base, read_manifest, verify
+from megamm.checkpoint.manifest import check_base, read_data_state, read_manifest, verify
 from megamm.checkpoint.reshard import reshard
 from megamm.config import to_dict
 from megamm.core.errors import CheckpointError, ConfigError
@@ -103,6 +103,19 @@ def test_a_resume_goes_on_bit_for_bit_although_its_source_went_on(folder):
     for step in (2, 4):
         ours, theirs = (dict(whole_state(folder / run / "checkpoints" / f"step_{step:08d}")) for run in ("halves", "lora"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_ranks_that_are_shared_out_go_on_bit_for_bit(folder):
+    budget = {"initial_rank": 3, "warmup_steps": 1, "final_steps": 1}
+    words = ("--adapter.method=adalora", *(f"--adapter.budget.{name}={value}" for name, value in budget.items()), "--train.steps=4")
+    for run, stop in (("ranks", ()), ("ranks_halves", ("--stop-after", "2")), ("ranks_halves", ())):
+        launch(folder, 1, "finetune", "base/checkpoints/step_00000003", "recipe.toml", "--run", run, *LORA[1:], *words, *stop)
+    ours, theirs = (folder / run / "checkpoints" / "step_00000004" for run in ("ranks_halves", "ranks"))
+    assert read_data_state(ours)["ranks"] == read_data_state(theirs)["ranks"]
+    ours, theirs = dict(whole_state(ours)), dict(whole_state(theirs))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    told = [line["adapter/mean_rank"] for line in read_json_lines(folder / "ranks" / "metrics.jsonl") if "loss" in line]
+    assert told[0] == 3.0 and told[-1] <= 2.0
 
 
 def test_another_number_of_ranks_keeps_the_base(folder, tmp_path):

@@ -63,7 +63,7 @@ def train(engine: Any, ranks: RankAllocator, world: Any, step: int) -> None:
 def at_stages(zero_stages: list[int]) -> list[dict[str, Any]]:
     from megamm.engine import distributed
 
-    world = distributed.start(timeout_seconds=100)
+    world = distributed.start(timeout_seconds=300)
     results = [train_beside_peft(world, stage) for stage in zero_stages]
     distributed.stop()
     return results
@@ -129,6 +129,7 @@ def train_beside_peft(world: Any, zero_stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("num_ranks", "zero_stages"), [(1, [3]), (2, [3, 2, 1])])
 def test_any_number_of_ranks_does_what_peft_does(num_ranks, zero_stages):
     pytest.importorskip("peft", reason="needs the extra `adapters`")
@@ -149,7 +150,7 @@ def save_and_go_on(folder: str) -> list[dict[str, Any]]:
     from megamm.engine import distributed, partitions
     from tests.support.checkpoints import save
 
-    world = distributed.start(timeout_seconds=100)
+    world = distributed.start(timeout_seconds=300)
     settings = Engine(precision="bf16", overrides=NOTHING_STAYS_GATHERED)
     engine, ranks = build(world, settings)
     paths = {}
@@ -177,7 +178,7 @@ def save_and_go_on(folder: str) -> list[dict[str, Any]]:
 def go_on_alone(folder: str) -> list[dict[str, Any]]:
     from megamm.engine import distributed
 
-    world = distributed.start(timeout_seconds=100)
+    world = distributed.start(timeout_seconds=300)
     found = [go_on_from(Path(folder) / f"step_{num_done:08d}", num_done, world) for num_done in SAVED]
     distributed.stop()
     return found
@@ -202,10 +203,11 @@ def go_on_from(path: Path, num_done: int, world: Any) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(1200)
 def test_a_resume_goes_on_bit_for_bit_and_on_other_ranks(tmp_path):
-    for results in run_ranks(save_and_go_on, 2, str(tmp_path), timeout_seconds=280):
+    for results in run_ranks(save_and_go_on, 2, str(tmp_path), timeout_seconds=560):
         assert results == [{"differing": [], "keys": True, "same_record": True}] * len(SAVED)
-    (results,) = run_ranks(go_on_alone, 1, str(tmp_path), timeout_seconds=280)
+    (results,) = run_ranks(go_on_alone, 1, str(tmp_path), timeout_seconds=560)
     assert all(result["equal"] and result["mean_rank"] == ADAPTER.rank for result in results)
     # Averages serve until ranks are final.
     assert results[0]["averaged"] > 0 and results[1]["averaged"] == 0
