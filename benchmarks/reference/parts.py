@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reference.detector import AUGMENT, detector_overrides
 from benchmarks.reference.shares import make_shards, sets_of
 from benchmarks.reference.shop import Shop, model_figures
 from benchmarks.reference.work import Work
@@ -19,14 +20,6 @@ FOLDS = ("fold1", "fold2", "fold3", "fold4", "fold5")
 SINGLE_SETS = ("mnist12k", "fsdd", "goemotions")
 SPEAKER_RECIPE, SOUNDS_RECIPE = "reference_speaker", "reference_sounds"
 SHOP, CELLS = "online_retail", "bccd_320"
-DETECTOR = {
-    "model.head": {"kind": "detector", "labels": ["Platelets", "RBC", "WBC"], "states": "vision", "num_queries": 100, "num_layers": 3},
-    "train.steps": 1500,
-    "schedule.warmup_steps": 100,
-    "schedule.decay_steps": 0,
-    "optim.lr": 5e-4,
-}
-"""What makes a detector of the main recipe, beside its data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +88,9 @@ def detector(setting: Setting) -> bool:
         print("the detector starts from the main model, which is not done", flush=True)
         return False
     recipe = setting.load(setting.recipe)
-    data = {f"data.{part}": only(recipe, part, CELLS) for part in ("train", "held_out")}
-    overrides = [*tables({**data, **DETECTOR}), "--data.schedule", "[]"]
+    train = {name: {**dataset, "augment": AUGMENT} for name, dataset in only(recipe, "train", CELLS).items()}
+    data = {"data.train": train, "data.held_out": only(recipe, "held_out", CELLS)}
+    overrides = [*tables({**data, **detector_overrides(recipe)}), "--data.schedule", "[]"]
     return done_and_judged(setting, "detector", ["finetune", source, setting.recipe], overrides)
 
 
