@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from benchmarks.reference.detector import AUGMENT, detector_overrides
 from benchmarks.reference.shares import make_shards, sets_of
 from benchmarks.reference.shop import Shop, model_figures
 from benchmarks.reference.work import Work
-from megamm.config import load_recipe, to_dict
-from megamm.config.schema import Recipe
+from megamm.config import Dataset, Recipe, load_recipe, to_dict
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 FOLDS = ("fold1", "fold2", "fold3", "fold4", "fold5")
@@ -114,8 +113,7 @@ def done_and_judged(setting: Setting, name: str, command: list[object], override
 
 def _left_out(setting: Setting, recipe: str, name: str, splits: tuple[str, ...]) -> bool:
     make_shards(setting.work, setting.data, [name])
-    datasets = to_dict(setting.load(recipe))["data"]["train"]
-    pattern = next(iter(datasets.values()))
+    pattern = next(iter(datasets(setting.load(recipe), "train").values()))
     done = True
     for left_out in splits[:1] if setting.work.quick else splits:
         train = {split: {**pattern, "shards": f"{name}/{split}-*.tar"} for split in splits if split != left_out}
@@ -142,7 +140,18 @@ def set_of(recipe: Recipe, part: str, dataset: str) -> str:
 
 def only(recipe: Recipe, part: str, name: str) -> dict[str, Any]:
     """The datasets of a part of a recipe that read one set."""
-    return {dataset: table for dataset, table in to_dict(recipe)["data"][part].items() if set_of(recipe, part, dataset) == name}
+    return {dataset: table for dataset, table in datasets(recipe, part).items() if set_of(recipe, part, dataset) == name}
+
+
+def datasets(recipe: Recipe, part: str) -> dict[str, Any]:
+    """The datasets of a part of a recipe as they would stand in a file: without what goes without saying."""
+    default = json.loads(json.dumps(asdict(Dataset(""))))
+    return {name: _changed(table, default) for name, table in to_dict(recipe)["data"][part].items()}
+
+
+def _changed(table: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {key: value for key, value in table.items() if value != default[key]}
+    return {key: _changed(value, default[key]) if isinstance(default[key], Mapping) else value for key, value in changed.items()}
 
 
 def token_shares(recipe: Recipe) -> dict[str, float]:

@@ -9,7 +9,15 @@ from tests.support.multimodal import CONTROL_IDS
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"), [("tiny", 0.7e6, 1.3e6), ("tiny_lora", 0.7e6, 1.3e6), ("small", 55e6, 65e6), ("1b", 1.0e9, 1.1e9)]
+    ("name", "least", "most"),
+    [
+        ("tiny", 0.7e6, 1.3e6),
+        ("tiny_lora", 0.7e6, 1.3e6),
+        ("reference_speaker", 0.5e6, 0.7e6),
+        ("reference_sounds", 0.5e6, 0.7e6),
+        ("small", 55e6, 65e6),
+        ("1b", 1.0e9, 1.1e9),
+    ],
 )
 def test_shipped_recipes_build_and_have_the_size_that_they_say(name, least, most):
     recipe = load_recipe(name)

@@ -1,0 +1,245 @@
+"""The reference run: the whole way on a share of the real data, and what its table is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.reference import shares, table
+from benchmarks.reference.__main__ import main
+from benchmarks.reference.emotions import GROUPS, grouped, grouped_macro_f1
+from benchmarks.reference.parts import Setting, only, tables, token_shares, toml
+from benchmarks.reference.shop import Customer, Shop, baselines, figures
+from benchmarks.reference.work import Work
+from benchmarks.results import Row
+from megamm.config import Data, Dataset, load_recipe
+from megamm.config.schema import WeightChange
+from megamm.core.errors import ConfigError, MegaMMError
+
+DATA = os.environ.get("MEGAMM_DATA", "")
+needs_data = pytest.mark.skipif(not DATA, reason="MEGAMM_DATA is not set, so there is no real data to train on")
+SETS = ("mnist12k", "fsdd", "bccd_320", "goemotions", "online_retail", "tiny_shakespeare")
+
+
+def small_recipe(path: Path, sets: tuple[str, ...] = SETS) -> Path:
+    """The quick start's model on some sets of the real data."""
+    recipe = (Path(__file__).parents[2] / "megamm" / "recipes" / "tiny.toml").read_text(encoding="utf-8")
+    before, _, rest = recipe.partition("[data.train.digits]")
+    after = rest[rest.index("[data]\n") :]
+    parts = (("train", "train"), ("held_out", "test"))
+    datasets = (f'[data.{part}.{name}]\nshards = "{name}/{split}-*.tar"\n' for name in sets for part, split in parts)
+    text = "\n".join([before, *datasets, after])
+    changes = {"row_tokens = 192": "row_tokens = 1536", "row_frames = 1600": "row_frames = 3000", "item_codes = 32": "item_codes = 64"}
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def customer(name: str, *baskets: list[int]) -> Customer:
+    *before, last = baskets
+    return Customer(name, tuple(np.array(basket) for basket in before), frozenset(last))
+
+
+SHOP = Shop(tuple("abcdef"), (customer("1", [0, 1], [0, 2], [2, 3]), customer("2", [0], [0]), customer("3", [1], [0], [4, 5])))
+
+
+def test_asked_are_customers_whose_last_basket_holds_something_new():
+    assert [one.name for one in SHOP.asked] == ["1", "3"]
+    assert [one.wanted for one in SHOP.asked] == [{3}, {4, 5}]
+    assert SHOP.popularity.tolist() == [4, 2, 1, 0, 0, 0]
+
+
+def test_items_meet_in_a_basket_and_as_new_ones_in_the_next():
+    # a and b share a basket once, and a follows b once; b is in 2 baskets and left once more than that for a next one, a was new once.
+    met = SHOP.co_occurrence
+    assert met[0, 1] == pytest.approx(1 / (5 + 2 - 1))
+    assert met[1, 0] == pytest.approx(2 / (4 + 5 - 2))
+    assert met[1, 2] == pytest.approx(1 / (4 + 2 - 1))
+    assert not met.diagonal().any()
+
+
+def test_rankings_hold_nothing_that_a_customer_had():
+    ranked = SHOP.ranked(lambda one: np.arange(6.0), SHOP.asked)
+    assert [row[: 6 - len(one.had)] for row, one in zip(ranked, SHOP.asked, strict=True)] == [[5, 4, 3], [5, 4, 3, 2]]
+
+
+def test_recall_is_over_what_ten_places_can_hold():
+    many = customer("4", [0], list(range(1, 21)))
+    assert figures([list(range(1, 11))], [many])["recall"] == 1
+    assert figures([[*range(1, 6), *range(30, 35)]], [many]) == pytest.approx({"recall": 0.5, "hit_rate": 1.0, "ndcg": 0.6489}, abs=1e-4)
+
+
+@needs_data
+@pytest.mark.integration
+def test_baselines_are_those_of_the_datas_readme():
+    found = baselines(Shop.read(Path(DATA) / "online_retail"))
+    assert found["popularity"]["recall"] == pytest.approx(0.034, abs=5e-4)
+    assert found["co-occurrence"] == pytest.approx({"recall": 0.081, "hit_rate": 0.336, "ndcg": 0.075}, abs=5e-4)
+
+
+def test_every_emotion_has_one_group():
+    emotions = [emotion for group in GROUPS.values() for emotion in group.split()]
+    assert len(emotions) == len(set(emotions)) == 28
+    assert grouped("joy, anger,surprise, no emotion") == {"positive", "negative", "ambiguous"}
+    answers, references = ["joy", "anger", "fear", "neutral"], ["love, joy", "anger", "surprise", "neutral"]
+    assert grouped_macro_f1(answers, references) == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
+
+
+@needs_data
+def test_the_datas_emotions_are_those():
+    assert sorted((Path(DATA) / "goemotions" / "labels.txt").read_text().split()) == sorted(" ".join(GROUPS.values()).split())
+
+
+def test_tables_of_a_recipe_are_replaced_by_words():
+    value = {"a b": {"x": 1.5, "y": None, "on": True, "list": ["ü", '"']}}
+    assert toml(value) == '{"a b" = {"x" = 1.5, "on" = true, "list" = ["ü", "\\""]}}'
+    words = tables({"data.train": {"one": {"shards": "one-*.tar", "augment": {"audio_speeds": [0.9, 1.0]}}}, "train.steps": 7})
+    recipe = load_recipe("tiny", words)
+    assert list(recipe.data.train) == ["one"] and recipe.data.train["one"].augment.audio_speeds == (0.9, 1.0)
+    assert recipe.train.steps == 7
+
+
+def test_a_left_out_speaker_or_fold_is_not_trained_on():
+    for name in ("reference_speaker", "reference_sounds"):
+        recipe = load_recipe(name)
+        held_out = {dataset.shards for dataset in recipe.data.held_out.values()}
+        assert len(held_out) == 1 and not held_out & {dataset.shards for dataset in recipe.data.train.values()}
+        assert len({(dataset.weight, dataset.augment) for dataset in recipe.data.train.values()}) == 1
+
+
+@pytest.mark.parametrize(("row", "kept"), [({"split": "train"}, 24), ({}, 96)])
+def test_a_quick_run_thins_tables(tmp_path, row, kept):
+    table_file = tmp_path / "rows.jsonl"
+    table_file.write_text("".join(json.dumps({**row, "number": number}) + "\n" for number in range(960)))
+    shares.thin(table_file)
+    numbers = [json.loads(line)["number"] for line in table_file.read_text().splitlines()]
+    assert len(numbers) == kept and np.diff(numbers).tolist() == [960 // kept] * (kept - 1)
+
+
+def test_a_quick_run_thins_pictures_texts_and_shops(tmp_path):
+    annotations = {"images": [{"id": number} for number in range(48)], "annotations": [{"image_id": number} for number in range(48)]}
+    (tmp_path / "a.json").write_text(json.dumps(annotations))
+    shares.thin(tmp_path / "a.json")
+    thinned = json.loads((tmp_path / "a.json").read_text())
+    assert [one["id"] for one in thinned["images"]] == [one["image_id"] for one in thinned["annotations"]] == list(range(0, 48, 2))
+    events = [f"u{user}\ti{user * 2 + item}\t1\t1\n" for user in range(48) for item in range(2)]
+    (tmp_path / "events.tsv").write_text("user\titem\ttime\tbasket\n" + "".join(events))
+    (tmp_path / "items.tsv").write_text("item\ttext\n" + "".join(f"i{item}\tx\n" for item in range(96)))
+    shares.thin(tmp_path / "events.tsv", ["--items", tmp_path / "items.tsv"])
+    assert len((tmp_path / "events.tsv").read_text().splitlines()) == 1 + 24 * 2
+    assert (tmp_path / "items.tsv").read_text().splitlines()[1:4] == ["i0\tx", "i1\tx", "i4\tx"]
+
+
+def test_datasets_must_be_of_known_sets(tmp_path):
+    recipe = load_recipe(str(small_recipe(tmp_path / "a.toml")))
+    assert shares.sets_of(recipe) == list(SETS)
+    assert only(recipe, "held_out", "fsdd") == {"fsdd": {"shards": "fsdd/test-*.tar"}}
+    other = replace(recipe, data=Data(train={"mine": Dataset("mine/train-*.tar")}))
+    with pytest.raises(ConfigError, match=r"dataset mine: shards=mine/train-\*\.tar lie in no folder that"):
+        shares.sets_of(other)
+
+
+def test_shares_of_tokens_follow_weights_lengths_and_the_schedule(tmp_path):
+    from megamm.data.media.features import MediaRules
+    from megamm.data.samples.lengths import ensure_lengths
+    from megamm.data.shards.index import write_index
+    from megamm.tokenizers.text import TextTokenizer, train
+    from tests.support.shards import as_files, text_document, write_tar
+
+    recipe = load_recipe("tiny")
+    train(["a b c d e f g h"] * 8, recipe.tokenizer, tmp_path / "tokenizer")
+    tokens = {}
+    for name, text in (("long", "a b c d e f g h a b c d e f g h"), ("short", "a")):
+        tar = write_tar(tmp_path / f"{name}.tar", {f"{number}": as_files(text_document(text)) for number in range(4)})
+        write_index(tar)
+        tokenizer = TextTokenizer.load(tmp_path / "tokenizer")
+        ensure_lengths([tar], tokenizer, MediaRules.of(recipe.model, recipe.data))
+        tokens[name] = len(tokenizer.encode(text)) + 2
+    data = Data(
+        root=str(tmp_path),
+        train={"long": Dataset("long.tar", weight=1.0), "short": Dataset("short.tar", weight=2.0)},
+        schedule=(WeightChange(step=400, weights={"long": 0.0}),),
+    )
+    tokenizer = replace(recipe.tokenizer, folder=str(tmp_path / "tokenizer"))
+    recipe = replace(recipe, tokenizer=tokenizer, data=data, train=replace(recipe.train, steps=600))
+    found = token_shares(recipe)
+    of_long = tokens["long"] / (tokens["long"] + 2 * tokens["short"])
+    assert found == pytest.approx({"long": of_long * 400 / 600, "short": 1 - of_long * 400 / 600})
+
+
+def setting(tmp_path: Path, data: str = DATA) -> Setting:
+    return Setting(Work(tmp_path / "work"), Path(data), str(small_recipe(tmp_path / "small.toml")))
+
+
+@needs_data
+@pytest.mark.integration
+def test_what_is_missing_is_in_the_table_and_holds_no_goal(tmp_path):
+    rows = {row.row: row for row in table.rows_of(setting(tmp_path))}
+    wanted = [row for row in rows.values() if row.goal]
+    assert len(wanted) == 14 and all(row.value == table.NOT_RUN and row.holds is False for row in wanted)
+    assert rows["fsdd, a speaker left out: mean accuracy"].peer.endswith("not run: george, jackson, lucas, nicolas, theo, yweweler")
+    assert rows["online_retail, new items: R@10"].peer == "popularity 0.0344; co-occurrence 0.0810"
+
+
+def test_figures_are_found_by_the_set_that_an_evaluation_read(tmp_path):
+    row = {"dataset": "cells", "metric": "map50", "slice": "", "value": 0.61, "low": 0.5, "high": 0.7, "samples": 72}
+    report = {
+        "rows": [{**row, "slice": "a=b", "value": 0.1}, row],
+        "settings": {"datasets": {"cells": "/x/bccd_320/test-*.tar"}},
+        "step": 4,
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    found = table.Evaluated(tmp_path)
+    figure = next(one for one in table.FIGURES if one.set == "bccd_320")
+    assert table._figure_row(found, figure) == Row(
+        "bccd by tokens: mAP50", 0.61, "", ">= 0.50", None, "floor: YOLOv7 0.906 on another split; 95 %: 0.5 to 0.7; 72 samples"
+    )
+    assert found.row("fsdd", "map50") is None
+
+
+def test_a_command_that_fails_ends_the_run(tmp_path, capfd):
+    with pytest.raises(MegaMMError, match="`megamm checkpoint` ended with code 1"):
+        Work(tmp_path).run("checkpoint", "list", tmp_path / "absent")
+    assert f"$ megamm checkpoint list {tmp_path / 'absent'}" in capfd.readouterr().out
+
+
+def test_no_data_is_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("MEGAMM_DATA", raising=False)
+    assert main(["--parts", "main"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--parts", "main,mian"])
+    assert "'mian' is no part" in capsys.readouterr().err
+
+
+@needs_data
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_part_runs_on_a_share_of_the_data_and_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.reference", "--quick", "--work", tmp_path / "work", "--results", tmp_path]
+    command += ["--recipe", small_recipe(tmp_path / "small.toml")]
+    environment = {**os.environ, "MEGAMM_DATA": DATA, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    rows = {row["row"]: row for row in json.loads((tmp_path / "reference-quick.json").read_text())["rows"]}
+    run = [name for name, row in rows.items() if row["value"] != table.NOT_RUN]
+    for name in ("mnist: accuracy", "bccd by the detector head: mAP50", "goemotions, 4 groups: macro F1", "online_retail, new items: R@10"):
+        assert name in run
+    assert "george 0." in rows["fsdd, a speaker left out: mean accuracy"]["peer"]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    # Lengths are looked at once more, which takes no training; everything else is there.
+    assert {line.split()[2] for line in again.stdout.splitlines() if line.startswith("$ megamm")} <= {"data"}
