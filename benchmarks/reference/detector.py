@@ -1,4 +1,4 @@
-"""The detector head of the reference run: what it changes of a recipe, so that it learns boxes from 205 pictures in a quarter of an hour."""
+"""The detector head of the reference run: what it changes of a recipe, to learn boxes from 205 pictures in a quarter of an hour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ AUGMENT = {
     "image_hue": 0.02,
 }
 """How its training pictures are changed."""
-_HEAD = {"kind": "detector", "labels": ["Platelets", "RBC", "WBC"], "states": "vision", "queries": "cells", "num_layers": 2, "lr_scale": 2.0}
+_HEAD = {
+    "kind": "detector",
+    "labels": ["Platelets", "RBC", "WBC"],
+    "states": "vision",
+    "queries": "cells",
+    "num_layers": 2,
+    "lr_scale": 2.0,
+}
 _QUESTION_TOKENS = 48
 
 

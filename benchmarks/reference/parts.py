@@ -19,6 +19,8 @@ FOLDS = ("fold1", "fold2", "fold3", "fold4", "fold5")
 SINGLE_SETS = ("mnist12k", "fsdd", "goemotions")
 SPEAKER_RECIPE, SOUNDS_RECIPE = "reference_speaker", "reference_sounds"
 SHOP, CELLS = "online_retail", "bccd_320"
+ONE_TASK = {"data.schedule": [], "loss.task_weights": {}}
+"""What a recipe of all tasks loses where one is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def detector(setting: Setting) -> bool:
     recipe = setting.load(setting.recipe)
     train = {name: {**dataset, "augment": AUGMENT} for name, dataset in only(recipe, "train", CELLS).items()}
     data = {"data.train": train, "data.held_out": only(recipe, "held_out", CELLS)}
-    overrides = [*tables({**data, **detector_overrides(recipe)}), "--data.schedule", "[]"]
+    overrides = tables({**data, **ONE_TASK, **detector_overrides(recipe)})
     return done_and_judged(setting, "detector", ["finetune", source, setting.recipe], overrides)
 
 
@@ -125,11 +127,9 @@ def _left_out(setting: Setting, recipe: str, name: str, splits: tuple[str, ...])
 def _trained_alone(setting: Setting, recipe: Recipe, name: str, share: float) -> bool:
     steps = max(1, round(share * recipe.train.steps))
     warmup, decay = (min(steps // 4, round(share * one)) for one in (recipe.schedule.warmup_steps, recipe.schedule.decay_steps))
-    overrides = [
-        *tables({f"data.{part}": only(recipe, part, name) for part in ("train", "held_out")}),
-        *("--data.schedule", "[]", "--train.steps", str(steps)),
-        *("--schedule.warmup_steps", str(warmup), "--schedule.decay_steps", str(decay)),
-    ]
+    data = {f"data.{part}": only(recipe, part, name) for part in ("train", "held_out")}
+    length = {"train.steps": steps, "schedule.warmup_steps": warmup, "schedule.decay_steps": decay}
+    overrides = tables({**data, **ONE_TASK, **length})
     return done_and_judged(setting, f"single-{name}", ["pretrain", setting.recipe], overrides)
 
 
