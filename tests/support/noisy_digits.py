@@ -1,10 +1,11 @@
 """A tiny run that reads one handwritten digit anywhere in a picture of noise, trained in seconds.
 
-`python -m tests.support.noisy_digits FOLDER` draws the pictures of docs/explain.md into a folder.
+`python -m tests.support.noisy_digits FOLDER` measures the table of docs/explain.md and draws its pictures into a folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,8 @@ from megamm.config import Engine, Recipe, to_dict
 from megamm.config.schema import ImageFeatures, Model, Tower, Training
 from megamm.core.files import write_json
 from megamm.core.types import Message, Part
-from megamm.inference.load import run_config
+from megamm.inference.explain import METHODS, Explanation, explain, read_question
+from megamm.inference.load import Loaded, load_model, run_config
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from megamm.tasks import template
 from tests.support.checkpoints import write_checkpoint
@@ -35,7 +37,7 @@ SIDE, DIGIT_SIDE, PATCH = 40, 16, 8
 
 _NUM_STEPS, _BATCH, _LR = 300, 32, 3e-3
 _NOISE = 0.5
-_EXAMPLE = 3
+_EXAMPLE, _NUM_MEASURED = 3, 40
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -120,18 +122,47 @@ def _tower_input(pictures: np.ndarray) -> dict[str, torch.Tensor]:
     }
 
 
-def _draw_examples(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        run = train_run(Path(scratch) / "run")
-        pictures, _, _ = noisy_digits(4, seed=1234, held_out=True)
-        shown = write_picture(pictures[_EXAMPLE], Path(scratch) / "noise.png")
-        for method in ("integrated", "rollout"):
-            output = Path(scratch) / method
-            words = ["explain", str(run), "--image", str(shown), "--text", QUESTION, "--method", method, "--output", str(output)]
-            if main(words):
-                raise SystemExit(f"`megamm {' '.join(words)}` failed")
-            shutil.copy(output / "image_0.png", folder / f"explain_{method}.png")
+def share_inside(explanation: Explanation, box: tuple[int, int, int, int]) -> float:
+    """Of all that speaks for the answer in a picture, what lies inside a box of source pixels."""
+    left, top, right, bottom = box
+    patches = [(one.xyxy, max(0.0, one.score)) for one in explanation.pictures[0].patches]
+    inside = sum(one for (x1, y1, x2, y2), one in patches if x1 >= left and y1 >= top and x2 <= right and y2 <= bottom)
+    return inside / sum(one for _, one in patches)
+
+
+def untrained(loaded: Loaded) -> Loaded:
+    """The same model with random weights."""
+    torch.manual_seed(0)
+    return dataclasses.replace(loaded, model=MegaMMForConditionalGeneration(loaded.model.config).eval())
+
+
+def _measure(run: Path, scratch: Path) -> None:
+    loaded = load_model(run, dtype=torch.float32)
+    pictures, labels, boxes = noisy_digits(_NUM_MEASURED, seed=1234, held_out=True)
+    asked = [
+        read_question(loaded, QUESTION, images=[write_picture(picture, scratch / f"{number}.png")])
+        for number, picture in enumerate(pictures)
+    ]
+    for name, model, method in [*((one, loaded, one) for one in METHODS), ("rollout, untrained", untrained(loaded), "rollout")]:
+        answer = None if model is loaded else "1"
+        found = [explain(model, one, answer=answer, method=method) for one in asked]
+        shares = [share_inside(one, box) for one, box in zip(found, boxes, strict=True)]
+        right = np.mean([one.answer.text == str(label) for one, label in zip(found, labels, strict=True)])
+        print(f"{name:20} mean {np.mean(shares):.3f}  least {min(shares):.3f}  answers right {right:.3f}", flush=True)
+
+
+def _draw(run: Path, scratch: Path, folder: Path) -> None:
+    pictures, _, _ = noisy_digits(_EXAMPLE + 1, seed=1234, held_out=True)
+    shown = write_picture(pictures[_EXAMPLE], scratch / "noise.png")
+    for method in ("integrated", "rollout"):
+        words = ["explain", str(run), "--image", str(shown), "--text", QUESTION, "--method", method, "--output", str(scratch / method)]
+        if main(words):
+            raise SystemExit(f"`megamm {' '.join(words)}` failed")
+        shutil.copy(scratch / method / "image_0.png", folder / f"explain_{method}.png")
 
 
 if __name__ == "__main__":
-    _draw_examples(Path(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as name:
+        trained = train_run(Path(name) / "run")
+        _draw(trained, Path(name), Path(sys.argv[1]))
+        _measure(trained, Path(name))

@@ -17,7 +17,8 @@ def find_answer(loaded: Loaded, question: Question, given: str | None, *, max_ne
     """The answer that is explained: what the model says greedily, or its head's likeliest label, or what is given.
 
     Raises:
-        ConfigError: The answer is empty or no label of the head, the head is not linear, or all is longer than the decoder's positions.
+        ConfigError: The answer is empty or no label of the head, the head is not linear or has nothing to look at, or all is longer
+            than the decoder's positions.
     """
     if loaded.model.head is not None:
         return _find_label(loaded, question, given)
@@ -40,6 +41,8 @@ def _find_label(loaded: Loaded, question: Question, given: str | None) -> Answer
     if not isinstance(head, LinearHead):
         kind = loaded.model.head.settings.kind
         raise ConfigError(f"a {kind} head gives no label that could be explained; explain a run with a linear head or without a head")
+    if loaded.model.head.settings.states == "towers" and not question.image_files and not question.audio_files:
+        raise ConfigError("the head looks at pictures and sounds alone, and the question has none; give --image or --audio")
     if given is not None and given not in head.labels:
         raise ConfigError(f"--answer {given!r} is no label of the head{did_you_mean(given, head.labels)}")
     if given is not None:

@@ -102,21 +102,27 @@ class LogOdds:
             logits = logits["labels"][:, None]
         return logits.float(), wanted.expand(len(ids), -1).unsqueeze(-1)
 
-    def read_at(self) -> tuple[str, torch.Tensor]:
-        """Whose states the answer is read from (`decoder`, `vision`, `audio`), and from which: float64[states], which sum to one."""
+    def read_at(self) -> dict[str, torch.Tensor]:
+        """Which states the answer is read from: of `decoder`, `vision` and `audio` float64[states]; all together sum to one.
+
+        Towers that a head sees side by side count alike.
+        """
         if self.answer.label is None:
             row = torch.zeros(len(self.input_ids), dtype=torch.float64)
             row[self.num_prompt_tokens - 1 :] = 1 / len(self.answer.token_ids)
-            return "decoder", row
+            return {"decoder": row}
         settings = self.model.head.settings
         num_states = {
             "decoder": len(self.input_ids),
             "vision": sum(image.grid[0] * image.grid[1] for image in self.prompt.images),
             "audio": sum(audio.num_tokens for audio in self.prompt.audios),
-        }[settings.states]
-        if settings.pool == "mean":
-            return settings.states, torch.full((num_states,), 1 / num_states, dtype=torch.float64)
-        return settings.states, torch.eye(num_states, dtype=torch.float64)[-1]
+        }
+        names = ("vision", "audio") if settings.states == "towers" else (settings.states,)
+        sizes = {name: num_states[name] for name in names if num_states[name]}
+        rows = {name: torch.full((size,), 1 / size, dtype=torch.float64) for name, size in sizes.items()}
+        if settings.pool == "last":
+            rows = {name: torch.eye(size, dtype=torch.float64)[-1] for name, size in sizes.items()}
+        return {name: row / len(rows) for name, row in rows.items()}
 
     @property
     def _is_sigmoid(self) -> bool:

@@ -90,20 +90,16 @@ def trace(log_odds: LogOdds, method: AttentionMethod) -> Shares:
     with recording(log_odds.model):
         decoder, pictures, sounds = _mixings(log_odds, method)
     prompt, ids, config = log_odds.prompt, log_odds.input_ids.cpu(), log_odds.model.config
-    sizes = num_cells(prompt)
+    rows, sizes = log_odds.read_at(), num_cells(prompt)
     tokens, prefix = torch.zeros(len(ids), dtype=torch.float64), 0.0
-    cells, heard = [torch.zeros(size, dtype=torch.float64) for size in sizes], torch.zeros(len(sounds), dtype=torch.float64)
-    where, row = log_odds.read_at()
-    if where == "vision":
-        cells = list(row.split(sizes))
-    elif where == "audio":
-        heard = row
-    else:
-        *_, prefix = reached = F.pad(row, (0, 1)) @ decoder
-        tokens, seen, heard = reached[:-1], ids == config.image_token_id, reached[:-1][ids == config.audio_token_id]
-        merge = config.image_features["merge"]
+    cells = list(rows["vision"].split(sizes)) if "vision" in rows else [torch.zeros(size, dtype=torch.float64) for size in sizes]
+    heard = rows.get("audio", torch.zeros(len(sounds), dtype=torch.float64))
+    if "decoder" in rows:
+        *_, prefix = reached = F.pad(rows["decoder"], (0, 1)) @ decoder
+        tokens, seen = reached[:-1], ids == config.image_token_id
         merged = tokens[seen].split([image.num_tokens for image in prompt.images]) if prompt.images else ()
-        cells = [_spread(one, image.grid, merge) for one, image in zip(merged, prompt.images, strict=True)]
+        cells = [_spread(one, image.grid, config.image_features["merge"]) for one, image in zip(merged, prompt.images, strict=True)]
+        heard = tokens[ids == config.audio_token_id]
         tokens = tokens.masked_fill(seen | (ids == config.audio_token_id), 0.0)
     traced = [(one @ mixing).view(image.grid) for one, mixing, image in zip(cells, pictures, prompt.images, strict=True)]
     return Shares(tokens, traced, list((heard @ sounds).split([audio.num_tokens for audio in prompt.audios])), float(prefix))

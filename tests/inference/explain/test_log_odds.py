@@ -105,6 +105,9 @@ def test_what_cannot_be_asked_or_explained_is_named(plain, make_loaded, files, q
         find_answer(linear, read_question(linear, QUESTION, images=[files / "a.jpg"]), "twoo", max_new_tokens=1)
     with pytest.raises(DataError, match="holds 2 image parts"):
         read_question(linear, QUESTION, images=[files / "a.jpg", files / "b.png"])
+    fused = make_loaded(head=Head(kind="linear", labels=LABELS, states="towers"))
+    with pytest.raises(ConfigError, match="the head looks at pictures and sounds alone, and the question has none"):
+        find_answer(fused, read_question(fused, QUESTION), None, max_new_tokens=1)
     speech = make_loaded(head=Head(kind="ctc", labels=("a", "b"), states="audio"))
     with pytest.raises(ConfigError, match="a ctc head gives no label that could be explained"):
         find_answer(speech, read_question(speech, "", audios=[files / "c.flac"]), None, max_new_tokens=1)

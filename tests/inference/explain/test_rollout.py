@@ -95,7 +95,9 @@ def test_a_learned_prefix_takes_a_share_of_its_own(make_loaded, files, method):
 
 
 @pytest.mark.parametrize("method", BY_ATTENTION)
-@pytest.mark.parametrize("states, pool", [("decoder", "mean"), ("decoder", "last"), ("vision", "mean"), ("audio", "last")])
+@pytest.mark.parametrize(
+    "states, pool", [("decoder", "mean"), ("decoder", "last"), ("vision", "mean"), ("audio", "last"), ("towers", "mean")]
+)
 def test_a_head_is_traced_from_the_states_that_it_reads(make_loaded, files, method, states, pool):
     loaded = make_loaded(head=Head(kind="linear", labels=("zero", "one"), states=states, pool=pool))
     images = [] if states == "audio" else [files / "a.jpg"]
@@ -106,6 +108,8 @@ def test_a_head_is_traced_from_the_states_that_it_reads(make_loaded, files, meth
         assert float(shares.cells[0].sum()) == pytest.approx(1)
     elif states == "audio":
         assert float(shares.sounds[0].sum()) == pytest.approx(1)
+    elif states == "towers":
+        assert float(shares.cells[0].sum()) == pytest.approx(0.5) and float(shares.sounds[0].sum()) == pytest.approx(0.5)
     else:
         assert shares.tokens.any() and shares.cells[0].any() and shares.sounds[0].any()
 
