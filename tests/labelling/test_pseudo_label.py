@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from tests.support.tiny_run import random_model, write_run
 
 pytestmark = pytest.mark.integration
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 LABELS = ("zero", "one", "two")
 ASK = [{"type": "image", "member": "0.jpg"}, {"type": "text", "text": "What digit is this?"}]
 
@@ -113,8 +116,24 @@ def test_a_command_that_was_cut_off_goes_on_and_writes_the_same_bytes(run, data,
     pseudo_label(run, [str(data / "x-*.tar")], tmp_path / "cut", **words)
     again = (tmp_path / "cut" / ".progress" / "start_00002.rank_00000.jsonl").read_text().splitlines()
     assert len(again) == 13 - 5
+    # Shards that lie elsewhere are the same shards: all is asked again, and nothing is begun from something else.
+    elsewhere = shutil.copytree(data, tmp_path / "elsewhere")
+    assert pseudo_label(run, [str(elsewhere / "x-*.tar")], tmp_path / "cut", **words).num_kept == 10
     for path in (tmp_path / "whole").glob("train-*"):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.distributed
+def test_two_ranks_label_what_one_does_by_the_command(run, data, tmp_path):
+    words = ["pseudo-label", str(run), "--data", str(data / "x-*.tar"), "--threshold", "0.000001", "--batch-size", "2", "--output"]
+    for num_ranks in (1, 2):
+        command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", *words, str(tmp_path / str(num_ranks))]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280)
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert "10 of 13 samples have a label of confidence 1e-06 or more" in result.stdout
+    assert len(list((tmp_path / "2" / ".progress").glob("start_00001.rank_0000?.jsonl"))) == 2
+    for path in (tmp_path / "1").glob("train-*"):
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes(), path.name
 
 
 def test_nothing_sure_enough_is_said_and_a_lower_threshold_asks_nobody_again(run, data, tmp_path):

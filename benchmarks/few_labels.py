@@ -1,0 +1,340 @@
+"""What unlabelled data gains where only ten samples of each class are labelled: self-supervision, pseudo-labels, and both.
+
+    MEGAMM_DATA=… python -m benchmarks.few_labels [--quick] [--seeds N] [--work DIR]
+
+Every way has the same number of optimizer steps in all, of batches of the same size: what a way spends on filling in hidden cells or on a
+teacher it has less for the answers. Pictures are handwritten digits, sounds are spoken ones; the labelled samples are drawn by a keyed
+hash, another ten of each class for each seed, and all of the training split is there without its labels. The test split is the data's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from benchmarks.prepare_shared_data import DIGITS
+from benchmarks.results import Row, write
+from megamm.config import Recipe, load_recipe
+from megamm.core.types import Sample
+from megamm.data.samples.mapping import OWN_FORM, read_sample
+from megamm.data.shards.index import load_index
+from megamm.data.shards.reader import LocalReader, ShardReader
+from megamm.inference import heads
+from megamm.inference.load import load_model
+from megamm.labelling import pseudo_label
+from megamm.metrics.bootstrap import interval, mean_of
+from megamm.prepare.tokenizer import make_tokenizer
+from megamm.prepare.writer import ShardFile
+from megamm.tasks.reply import stored_reply
+from megamm.tasks.template import split_answer
+
+COMMAND = "python -m benchmarks.few_labels"
+NUM_A_CLASS = 10
+THRESHOLD = 0.9
+WAYS = ("labels alone", "self-supervised start", "pseudo-labels", "both")
+
+_RECIPE = """
+name = "few-labels"
+[tokenizer]
+text_size = 300
+location_bins = 0
+[model.text]
+type = "qwen3"
+trainable = false
+config = { hidden_size = 32, intermediate_size = 32, num_hidden_layers = 1, num_attention_heads = 2, num_key_value_heads = 1, head_dim = 16, tie_word_embeddings = true }
+[data]
+window = 1024
+[batch]
+row_tokens = 512
+global_rows = 4
+micro_rows = 4
+[optim]
+lr = 1e-3
+weight_decay = 0.05
+[schedule]
+min_ratio = 0.02
+[engine]
+precision = "fp32"
+activation_checkpointing = "none"
+[checkpoint]
+every = 0
+[telemetry]
+tensorboard = false
+every = 20
+"""  # noqa: E501
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """One kind of data.
+
+    Attributes:
+        name: For rows.
+        shards: The set of `benchmarks.prepare_shared_data`.
+        tower: Of the recipe.
+        labels: Of the classes.
+        augment: Random changes of labelled samples.
+        hidden: What is hidden from a self-supervised start.
+        recipe: Its tower, as TOML.
+    """
+
+    name: str
+    shards: str
+    tower: str
+    labels: tuple[str, ...]
+    augment: str
+    hidden: str
+    recipe: str
+
+
+MEDIA = (
+    Medium(
+        "pictures",
+        "mnist12k",
+        "vision",
+        tuple(map(str, range(10))),
+        "{image_shift=0.08,image_zoom=0.1,image_rotate_degrees=10.0}",
+        "mask_share=0.5",
+        """
+[model.vision]
+type = "siglip2_vision_model"
+config = { hidden_size = 128, intermediate_size = 384, num_hidden_layers = 4, num_attention_heads = 4, patch_size = 7, num_patches = 16, vision_use_head = false }
+[model.image_features]
+patch_size = 7
+max_patches = 16
+""",  # noqa: E501
+    ),
+    Medium(
+        "sounds",
+        "fsdd",
+        "audio",
+        DIGITS,
+        "{audio_gain_db=6.0,audio_noise=0.05,audio_speeds=[0.9,1.0,1.1]}",
+        "mask_share=0.5,mask_span=2",
+        """
+[model.audio]
+type = "qwen3_asr_encoder"
+config = { d_model = 128, encoder_layers = 3, encoder_attention_heads = 4, encoder_ffn_dim = 384, downsample_hidden_size = 32, num_mel_bins = 40 }
+[model.audio_features]
+num_mel = 40
+""",  # noqa: E501
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Optimizer steps.
+
+    Attributes:
+        all: That every way has.
+        hidden: Of which a self-supervised start takes these.
+        teacher: And a teacher of pseudo-labels these.
+        num_test: Test samples that are asked about; 0 for all.
+    """
+
+    all: int = 1000
+    hidden: int = 600
+    teacher: int = 150
+    num_test: int = 0
+
+
+FULL, QUICK = Budget(), Budget(all=12, hidden=4, teacher=4, num_test=100)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One kind of data with its shards and tokenizer below a folder, and the commands that train on it."""
+
+    medium: Medium
+    folder: Path
+    budget: Budget
+
+    def recipe(self, num_steps: int, datasets: Sequence[str], head: str) -> Recipe:
+        """The recipe over some datasets, as overrides of `data.train`, with a head."""
+        path = self.folder / "recipe.toml"
+        path.write_text(_RECIPE + self.medium.recipe)
+        train = [f"--data.train.{dataset}" for dataset in datasets]
+        places = [f"--data.root={self.folder}", f"--tokenizer.folder={self.folder / 'tokenizer'}"]
+        steps = [f"--train.steps={num_steps}", f"--schedule.warmup_steps={min(20, num_steps // 5)}"]
+        return load_recipe(str(path), [*places, *train, *steps, f"--model.head={head}"])
+
+    def train(self, run: str, num_steps: int, datasets: Sequence[str], *, head: str = "", source: str = "") -> str:
+        """Train a run unless it is there; with the labels' head unless another is given. Returns its name."""
+        path = self.folder / "runs" / run
+        if not (path / "DONE").is_file():
+            recipe = self.recipe(num_steps, datasets, head or self._labels_head)
+            _train_alone(recipe, path, self.folder / "runs" / source if source else None)
+        return run
+
+    def hidden(self) -> str:
+        """The run that fills in what is hidden of all training samples; the same for all seeds."""
+        head = f'{{kind="masked",states="{self.medium.tower}",{self.medium.hidden}}}'
+        return self.train("hidden", self.budget.hidden, [f'all={{shards="{self._all}"}}'], head=head)
+
+    def labelled(self, seed: int) -> str:
+        """The dataset of a seed's labelled samples."""
+        name = f"few-{seed}"
+        path = self.folder / f"{name}-00000.tar"
+        if not path.is_file():
+            write_few(sorted(self.folder.glob("train-*.tar")), path, seed)
+        return f'labelled={{shards="{name}-*.tar",augment={self.medium.augment}}}'
+
+    def way(self, way: str, seed: int) -> tuple[str, Path | None]:
+        """Train one way. Returns the run, and the folder of its pseudo-labels."""
+        labelled, budget = self.labelled(seed), self.budget
+        start = self.hidden() if way in ("self-supervised start", "both") else ""
+        left = budget.all - (budget.hidden if start else 0)
+        name = f"{way.replace(' ', '-')}-{seed}"
+        if way in ("labels alone", "self-supervised start"):
+            return self.train(name, left, [labelled], source=start), None
+        teacher = self.train(f"{name}-teacher", budget.teacher, [labelled], source=start)
+        given = self.folder / f"given-{name}"
+        if not (given / "pseudo-labels.json").is_file():
+            # What a short run's teacher is sure of is nothing; its way is walked all the same.
+            threshold = THRESHOLD if budget is FULL else 0.01
+            pseudo_label(self.folder / "runs" / teacher, [str(self.folder / self._all)], given, threshold=threshold)
+        datasets = [labelled, f'given={{shards="{given.name}/train-*.tar",weight=3.0,augment={self.medium.augment}}}']
+        return self.train(name, left - budget.teacher, datasets, source=start), given
+
+    def correct(self, run: str) -> np.ndarray:
+        """float64[N]: which test samples a run answers rightly."""
+        path = self.folder / "runs" / run / "correct.json"
+        if not path.is_file():
+            samples = list(test_samples(sorted(self.folder.glob("test-*.tar")), self.budget.num_test))
+            replies = heads.predict(load_model(self.folder / "runs" / run), samples, batch_size=64)
+            path.write_text(json.dumps([reply.text == answer_of(sample) for reply, sample in zip(replies, samples, strict=True)]))
+        return np.array(json.loads(path.read_text()), dtype=np.float64)
+
+    @property
+    def _all(self) -> str:
+        return "train-*.tar"
+
+    @property
+    def _labels_head(self) -> str:
+        return f'{{kind="linear",labels={json.dumps(self.medium.labels)},states="{self.medium.tower}"}}'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="pictures alone and a few steps: whether it runs; no result")
+    parser.add_argument("--seeds", type=int, default=2, help="draws of the labelled samples (default: 2)")
+    parser.add_argument("--work", type=Path, default=None, help="keep shards and runs here, and go on with what is there")
+    arguments = parser.parse_args()
+    if not os.environ.get("MEGAMM_DATA"):
+        sys.exit("MEGAMM_DATA is not set; point it at the folder of the real test data")
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = measure(
+            (arguments.work or Path(scratch)).resolve(), quick=arguments.quick, num_seeds=1 if arguments.quick else arguments.seeds
+        )
+    print(write("few_labels", COMMAND, rows, quick=arguments.quick).with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def measure(work: Path, *, quick: bool, num_seeds: int) -> list[Row]:
+    """All rows.
+
+    Args:
+        work: Folder of shards and runs; what is there is not made again.
+        quick: Pictures alone, a few steps.
+        num_seeds: Draws of the labelled samples.
+    """
+    rows: list[Row] = []
+    for medium in MEDIA[:1] if quick else MEDIA:
+        experiment = Experiment(medium, prepare_set(medium, work), QUICK if quick else FULL)
+        rows += medium_rows(experiment, range(num_seeds))
+    return rows
+
+
+def medium_rows(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Row]:
+    """Accuracy of each way, its gain over labels alone, and what became of pseudo-labels."""
+    by_way: dict[str, np.ndarray] = {}
+    name, budget = experiment.medium.name, experiment.budget
+    for way in WAYS:
+        runs = [experiment.way(way, seed) for seed in seeds]
+        by_way[way] = np.stack([experiment.correct(run) for run, _ in runs])
+        each = ", ".join(f"{one:.3f}" for one in by_way[way].mean(1))
+        peer = f"{_interval(by_way[way].mean(0))}; by draw of labels: {each}; {budget.all} steps in all"
+        yield Row(f"{name}: {way}", float(by_way[way].mean()), "accuracy", peer=peer)
+        for seed, (_, given) in zip(seeds, runs, strict=True):
+            if given is not None:
+                report = json.loads((given / "pseudo-labels.json").read_text())
+                kept = f"{report['num_kept']} of {report['num_samples']}, of which {report['accuracy_kept']:.3f} are right"
+                share = report["num_kept"] / report["num_samples"]
+                yield Row(f"{name}: {way}, kept, draw {seed}", share, "of the unlabelled", peer=f"{kept}; all: {report['accuracy']:.3f}")
+    for way in WAYS[1:]:
+        gain = (by_way[way] - by_way["labels alone"]).mean(0)
+        yield Row(f"{name}: {way} - labels alone", float(gain.mean()), "accuracy", goal="> 0", peer=_interval(gain))
+
+
+def prepare_set(medium: Medium, work: Path) -> Path:
+    """Shards of a set through the ordinary command, and its tokenizer."""
+    folder = work / medium.shards
+    if not (folder / "train-report.json").is_file():
+        words = ["-m", "benchmarks.prepare_shared_data", "--output", str(work), "--only", medium.shards]
+        subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr)
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        make_tokenizer(Experiment(medium, folder, FULL).recipe(1, ['all={shards="train-*.tar"}'], '{kind="linear",labels=["0"]}'))
+    return folder
+
+
+def write_few(tars: Sequence[Path], path: Path, seed: int) -> None:
+    """Copy the first samples of each class in an order that the seed and their keys decide."""
+    found: dict[str, list[tuple[int, str, dict[str, bytes]]]] = defaultdict(list)
+    with closing(LocalReader()) as reader:
+        for tar in tars:
+            shard = ShardReader(tar, load_index(tar), reader)
+            for number in range(shard.index.num_samples):
+                key = shard.index.key(number)
+                answer = answer_of(read_sample(shard, number, OWN_FORM, media=False))
+                found[answer].append((xxhash.xxh3_64_intdigest(key.encode(), seed), key, shard.sample(number)))
+    chosen = [one for of_class in found.values() for one in sorted(of_class, key=lambda one: one[:2])[:NUM_A_CLASS]]
+    with ShardFile(path) as file:
+        for _, key, files in sorted(chosen, key=lambda one: one[:2]):
+            file.add(key, files)
+
+
+def test_samples(tars: Sequence[Path], num_wanted: int) -> Iterator[Sample]:
+    """The first samples of some shards; all where no number is wanted."""
+    left = num_wanted or sys.maxsize
+    with closing(LocalReader()) as reader:
+        for tar in tars:
+            shard = ShardReader(tar, load_index(tar), reader)
+            for number in range(min(left, shard.index.num_samples)):
+                yield read_sample(shard, number, OWN_FORM)
+            left -= min(left, shard.index.num_samples)
+
+
+def answer_of(sample: Sample) -> str:
+    """What is stored as a sample's label."""
+    return stored_reply(split_answer(sample.messages)[1], {}).text.strip()
+
+
+def _interval(values: np.ndarray) -> str:
+    found = interval(mean_of(values), len(values))
+    return f"{found.level:.0%} by test samples: {found.low:.3f} to {found.high:.3f}"
+
+
+def _train_alone(recipe: Recipe, run: Path, source: Path | None) -> None:
+    """What `megamm pretrain` and `finetune` do, on one rank."""
+    from megamm.train.data import DataChanges
+    from megamm.train.interruption import StopRequest
+    from megamm.train.pretrain import pretrain
+
+    with StopRequest(run / "STOP") as stop:
+        pretrain(recipe, run, resume="auto", changes=DataChanges(), stop=stop, source=source)
+
+
+if __name__ == "__main__":
+    main()

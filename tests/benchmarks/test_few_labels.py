@@ -1,0 +1,83 @@
+"""The short form of the benchmark of few labels, on a small set in the place of the real one: every way is walked, by the real commands."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import few_labels
+from benchmarks.few_labels import MEDIA, QUICK, WAYS, Experiment, answer_of, medium_rows, write_few
+from megamm.core.files import write_json
+from megamm.data.samples.mapping import OWN_FORM, read_sample
+from megamm.data.shards.index import load_index, write_index
+from megamm.data.shards.reader import LocalReader, ShardReader
+from tests.support.shards import as_files, chat, jpeg, write_tar
+
+ASK = [{"type": "image", "member": "0.png"}, {"type": "text", "text": "Which digit is this?"}]
+
+
+def write_set(folder: Path, num_train: int, num_test: int) -> None:
+    for split, num in (("train", num_train), ("test", num_test)):
+        samples = {
+            f"{split}-{number}": as_files(chat(ASK, str(number % 10)), _0_png=jpeg(28, 28, seed=number, format="PNG"))
+            for number in range(num)
+        }
+        write_index(write_tar(folder / f"{split}-00000.tar", samples))
+    write_json(folder / "train-report.json", {})
+
+
+def read(tar: Path) -> dict[str, str]:
+    reader = LocalReader()
+    shard = ShardReader(tar, load_index(tar), reader)
+    found = {shard.index.key(number): answer_of(read_sample(shard, number, OWN_FORM)) for number in range(shard.index.num_samples)}
+    reader.close()
+    return found
+
+
+def test_ten_of_each_class_are_drawn_the_same_way_again_and_others_by_another_seed(tmp_path):
+    write_set(tmp_path, 150, 1)
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_few([tmp_path / "train-00000.tar"], tmp_path / f"{name}.tar", seed)
+        found.append(read(tmp_path / f"{name}.tar"))
+    assert found[0] == found[1] and found[0].keys() != found[2].keys()
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert Counter(found[2].values()) == {str(digit): 10 for digit in range(10)}
+
+
+def test_ways_differ_in_how_they_spend_the_same_steps(monkeypatch, tmp_path):
+    """Of each run the steps, which add up along the way that leads to it."""
+    steps, sources = {}, {}
+
+    def note(self, run, num_steps, datasets, *, head="", source=""):
+        steps[run], sources[run] = num_steps, source
+        return run
+
+    monkeypatch.setattr(Experiment, "train", note)
+    monkeypatch.setattr(few_labels, "pseudo_label", lambda *_, **__: None)
+    monkeypatch.setattr(few_labels, "write_few", lambda *_: None)
+    experiment = Experiment(MEDIA[0], tmp_path, few_labels.FULL)
+    for way in WAYS:
+        run, given = experiment.way(way, 0)
+        teacher = steps[f"{run}-teacher"] if given is not None else 0
+        assert steps[run] + teacher + (steps["hidden"] if sources[run] else 0) == few_labels.FULL.all
+        assert sources[run] == ("hidden" if way in ("self-supervised start", "both") else "")
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1200)
+def test_every_way_is_trained_and_has_its_rows(tmp_path):
+    write_set(tmp_path / "mnist12k", 120, QUICK.num_test)
+    rows = {row.row: row for row in few_labels.measure(tmp_path, quick=True, num_seeds=1)}
+    assert [f"pictures: {way}" in rows for way in WAYS] == [True] * 4
+    assert all(0 <= rows[f"pictures: {way}"].value <= 1 for way in WAYS)
+    assert [name for name, row in rows.items() if row.goal] == [f"pictures: {way} - labels alone" for way in WAYS[1:]]
+    assert rows["pictures: both, kept, draw 0"].value == 1.0, "the short form keeps every label"
+    # What is there is not made again, and says the same.
+    experiment = Experiment(MEDIA[0], tmp_path / "mnist12k", QUICK)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mnist12k" / "runs").glob("*/DONE")}
+    assert {row.row: row.value for row in medium_rows(experiment, [0])} == {name: row.value for name, row in rows.items()}
+    assert len(before) == 7 and before == {path: path.stat().st_mtime_ns for path in before}
+    right = np.array([experiment.correct(run).mean() for run in ("labels-alone-0", "both-0")])
+    assert right.tolist() == pytest.approx([rows["pictures: labels alone"].value, rows["pictures: both"].value])
