@@ -114,7 +114,7 @@ class RowLayout:
         if prompt:
             parts.append({"type": "text", "text": prompt})
         if not parts:
-            raise DataError(f"no question: {self._named(_QUESTION)} are empty")
+            raise DataError(f"no question: nothing in {self._named(_QUESTION)}")
         return parts
 
     def _answer(self, values: Mapping[str, Any], row: _RowParts) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ class RowLayout:
         for value in self.media(values, "mask"):
             parts.append(row.mask(value, self._text(values, "mask_label", "object")))
         if not parts:
-            raise DataError(f"no answer: {self._named(_ANSWER)} are empty")
+            raise DataError(f"no answer: nothing in {self._named(_ANSWER)}")
         return parts
 
     def _text(self, values: Mapping[str, Any], field: str, missing: str | None = None) -> str:

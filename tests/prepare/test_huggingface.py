@@ -89,7 +89,7 @@ def test_groups_and_unlabelled_rows(tmp_path):
     assert not groups[0] & groups[1]
     assert groups[0] | groups[1] == set("01234")
     skipped = [reason for split in ("train", "test") for _, _, reason in omitted(tmp_path / "out", split)]
-    assert skipped == ["no answer: label are empty"] * 20
+    assert skipped == ["no answer: nothing in label"] * 20
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,10 @@ BAD = {
     "mask that is absent": (asked("segmentation", [PICTURE], mask("n"), _0_jpg=JPEG), "1.png is missing"),
     "picture that is absent": (asked("captioning", [PICTURE], said("a cat")), "0.jpg is missing"),
     "sound of nothing": (asked("speech_recognition", [WAVE], said("one"), _0_wav=wav(0)), "0 samples"),
-    "sound without bytes": (asked("speech_recognition", [SOUND], said("one"), _0_flac=b""), "header cannot be read"),
+    "sound without bytes": (
+        asked("speech_recognition", [SOUND], said("one"), _0_flac=b""),
+        "read (Format not recognised.)",
+    ),
     "sound too long": (asked("speech_recognition", [SOUND], said("one"), _0_flac=flac(40_000)), "2.5 s"),
     "item that is unknown": (asked("recommendation", [{"type": "item", "id": "cup"}], [{"type": "item", "id": "lmap"}]), "'lmap'"),
 }

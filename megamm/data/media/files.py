@@ -309,7 +309,9 @@ def _mono(sound) -> np.ndarray:
 
 
 def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    # libsndfile's own words, without the object that soundfile puts before them.
+    words = str(getattr(error, "error_string", error))
+    return " ".join(words.split())[:120] or type(error).__name__
 
 
 PICTURE = Decoder("image", _picture_facts, decode_picture)
