@@ -1,4 +1,6 @@
-"""Causal attention over packed rows: a token sees the earlier tokens of its own document and nothing else.
+"""Attention over packed rows: a token sees its own document and nothing else, in the decoder only the tokens before it.
+
+The patches of several pictures are packed as documents as well, so that a small picture beside a large one costs what it is.
 
 An attention layer may hold a learned prefix (`adapters.Prefix`): keys and values that every token of every document sees besides.
 
@@ -30,6 +32,9 @@ KeysValues: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 """Keys and values of a prefix, [K, P, D] each."""
 
 _PADDING_BLOCK = 128
+# Up to here a product, a softmax and a product are faster in bfloat16 on a CPU than torch's fused kernel, which converts every block:
+# 6 times at 35 tokens, 2 times at 512, forward and backward together; in float32 both take as long.
+_LONGEST_PRODUCT = 512
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def document_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | Documents | None,
     *,
     documents: Documents | None = None,
     scaling: float | None = None,
@@ -99,11 +104,12 @@ def document_attention(
     """Attend within documents; without `documents` this is transformers' `sdpa`, KV cache and masks included.
 
     Args:
-        module: The attention layer that calls; its `prefix`, where it has one, stands before every document.
+        module: The attention layer that calls; its `prefix`, where it has one, stands before every document, and its `is_causal` says
+            whether a token sees those behind it.
         query: [B, H, S, D].
         key: [B, K, S, D].
         value: [B, K, S, D].
-        attention_mask: Read only without `documents`.
+        attention_mask: Read only without `documents`; towers whose layers hand nothing else through give those here.
         documents: What `make_documents` returned for this batch.
         scaling: Factor on the scores.
         dropout: Must be 0 over documents.
@@ -118,7 +124,9 @@ def document_attention(
     """
     # Always called, whatever the rows hold: ranks must gather it in the same order.
     prefix = module.prefix() if hasattr(module, "prefix") else None
-    if documents is None:
+    if isinstance(attention_mask, Documents):
+        documents = attention_mask
+    elif documents is None:
         if prefix is not None:
             key, value, attention_mask = _behind_prefix(prefix, query, key, value, attention_mask)
         return sdpa_attention_forward(
@@ -129,9 +137,9 @@ def document_attention(
             f"attention over packed documents has no dropout ({dropout}) and no sliding window ({sliding_window}); "
             "set attention_dropout=0 and use_sliding_window=false in the text config"
         )
-    if documents.boundaries is not None:
-        return _varlen(query, key, value, documents, scaling, prefix), None
-    return _group_by_group(query, key, value, documents, scaling, prefix), None
+    is_causal = getattr(module, "is_causal", True)
+    run = _group_by_group if documents.boundaries is None else _varlen
+    return run(query, key, value, documents, scaling, prefix, is_causal=is_causal), None
 
 
 def _behind_prefix(
@@ -155,6 +163,8 @@ def _group_by_group(
     documents: Documents,
     scaling: float | None,
     prefix: KeysValues | None,
+    *,
+    is_causal: bool,
 ) -> torch.Tensor:
     """One call for all documents of a length: short documents cost a kernel call more than they cost arithmetic."""
     before = _before_documents(prefix, query)
@@ -163,17 +173,31 @@ def _group_by_group(
     # All groups in one selection: a backward of many selections would add up as many gradients of the whole batch.
     q, k, v = (x.transpose(1, 2).flatten(0, 1).index_select(0, documents.places).split(sizes) for x in (query, key, value))
     outputs = [
-        F.scaled_dot_product_attention(
+        _attend(
             *(_with_prefix(own, x[group].unflatten(0, shape)).transpose(1, 2) for own, x in zip(before, (q, k, v), strict=True)),
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=num_heads != key.shape[1],
+            is_causal=is_causal,
+            scaling=scaling,
         )[:, :, 0 if prefix is None else prefix[0].shape[1] :]
         for group, shape in enumerate(documents.groups)
     ]
     real = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
     out = real.new_zeros(num_rows * row_tokens, num_heads, value.shape[3]).index_copy(0, documents.places, real)
     return out.view(num_rows, row_tokens, num_heads, value.shape[3])
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scaling: float | None) -> torch.Tensor:
+    """[N, H, T, D] from [N, H, T, D] and twice [N, K, T, D]."""
+    num_heads, num_tokens, head_size = query.shape[1:]
+    groups = num_heads // key.shape[1]
+    if query.is_cuda or query.dtype != torch.bfloat16 or num_tokens > _LONGEST_PRODUCT:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=groups > 1)
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (head_size**-0.5 if scaling is None else scaling)
+    if is_causal:
+        later = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores.softmax(-1) @ value
 
 
 def _before_documents(prefix: KeysValues | None, query: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -211,6 +235,8 @@ def _varlen(
     documents: Documents,
     scaling: float | None,
     prefix: KeysValues | None,
+    *,
+    is_causal: bool,
 ) -> torch.Tensor:
     num_rows, num_heads, row_tokens, head_size = query.shape
     groups = num_heads // key.shape[1]
@@ -222,7 +248,7 @@ def _varlen(
         bounds, longest = bounds + num_prefix * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device), longest + num_prefix
     # Repeated heads, because grouped queries came to this kernel only after its first releases.
     q, k, v = (x.repeat_interleave(groups, dim=1) if x.shape[1] != num_heads else x for x in flat)
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0) if is_causal else (-1, -1))
     return (out if places is None else out[places]).view(num_rows, row_tokens, num_heads, head_size)
 
 

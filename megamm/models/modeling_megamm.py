@@ -78,6 +78,8 @@ class MegaMMModel(MegaMMPreTrainedModel):
         implementation = config.text_config._attn_implementation or config._attn_implementation
         if implementation == "sdpa":
             config.text_config._attn_implementation = DOCUMENT_ATTENTION
+            if config.vision_config is not None and config.is_patch_tower:
+                config.vision_config._attn_implementation = DOCUMENT_ATTENTION
         self.language_model = AutoModel.from_config(config.text_config)
         self.vision_tower = self.vision_projector = self.audio_tower = self.multi_modal_projector = None
         if config.vision_config is not None:
@@ -121,11 +123,7 @@ class MegaMMModel(MegaMMPreTrainedModel):
         """
         pixel_values = pixel_values.to(self.vision_projector.linear_1.weight.dtype)
         if self.config.is_patch_tower:
-            hidden = self.vision_tower(
-                pixel_values=pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
-            ).last_hidden_state
-            grids = spatial_shapes.tolist()
-            maps = [one[: rows * columns].view(rows, columns, -1) for one, (rows, columns) in zip(hidden, grids, strict=True)]
+            maps = self._patch_maps(pixel_values, pixel_attention_mask, spatial_shapes)
         else:
             hidden = self.vision_tower(pixel_values=pixel_values).last_hidden_state
             maps = list(self._feature_map(hidden, pixel_values.shape[-1]))
@@ -133,6 +131,24 @@ class MegaMMModel(MegaMMPreTrainedModel):
             tower_states["vision"] = maps
         merge = self.config.image_features["merge"]
         return self.vision_projector(torch.cat([merge_neighbours(one, merge) for one in maps]))
+
+    def _patch_maps(self, pixel_values: torch.Tensor, mask: torch.Tensor, spatial_shapes: torch.Tensor) -> list[torch.Tensor]:
+        """float[rows, columns, channels] of each picture that a NaFlex tower sees.
+
+        The tower's own forward pads all pictures to the largest; its layers on packed patches give the same without the padding.
+        """
+        tower = self.vision_tower
+        grids = spatial_shapes.tolist()
+        sizes = [rows * columns for rows, columns in grids]
+        if tower.config._attn_implementation != DOCUMENT_ATTENTION or getattr(tower, "use_head", False):
+            padded = tower(pixel_values=pixel_values, pixel_attention_mask=mask, spatial_shapes=spatial_shapes).last_hidden_state
+            real = [one[:size] for one, size in zip(padded, sizes, strict=True)]
+        else:
+            embedded = tower.embeddings(pixel_values, spatial_shapes)
+            packed = torch.cat([one[:size] for one, size in zip(embedded, sizes, strict=True)])[None]
+            hidden = tower.encoder(inputs_embeds=packed, attention_mask=make_documents([sizes], None, packed))
+            real = tower.post_layernorm(hidden.last_hidden_state)[0].split(sizes)
+        return [one.view(rows, columns, -1) for one, (rows, columns) in zip(real, grids, strict=True)]
 
     def _feature_map(self, hidden: torch.Tensor, side: int) -> torch.Tensor:
         """float[N, rows, columns, channels] of a fixed-size tower that returns a map or a sequence of patches."""

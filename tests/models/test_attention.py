@@ -50,6 +50,34 @@ def test_documents_equal_masked_attention_forward_and_backward(rows, seed):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("longest", [512, 8])
+def test_bfloat16_on_a_cpu_equals_the_reference_by_products_and_by_the_kernel(is_causal, longest, monkeypatch):
+    monkeypatch.setattr(attention, "_LONGEST_PRODUCT", longest)
+    lengths = [[5, 20, 5], [30]]
+    exact = _projections(2, 30, 3)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=is_causal)
+    documents = make_documents(lengths, None, torch.zeros(2, 30, 32))
+    out, _ = document_attention(module, *rounded, documents, scaling=0.3)
+    expected, _ = document_attention(module, *exact, None, documents=documents, scaling=0.3)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=0.03)
+    upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    ours, theirs = torch.autograd.grad(out, rounded, upstream.bfloat16()), torch.autograd.grad(expected, exact, upstream)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.05, atol=0.1)
+
+
+def test_without_is_causal_a_token_sees_what_is_behind_it_and_no_other_document():
+    query, key, value = _projections(1, 7, 4)
+    documents = make_documents([[3, 4]], None, torch.zeros(1, 7, 32))
+    out, _ = document_attention(SimpleNamespace(num_key_value_groups=2, is_causal=False), query, key, value, documents, scaling=0.3)
+    for first, end in ((0, 3), (3, 7)):
+        own = [x[:, :, first:end] for x in (query, key, value)]
+        expected = F.scaled_dot_product_attention(*own, scale=0.3, enable_gqa=True).transpose(1, 2)
+        torch.testing.assert_close(out[:, first:end], expected, rtol=0, atol=1e-12)
+
+
 def test_without_documents_it_is_plain_sdpa_with_its_mask():
     query, key, value = _projections(2, 6, 0)
     mask = torch.rand(2, 1, 6, 6) > 0.3

@@ -43,8 +43,9 @@ def test_every_tower_runs_once_in_one_order(name):
     model = tiny_model().train()
     model.run_every_tower = True
     order: list[str] = []
-    for part in (*PARTS, "language_model"):
-        getattr(model.model, part).register_forward_pre_hook(lambda *_, part=part: order.append(part))
+    for part, module in {**dict.fromkeys((*PARTS, "language_model"), ""), "vision_tower": ".encoder"}.items():
+        # Patches are packed, so that the tower's parts run and not its own forward.
+        model.model.get_submodule(part + module).register_forward_pre_hook(lambda *_, part=part: order.append(part))
     model(**batch_inputs(_batch(name), torch.device("cpu"), torch.float32))
     assert order == [*PARTS, "language_model"]
 
@@ -75,7 +76,7 @@ def test_frozen_towers_still_run_and_their_projectors_still_get_gradients(name, 
     for part in frozen:
         getattr(model.model, part).requires_grad_(False)
     ran = []
-    model.model.vision_tower.register_forward_pre_hook(lambda *_: ran.append("vision"))
+    model.model.vision_tower.encoder.register_forward_pre_hook(lambda *_: ran.append("vision"))
     model.model.audio_tower.register_forward_pre_hook(lambda *_: ran.append("audio"))
     model(**batch_inputs(_batch(name), torch.device("cpu"), torch.float32)).loss.backward()
     assert ran == ["vision", "audio"]

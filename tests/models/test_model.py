@@ -57,6 +57,28 @@ def test_packed_rows_equal_the_same_samples_one_by_one(dtype, tolerance, changes
         assert grad.abs().max() > 1e-6 or name.endswith("k_proj.bias"), f"{name} carries no signal, so this test sees nothing of it"
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_packed_patches_equal_the_towers_own_padded_forward(checkpointing):
+    """Values and gradients of pictures of several sizes at once."""
+    model = tiny_model().to(DOUBLE).train()
+    set_activation_checkpointing(model, checkpointing)
+    inputs = batch_inputs(pack([[one for one in _mixed() if one.pictures]], 60), torch.device("cpu"), DOUBLE)
+    pictures = {name: inputs[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+    tower = model.model.vision_tower
+    found = []
+    for implementation in (tower.config._attn_implementation, "sdpa"):
+        tower.config._attn_implementation = implementation
+        model.zero_grad()
+        features = model.model.get_image_features(**pictures)
+        (features * torch.arange(features.numel()).view_as(features).cos()).sum().backward()
+        found.append({"features": features} | {name: one.grad for name, one in model.named_parameters() if one.grad is not None})
+    packed, padded = found
+    assert packed.keys() == padded.keys() and any("encoder.layers.1" in name for name in packed)
+    for name, value in packed.items():
+        atol = 1e-5 if "position_embedding" in name else 1e-11
+        torch.testing.assert_close(value, padded[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_packed_logits_equal_single_documents_under_plain_sdpa():
     model = tiny_model().to(DOUBLE).eval()
     documents = _mixed()
