@@ -47,14 +47,14 @@ def write(explanation: Explanation, question: Question, loaded: Loaded, folder: 
     Returns:
         The files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.unlink()
     drawn = {f"image_{number}": draw_picture(explanation, number, picture) for number, picture in enumerate(question.pictures)}
     drawn |= {f"audio_{number}": draw_sound(explanation, number, loaded.media.audio) for number in range(len(question.seconds))}
     if explanation.words:
         drawn["text"] = draw_words(explanation)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink()
     for name, content in drawn.items():
         with atomic_file(folder / f"{name}.png") as file:
             file.write(content)

@@ -58,7 +58,7 @@ def test_the_digit_has_most_of_the_answer_and_the_noise_around_it_little(loaded,
 def test_a_model_that_learnt_nothing_points_at_the_digit_far_less(asked, loaded):
     random = untrained(loaded)
     shares = [share_inside(explain(random, question, answer="1", method="rollout"), box) for question, box in asked]
-    # Measured: 0.23. A digit is unlike the noise around it, even to a model that cannot read.
+    # Measured: 0.20. A digit is unlike the noise around it, even to a model that cannot read.
     assert np.mean(shares) < LEAST["rollout"]
 
 
