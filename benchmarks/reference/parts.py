@@ -51,7 +51,6 @@ def main(setting: Setting) -> bool:
     work.evaluate("main")
     if SHOP in sets_of(setting.load(setting.recipe)):
         shop = Shop.read(setting.data / SHOP)
-        print("\nranking all items for each customer", flush=True)
         model_figures(work.run_folder("main"), work.shards / SHOP, shop, work.folder / "main" / "shop.json")
     return True
 
@@ -75,7 +74,8 @@ def single(setting: Setting) -> bool:
     work.run("data", "plan-lengths", setting.recipe, *work.recipe_overrides(setting.recipe))
     shares = token_shares(recipe)
     done = True
-    for name in SINGLE_SETS[:1] if work.quick else SINGLE_SETS:
+    sets = [name for name in SINGLE_SETS if name in sets_of(recipe)]
+    for name in sets[:1] if work.quick else sets:
         share = sum(share for dataset, share in shares.items() if set_of(recipe, "train", dataset) == name)
         done = done and _trained_alone(setting, recipe, name, share)
     return done

@@ -162,6 +162,7 @@ def model_figures(run: Path, shards: Path, shop: Shop, output: Path) -> dict[str
     """
     step = read_json(run / "DONE")["step"]
     if not output.is_file() or read_json(output)["step"] != step:
+        print("\nranking all items for each customer", flush=True)
         rankings = _rankings(run, shards, {customer.name: customer for customer in shop.asked}, shop.items)
         customers = [customer for customer in shop.asked if customer.name in rankings]
         rows = {item: row for row, item in enumerate(shop.items)}
