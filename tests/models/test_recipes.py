@@ -13,6 +13,7 @@ from tests.support.multimodal import CONTROL_IDS
     [
         ("tiny", 0.7e6, 1.3e6),
         ("tiny_lora", 0.7e6, 1.3e6),
+        ("reference", 8e6, 9.5e6),
         ("reference_speaker", 0.5e6, 0.7e6),
         ("reference_sounds", 0.5e6, 0.7e6),
         ("small", 55e6, 65e6),
