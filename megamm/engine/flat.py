@@ -78,7 +78,8 @@ class FlatState:
     def add_to_gradient(self, param: Any, addition: torch.Tensor) -> None:
         """Add to what this rank holds of the step's gradient."""
         if param._hp_mapping is not None:
-            self._gradient_fragment(param).add_(addition)
+            fragment = self._gradient_fragment(param)
+            fragment.add_(addition.to(fragment.device))
 
     def _gradient_fragment(self, param: Any) -> torch.Tensor:
         flat = param._hp_mapping.get_lp_grad_fragment(param._index_in_param_group).view(-1)

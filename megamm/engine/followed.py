@@ -1,7 +1,7 @@
 """Parameters that somebody follows while they train: their gradients, masters and averages, as far as this rank holds them.
 
 All are flat slices with the bounds of `partitions.local_state`, padding left out. What is followed is meant to be small, such as an
-adapter: all of it is copied.
+adapter: all of it is copied, to where the model computes, wherever its masters lie.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def bounds(engine: Engine, names: Iterable[str]) -> dict[str, tuple[int, int]]:
 def gradients(engine: Engine, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """float32 copies of the step's gradient, between the last backward and the step; fp16's loss scale is taken out."""
     state = state_of(engine)
-    return {name: state.gradient(param).float() / engine.loss_scale for name, param in _named(engine, names)}
+    return {name: state.gradient(param).to(param.device, torch.float32) / engine.loss_scale for name, param in _named(engine, names)}
 
 
 def add_to_gradients(engine: Engine, additions: Mapping[str, torch.Tensor]) -> None:
@@ -53,13 +53,15 @@ def add_to_gradients(engine: Engine, additions: Mapping[str, torch.Tensor]) -> N
 
 def masters(engine: Engine, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """float32 copies of the weights."""
-    wanted = {id(param): name for name, param in _named(engine, names)}
+    params = dict(_named(engine, names))
+    wanted = {id(param): name for name, param in params.items()}
     state = state_of(engine)
-    found = {name: torch.zeros(0) for name in wanted.values()}
+    # Lower stages name only what this rank holds.
+    found = {name: torch.zeros(0, device=param.device) for name, param in params.items()}
     for param, (master,) in state.fragments((), keep=False):
         if id(param) in wanted:
             start, stop = state.bounds(param)
-            found[wanted[id(param)]] = master[: stop - start].clone()
+            found[wanted[id(param)]] = master[: stop - start].to(param.device, copy=True)
     return found
 
 
