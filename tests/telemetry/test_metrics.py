@@ -1,13 +1,17 @@
 import contextlib
+import io
 import json
 import logging
 
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamm.config import Telemetry
 from megamm.core.json_lines import read_json_lines
-from megamm.telemetry.metrics import MetricsLog
+from megamm.telemetry.metrics import MetricsLog, Picture, Sound
 
 
 def test_resuming_drops_what_a_crash_wrote_past_the_checkpoint(tmp_path):
@@ -33,6 +37,32 @@ def test_numbers_reach_tensorboard_and_not_a_number_stays_readable(tmp_path):
     assert events.Scalars("loss")[0].value == 2.5
     assert events.Tags()["scalars"] == ["loss"]
     assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2.5, "nan"]
+
+
+def test_pictures_sounds_and_words_reach_tensorboard(tmp_path):
+    log = MetricsLog(tmp_path, Telemetry(), resumed_step=0, recipe={})
+    pixels = np.zeros((3, 4, 3), dtype=np.uint8)
+    pixels[1, 2] = (255, 128, 0)
+    assert log.shows
+    log.show(7, "sheet", Picture(pixels))
+    log.show(7, "voice", Sound(np.array([0.0, 0.5, -2.0], dtype=np.float32), 8000))
+    log.show(7, "said", "| a | b |")
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (picture,), (sound,), (words,) = events.Images("sheet"), events.Audio("voice"), events.Tensors("said/text_summary")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), pixels)
+    wave, rate_hz = soundfile.read(io.BytesIO(sound.encoded_audio_string))
+    # What is louder than full scale is cut.
+    assert rate_hz == 8000 and wave == pytest.approx([0, 0.5, -1], abs=1e-3)
+    assert words.tensor_proto.string_val == [b"| a | b |"] and {picture.step, sound.step, words.step} == {7}
+
+
+def test_without_tensorboard_nothing_is_shown(tmp_path):
+    log = MetricsLog(tmp_path, Telemetry(tensorboard=False), resumed_step=0, recipe={})
+    assert not log.shows
+    log.show(1, "said", "nothing")
+    log.close()
+    assert not (tmp_path / "tensorboard").exists()
 
 
 @pytest.mark.parametrize("resumed, kept", [(0, [1]), (1, [1, 2])])
