@@ -26,7 +26,7 @@ import xxhash
 
 from benchmarks.prepare_shared_data import DIGITS
 from benchmarks.results import Row, write
-from megamm.config import Recipe, load_recipe
+from megamm.config import load_recipe
 from megamm.core.types import Sample
 from megamm.data.samples.mapping import OWN_FORM, read_sample
 from megamm.data.shards.index import load_index
@@ -162,21 +162,22 @@ class Experiment:
     folder: Path
     budget: Budget
 
-    def recipe(self, num_steps: int, datasets: Sequence[str], head: str) -> Recipe:
-        """The recipe over some datasets, as overrides of `data.train`, with a head."""
+    def words(self, num_steps: int, datasets: Sequence[str], head: str) -> list[str]:
+        """The recipe over some datasets, given as overrides of `data.train`, with a head: as the commands take it."""
         path = self.folder / "recipe.toml"
         path.write_text(_RECIPE + self.medium.recipe)
         train = [f"--data.train.{dataset}" for dataset in datasets]
         places = [f"--data.root={self.folder}", f"--tokenizer.folder={self.folder / 'tokenizer'}"]
         steps = [f"--train.steps={num_steps}", f"--schedule.warmup_steps={min(20, num_steps // 5)}"]
-        return load_recipe(str(path), [*places, *train, *steps, f"--model.head={head}"])
+        return [str(path), *places, *train, *steps, f"--model.head={head}"]
 
     def train(self, run: str, num_steps: int, datasets: Sequence[str], *, head: str = "", source: str = "") -> str:
         """Train a run unless it is there; with the labels' head unless another is given. Returns its name."""
         path = self.folder / "runs" / run
         if not (path / "DONE").is_file():
-            recipe = self.recipe(num_steps, datasets, head or self._labels_head)
-            _train_alone(recipe, path, self.folder / "runs" / source if source else None)
+            command = ["finetune", str(self.folder / "runs" / source)] if source else ["pretrain"]
+            words = [*command, *self.words(num_steps, datasets, head or self._labels_head), "--run", str(path)]
+            subprocess.run([sys.executable, "-m", "megamm.cli", *words], check=True, stdout=sys.stderr)
         return run
 
     def hidden(self) -> str:
@@ -285,7 +286,8 @@ def prepare_set(medium: Medium, work: Path) -> Path:
         words = ["-m", "benchmarks.prepare_shared_data", "--output", str(work), "--only", medium.shards]
         subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr)
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        make_tokenizer(Experiment(medium, folder, FULL).recipe(1, ['all={shards="train-*.tar"}'], '{kind="linear",labels=["0"]}'))
+        path, *overrides = Experiment(medium, folder, FULL).words(1, ['all={shards="train-*.tar"}'], '{kind="linear",labels=["0"]}')
+        make_tokenizer(load_recipe(path, overrides))
     return folder
 
 
@@ -324,16 +326,6 @@ def answer_of(sample: Sample) -> str:
 def _interval(values: np.ndarray) -> str:
     found = interval(mean_of(values), len(values))
     return f"{found.level:.0%} by test samples: {found.low:.3f} to {found.high:.3f}"
-
-
-def _train_alone(recipe: Recipe, run: Path, source: Path | None) -> None:
-    """What `megamm pretrain` and `finetune` do, on one rank."""
-    from megamm.train.data import DataChanges
-    from megamm.train.interruption import StopRequest
-    from megamm.train.pretrain import pretrain
-
-    with StopRequest(run / "STOP") as stop:
-        pretrain(recipe, run, resume="auto", changes=DataChanges(), stop=stop, source=source)
 
 
 if __name__ == "__main__":

@@ -124,11 +124,12 @@ def test_a_command_that_was_cut_off_goes_on_and_writes_the_same_bytes(run, data,
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(1200)
 def test_two_ranks_label_what_one_does_by_the_command(run, data, tmp_path):
     words = ["pseudo-label", str(run), "--data", str(data / "x-*.tar"), "--threshold", "0.000001", "--batch-size", "2", "--output"]
     for num_ranks in (1, 2):
         command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", *words, str(tmp_path / str(num_ranks))]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280)
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=580)
         assert result.returncode == 0, result.stderr[-4000:]
         assert "10 of 13 samples have a label of confidence 1e-06 or more" in result.stdout
     assert len(list((tmp_path / "2" / ".progress").glob("start_00001.rank_0000?.jsonl"))) == 2
