@@ -1,7 +1,7 @@
 """Explanations as pictures: heat maps over what was shown, heard and asked.
 
 Colours are the same in all of them: red speaks for the answer, blue against it, and the scale is symmetric; shares, which have no sign, go
-from nothing to red.
+from nothing to red. One place in a hundred may lie beyond a scale, which then ends in an arrow.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _PANEL_INCHES = 3.6
 _MAX_WORDS, _MOST_LETTERS = 60, 32
 _FOR, _AGAINST = "#b2182b", "#2166ac"
 _LEAST_ALPHA, _MOST_ALPHA = 0.1, 0.7
+_SHOWN_APART = 0.99
 
 
 def check_matplotlib() -> None:
@@ -66,7 +67,7 @@ def draw_picture(explanation: Explanation, number: int, picture: np.ndarray) -> 
         panel.imshow(grey, extent=extent, cmap="gray", vmin=-80, vmax=300, interpolation="nearest")
         scale = _heat(panel, values, explanation.is_signed, extent=extent)
         panel.set_title(name, fontsize=9)
-        _colour_bar(figure, panel, scale, explanation.unit)
+        _colour_bar(figure, panel, scale, explanation.unit, extend=_beyond(values, scale))
     for panel in panels:
         panel.set(xlim=(0, width), ylim=(height, 0), aspect="auto" if ratio != height / width else "equal")
         panel.tick_params(labelsize=7)
@@ -92,7 +93,7 @@ def draw_sound(explanation: Explanation, number: int, features: AudioFeatures) -
     if scores.cells is not None:
         panels[1].imshow(scores.mel, extent=extent, origin="lower", aspect="auto", cmap="Greys", alpha=0.6)
         scale = _heat(panels[1], scores.cells, explanation.is_signed, extent=extent, origin="lower", aspect="auto")
-        _colour_bar(figure, panels[1], scale, explanation.unit)
+        _colour_bar(figure, panels[1], scale, explanation.unit, extend=_beyond(scores.cells, scale))
     for panel in panels[:-1]:
         panel.set_ylabel("mel band")
     _bars(panels[-1], scores, end)
@@ -139,17 +140,28 @@ def _heat(axes: Axes, values: np.ndarray, is_signed: bool, **arguments: Any) -> 
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    most = float(np.abs(values).max()) or 1.0
+    sizes = np.abs(values)
+    # A few places often have much more than all others, such as those where attention that is not needed goes.
+    most = float(np.quantile(sizes, _SHOWN_APART, method="higher")) or float(sizes.max()) or 1.0
     scale = ScalarMappable(Normalize(-most if is_signed else 0.0, most), "RdBu_r" if is_signed else "Reds")
-    alpha = _LEAST_ALPHA + (_MOST_ALPHA - _LEAST_ALPHA) * np.abs(values) / most
+    alpha = _LEAST_ALPHA + (_MOST_ALPHA - _LEAST_ALPHA) * np.minimum(sizes / most, 1.0)
     axes.imshow(values, norm=scale.norm, cmap=scale.cmap, alpha=alpha, interpolation="nearest", **arguments)
     return scale
 
 
-def _colour_bar(figure: Figure, axes: Axes, scale: Any, label: str) -> None:
-    bar = figure.colorbar(scale, ax=axes, shrink=0.85)
+def _colour_bar(figure: Figure, axes: Axes, scale: Any, label: str, *, extend: str = "neither") -> None:
+    bar = figure.colorbar(scale, ax=axes, shrink=0.85, extend=extend)
+    bar.formatter.set_useMathText(True)
+    bar.ax.yaxis.get_offset_text().set_fontsize(7)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
+
+
+def _beyond(values: np.ndarray, scale: ScalarMappable) -> str:
+    """On which ends of a colour bar there are values beyond it, in matplotlib's words."""
+    low, high = scale.get_clim()
+    ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    return ends[bool(values.min() < low), bool(values.max() > high)]
 
 
 def _figure(width: float, height: float) -> Figure:
