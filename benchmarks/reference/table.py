@@ -60,6 +60,7 @@ class LeftOut:
 FIGURES = (
     Figure("mnist: accuracy", "mnist12k", "accuracy", ">= 0.985", "XGBoost 0.958, small CNN 0.992, both on 60,000"),
     Figure("fsdd official: accuracy", "fsdd", "accuracy", ">= 0.98", "0.983"),
+    Figure("esc10 fold 5, by the model of all tasks: accuracy", "esc10_16k", "accuracy", "", "0.720 over 5 folds"),
     Figure("cmn_words: character error rate", "cmn_words", "character_error_rate"),
     Figure("bccd by tokens: mAP50", CELLS, "map50", ">= 0.50", "YOLOv7 0.906 on another split"),
     Figure("bccd counting: exact", "bccd_320_counting", "exact_match"),
@@ -68,6 +69,9 @@ FIGURES = (
     Figure("nuclei: AP of instances", "nuclei256", "ap", "", "U-Net 0.31 mean IoU-AP on another test set"),
     Figure("flowers: accuracy", "flowers96", "accuracy", ">= 0.85"),
     Figure("emoji names: CIDEr", "noto_emoji48", "cider"),
+    Figure("emoji faces: macro F1", "noto_emoji48_faces", "macro_f1"),
+    Figure("is the spoken digit the pictured one: accuracy", "digit_matching", "accuracy"),
+    Figure("sum of a spoken and a pictured digit: exact", "digit_sums", "exact_match"),
     Figure("goemotions, 28 emotions: macro F1", "goemotions", "macro_f1", "", "BERT-base 0.503 on the unfiltered set"),
     Figure("tatoeba, both directions: chrF", "tatoeba_en_zh", "chrf"),
     Figure(
@@ -206,7 +210,7 @@ def _direction_rows(main: Evaluated) -> Iterator[Row]:
     for keys, what in (("en-zh", "English to Chinese"), ("zh-en", "Chinese to English")):
         answers, references = main.texts("tatoeba_en_zh", keys)
         value: float | str = chrf(answers, [[one] for one in references]) if answers else NOT_RUN
-        yield Row(f"tatoeba, {what}: chrF", value, "", "", None, _beside("", (), len(answers)))
+        yield Row(f"tatoeba, {what}: chrF", value, "", "", None, _beside("", (), len(answers) or None))
 
 
 def _shop_rows(setting: Setting) -> list[Row]:
