@@ -166,6 +166,8 @@ class Head:
     def __post_init__(self) -> None:
         if self.kind == "masked" and self.labels:
             raise ValueError("a masked head fills in what is hidden and has no labels; leave labels out")
+        if self.kind == "masked" and self.states == "decoder":
+            raise ValueError("a masked head fills in from towers' states; set model.head.states to towers, vision or audio")
         if self.kind != "masked" and not self.labels:
             raise ValueError(f"a {self.kind} head needs labels, what it can answer; set model.head.labels")
 

@@ -117,7 +117,6 @@ def test_a_tower_alone_and_a_convolutional_one_are_filled_in():
 @pytest.mark.parametrize(
     ("states", "changes", "reason"),
     [
-        ("decoder", {}, 'model.head.states="decoder" is nothing for a masked head; use one of vision, audio, towers'),
         ("vision", {"vision": ""}, "needs model.vision"),
         ("towers", {"vision": "", "audio": False}, "needs model.vision or model.audio"),
     ],
@@ -132,9 +131,11 @@ def test_it_answers_nothing_and_says_so():
         model_of().head.decode({}, [])
 
 
-def test_labels_go_with_heads_that_answer():
+def test_settings_that_do_not_go_with_a_kind_are_refused():
     with pytest.raises(ValueError, match="has no labels"):
         Head("masked", ("a",), states="vision")
+    with pytest.raises(ValueError, match="in from towers' states"):
+        Head("masked")
     with pytest.raises(ValueError, match="needs labels"):
         Head("linear")
     assert dataclasses.replace(Head("masked", states="vision"), mask_share=0.3).mask_share == 0.3
