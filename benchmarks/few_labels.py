@@ -177,7 +177,8 @@ class Experiment:
         if not (path / "DONE").is_file():
             command = ["finetune", str(self.folder / "runs" / source)] if source else ["pretrain"]
             words = [*command, *self.words(num_steps, datasets, head or self._labels_head), "--run", str(path)]
-            subprocess.run([sys.executable, "-m", "megamm.cli", *words], check=True, stdout=sys.stderr)
+            if subprocess.run([sys.executable, "-m", "megamm.cli", *words], check=False, stdout=sys.stderr).returncode:
+                sys.exit(f"{path} could not be trained; the reason is above")
         return run
 
     def hidden(self) -> str:
