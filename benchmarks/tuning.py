@@ -105,8 +105,8 @@ _SHARED = (sys.executable, "-m", "benchmarks.prepare_shared_data", "--only")
 _PREPARE = (sys.executable, "-m", "megamm.cli", "prepare")
 FULL = Effort(
     sets={name: (*_SHARED, name) for name in ("noto_emoji48", "flowers96", "mnist12k")},
-    base_steps=240,
-    steps=60,
+    base_steps=150,
+    steps=200,
     methods=tuple(method.name for method in METHODS),
 )
 QUICK = Effort(
