@@ -26,7 +26,17 @@ from megamm.tokenizers.text import TextTokenizer
 from megamm.train.run_folder import RunFolder, differences
 
 # What may differ between a model and the one that it starts from: adapters, bounds on media, and what transformers notes.
-_MAY_DIFFER = {"adapter", "architectures", "auto_map", "dtype", "max_patches", "max_scale", "max_seconds", "min_samples", "transformers_version"}
+_MAY_DIFFER = {
+    "adapter",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "max_patches",
+    "max_scale",
+    "max_seconds",
+    "min_samples",
+    "transformers_version",
+}
 
 
 @dataclass(frozen=True, slots=True)

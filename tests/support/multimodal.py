@@ -44,7 +44,9 @@ AUDIO_TOWER = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 
 
-def tiny_recipe(*, vision: str = "siglip2_vision_model", audio: bool = True, merge: int = 1, max_scale: float = 100.0, **text: Any) -> Model:
+def tiny_recipe(
+    *, vision: str = "siglip2_vision_model", audio: bool = True, merge: int = 1, max_scale: float = 100.0, **text: Any
+) -> Model:
     """The recipe's model; `vision` is a tower type or empty, `text` changes the decoder."""
     towers = {
         "siglip2_vision_model": (VISION, ImageFeatures(patch_size=PATCH, max_patches=16, merge=merge, max_scale=max_scale)),
