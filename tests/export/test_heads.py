@@ -69,5 +69,5 @@ def test_a_head_of_other_settings_is_refused(run, tmp_path):
     assert load_model(folder, device="cpu").model.head.kind.classify.weight.dtype == torch.bfloat16
     settings = (folder / "head.json").read_text()
     (folder / "head.json").write_text(settings.replace('"num_queries": 9', '"num_queries": 8'))
-    with pytest.raises(CheckpointError, match=r"kind.queries.weight of the head has the shape \(9, 16\), not \(8, 16\)"):
+    with pytest.raises(CheckpointError, match=r"kind.queries.queries.weight of the head has the shape \(9, 16\), not \(8, 16\)"):
         load_model(folder)

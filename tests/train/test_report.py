@@ -36,7 +36,7 @@ def test_long_waits_are_told_once_in_fifty_steps_with_the_slowest_rank(monkeypat
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("megamm.train.report.time.monotonic", lambda: clock.now)
     monkeypatch.setattr(logging.getLogger("megamm"), "propagate", True)
-    report = StepReport(tiny_run.recipe(), SimpleNamespace(config=None), WORLD)
+    report = StepReport(tiny_run.recipe(), SimpleNamespace(config=None, ranks=None), WORLD)
     for _ in range(100):
         report.begin()
         clock.now += wait / 2
