@@ -20,8 +20,8 @@ if [ "${WORLD_SIZE:-1}" -gt 1 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 fi
 # What glibc gives back at once costs page faults when it is taken again: with small thresholds a step on the CPU takes twice as long and a
-# tenth less memory. It reads these only when a process starts.
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-67108864} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-134217728}
+# tenth less memory. 32 MiB is the most that glibc takes; it reads these only when a process starts.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-134217728}
 # One warning a collective otherwise (torch's deprecation of a function that DeepSpeed calls).
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 

@@ -78,7 +78,8 @@ class ImageFeatures:
         kind: `naflex` cuts patches at the picture's own aspect ratio; `fixed` resizes to a square (CNN towers).
         patch_size: Side of a patch in pixels (`naflex`).
         max_patches: Bound on patches a picture (`naflex`).
-        max_scale: A picture is enlarged at most so much, so that a small one takes few patches (`naflex`; the default is the stock one).
+        max_scale: A picture is enlarged at most so much, and then up to whole tokens, so that a small one takes few patches (`naflex`; the
+            default is the stock one).
         merge: `merge` x `merge` neighbouring patches become one token.
         size: Side in pixels (`fixed`).
         stride: Pixels a feature-map cell covers a side (`fixed`).

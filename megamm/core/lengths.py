@@ -46,7 +46,7 @@ def patch_grid(height: int, width: int, *, patch_size: int, max_patches: int, me
         patch_size: Side of a patch in pixels.
         max_patches: Upper bound on rows x columns.
         merge: Side of the square of patches that becomes one token.
-        max_scale: The picture is enlarged at most by this factor, so that a small one takes few patches.
+        max_scale: The picture is enlarged at most by this factor, and then up to whole tokens, so that a small one takes few patches.
 
     Source: transformers, `get_image_size_for_max_num_patches` of the SigLIP2 image processor; equal to it for merge 1 and the
         default scale.

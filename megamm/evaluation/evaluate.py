@@ -212,10 +212,8 @@ def _report(
 
 def _identity(loaded: Loaded, places: Sequence[Place], settings: Mapping[str, Any]) -> dict[str, Any]:
     """All that results depend on. The source is told by its path and what stands in its table of contents."""
-    contents = loaded.source / ("manifest.json" if loaded.step is not None else "config.json")
     shards = {str(tar): read_shard_facts(tar).digest for tar in {str(place.tar): place.tar for place in places}.values()}
-    text = contents.read_text(encoding="utf-8") if contents.is_file() else ""
-    return {"source": str(loaded.source.absolute()), "contents": text, "shards": shards, **settings}
+    return {"source": str(loaded.source.absolute()), "contents": progress.contents_of(loaded), "shards": shards, **settings}
 
 
 def check_libraries(tasks: Sequence[str]) -> None:

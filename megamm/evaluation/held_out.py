@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamm.config import Data, Dataset, Reading, Recipe
-from megamm.core.errors import ConfigError
+from megamm.core.errors import ConfigError, DataError
 from megamm.core.types import Sample
 from megamm.data.ledger import BadSample
 from megamm.data.samples.datasets import find_shards
@@ -67,11 +67,12 @@ def list_places(patterns: Mapping[str, str], max_samples: int | None = None, *, 
         reading: Settings of reading.
 
     Raises:
-        DataError: A pattern matches nothing, or a shard is gone or has no usable index.
+        DataError: A pattern matches nothing, a shard is gone or has no usable index, or two of a dataset have the same file name.
     """
     places = []
     for dataset, pattern in patterns.items():
         tars = find_shards(dataset, Dataset(str(pattern)), Path(), reading=reading)
+        _check_names(dataset, tars)
         own = [Place(dataset, tar, number) for tar in tars for number in range(read_shard_facts(tar).num_samples)]
         places += own if max_samples is None else _spread(own, max_samples)
     return places
@@ -109,6 +110,15 @@ def _read(pool: ShardPool, place: Place, form: SampleForm) -> Sample | SkippedSa
         return read_sample(shard, place.number, form)
     except BadSample as error:
         return skipped(place, shard.index.key(place.number), error)
+
+
+def _check_names(dataset: str, tars: Iterable[Shard]) -> None:
+    """What a model did with a sample is kept under the name of its shard."""
+    named: dict[str, Shard] = {}
+    for tar in tars:
+        other = named.setdefault(tar.name, tar)
+        if other is not tar:
+            raise DataError(f"{other} and {tar} of {dataset} have one file name, by which answers are kept; give each folder by itself")
 
 
 def _spread(places: list[Place], num_wanted: int) -> list[Place]:

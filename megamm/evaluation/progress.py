@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megamm.core.files import canonical_json, digest_text, read_json, write_json
+from megamm.checkpoint.manifest import MANIFEST
+from megamm.core.files import canonical_json, digest_file, digest_text, read_json, write_json
 from megamm.core.json_lines import JsonLines, read_json_lines
 from megamm.core.logging import get_logger
 from megamm.evaluation.records import Identity, Result, result_from_json
+from megamm.inference.load import Loaded
 
 FOLDER = ".progress"
 _IDENTITY = "identity.json"
@@ -44,6 +46,14 @@ class Progress:
         """Close this rank's file."""
         if self._file is not None:
             self._file.close()
+
+
+def contents_of(loaded: Loaded) -> str:
+    """What tells a model from another one that lay in the same place: its checkpoint's manifest, or the files of an exported folder."""
+    if loaded.step is not None:
+        return (loaded.source / MANIFEST).read_text(encoding="utf-8")
+    files = sorted(path for ending in ("*.safetensors", "*.json") for path in loaded.source.glob(ending))
+    return canonical_json({path.name: digest_file(path) for path in files})
 
 
 def begin(output: Path, identity: Mapping[str, Any]) -> int:

@@ -69,8 +69,7 @@ def pseudo_label(
     loaded = load_model(source, device=device)
     check_asked(loaded)
     places = list_places({pattern: pattern for pattern in patterns})
-    identity = _identity(loaded, places, tasks, max_new_tokens)
-    start = ranks.first(progress.begin(output, identity) if ranks.is_main else None)
+    start = ranks.first(progress.begin(output, _identity(loaded, places, tasks, max_new_tokens)) if ranks.is_main else None)
     done = {one.identity for one in _answers_so_far(output)}
     # Every rank has read what was done before any begins to add to it.
     ranks.wait()
@@ -80,10 +79,9 @@ def pseudo_label(
     answers = ask(loaded, read_samples(left[ranks.rank :: ranks.size]), tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens)
     _keep(answers, output / progress.FOLDER / f"start_{start:05}.rank_{ranks.rank:05}.jsonl")
     ranks.wait()
-    report = _write(source, loaded, places, output, threshold=threshold, split=split) if ranks.is_main else None
-    ranks.wait()
+    # Writing may take longer than ranks wait for each other.
     ranks.leave()
-    return report
+    return _write(source, loaded, places, output, threshold=threshold, split=split) if ranks.is_main else None
 
 
 def _write(source: Path, loaded: Loaded, places: Sequence[Place], output: Path, *, threshold: float, split: str) -> LabellingReport:
@@ -129,15 +127,13 @@ def _answers_so_far(output: Path) -> list[Labelled]:
 
 def _identity(loaded: Loaded, places: Sequence[Place], tasks: Sequence[str], max_new_tokens: int) -> dict[str, Any]:
     """All that answers depend on; how sure they must be is no part of it."""
-    contents = loaded.source / ("manifest.json" if loaded.step is not None else "config.json")
-    text = contents.read_text(encoding="utf-8") if contents.is_file() else ""
     shards = sorted({(place.dataset, place.tar.name, read_shard_facts(place.tar).digest) for place in _one_a_shard(places)})
     return {
         "command": "pseudo-label",
         "version": __version__,
         "source": str(loaded.source.absolute()),
         "step": loaded.step,
-        "contents": text,
+        "contents": progress.contents_of(loaded),
         "shards": shards,
         "tasks": sorted(tasks),
         "max_new_tokens": max_new_tokens,

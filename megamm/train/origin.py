@@ -190,6 +190,12 @@ def _check_model(folder: Path, recipe: Recipe, tokenizer: TextTokenizer) -> None
         theirs = MegaMMConfig.from_pretrained(folder)
     found = differences(theirs.to_dict(), run_config(recipe, tokenizer.vocabulary).to_dict())
     changed = [key for key in found if not any(word in _MAY_DIFFER or word.startswith("_") for word in key.split("."))]
+    ours, given = (config.adapter or {} for config in (run_config(recipe, tokenizer.vocabulary), theirs))
+    if ours and (other := sorted(key for key in given if key != "dropout" and given[key] != ours.get(key))):
+        raise ConfigError(
+            f"{folder} holds an adapter with another {other[0]} than the recipe's; take its [adapter], "
+            "or start from `megamm export RUN --merge`"
+        )
     if changed:
         raise ConfigError(
             f"{folder} is of another model than the recipe's: {', '.join(changed[:4])}{' …' if len(changed) > 4 else ''} differ; "

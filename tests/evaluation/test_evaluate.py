@@ -380,3 +380,22 @@ def test_samples_of_unknown_tasks_are_skipped_with_the_reason(run, tmp_path):
     (entry,) = report.skipped
     assert entry.key == "b" and entry.reason.startswith("task 'guessing' is not known; the tasks are ")
     assert not evaluate(run, datasets=datasets, tasks=["text"], **SETTINGS).skipped
+
+
+def test_shards_of_one_name_in_two_folders_are_refused_instead_of_mixed_up(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write_index(write_tar(tmp_path / name / "test-00000.tar", {name: as_files(text_document(name))}))
+    with pytest.raises(DataError, match=r"first/test-00000.tar and .*second/test-00000.tar of both have one file name"):
+        list_places({"both": str(tmp_path / "*" / "test-*.tar")})
+    assert len(list_places({name: str(tmp_path / name / "test-*.tar") for name in ("first", "second")})) == 2
+
+
+def test_an_exported_folder_with_other_weights_is_another_model(tmp_path):
+    loaded = random_model(tmp_path / "made")
+    (tmp_path / "config.json").write_text("{}")
+    found = []
+    for content in (b"one", b"two", b"one"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        found.append(progress.contents_of(dataclasses.replace(loaded, source=tmp_path, step=None)))
+    assert found[0] == found[2] != found[1]

@@ -172,6 +172,14 @@ def test_another_tokenizer_and_another_adapter_are_refused(folder, world, tmp_pa
         load_origin(model, origin)
 
 
+def test_an_adapter_of_the_same_shapes_and_other_arithmetic_is_refused(folder, world):
+    """Its change would be multiplied by four, without a word."""
+    recipe = recipe_over(folder / "data", *LORA, "--adapter.alpha=64.0")
+    tokenizer = TextTokenizer.load(folder / "data" / "tokenizer")
+    with pytest.raises(ConfigError, match="holds an adapter with another alpha"):
+        find_origin(folder / "lora", RunFolder(folder / "new"), recipe, tokenizer, world)
+
+
 def test_an_adapter_trains_on_from_an_adapter(folder, world):
     recipe = recipe_over(folder / "data", *LORA)
     tokenizer = TextTokenizer.load(folder / "data" / "tokenizer")

@@ -115,7 +115,7 @@ def on_ranks(root: str, output: str) -> dict[str, Any]:
     """On each rank: the first step of every head; on two ranks a small run of each as well."""
     from megamm.engine import distributed
 
-    world = distributed.start(timeout_seconds=60)
+    world = distributed.start(timeout_seconds=300)
     facts = {name: train_head(head_recipe(Path(root), name), Path(output) / name, world) for name in HEADS}
     distributed.stop()
     return facts

@@ -47,7 +47,7 @@ def question_and_answer(head: Head, sample: Sample) -> tuple[tuple[Message, ...]
 
 
 def check_question(head: Head, messages: Sequence[Message]) -> None:
-    """Refuse a chat without the one picture or sound that the head looks at.
+    """Refuse a chat without what the head looks at: one picture or sound, or any where it looks at both towers.
 
     Raises:
         DataError: It holds none, or several.
@@ -57,6 +57,8 @@ def check_question(head: Head, messages: Sequence[Message]) -> None:
         num = sum(part.type == wanted for message in messages for part in message.content)
         if num != 1:
             raise DataError(f"the sample holds {num} {wanted} parts, and this {head.kind} head looks at exactly 1")
+    elif head.states == "towers" and not any(part.type in ("image", "audio") for message in messages for part in message.content):
+        raise DataError(f"the sample holds no image and no audio, and this {head.kind} head looks at nothing else")
 
 
 def check_answer(head: Head, answer: Sequence[Part], audio_tokens: Sequence[int]) -> None:

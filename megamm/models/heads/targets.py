@@ -76,6 +76,6 @@ def loss_scales(weight_sum: float, counts: Sequence[float]) -> tuple[float, ...]
 
     Args:
         weight_sum: Σ weights over its documents.
-        counts: Σ weight x count over its documents, for each count; where nothing is counted, 1 keeps the loss finite.
+        counts: Σ weight x count over its documents, for each count; where nothing is counted, there is no loss to scale.
     """
-    return tuple(weight_sum / max(count, 1.0) for count in counts)
+    return tuple(weight_sum / (count or 1.0) for count in counts)

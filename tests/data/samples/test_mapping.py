@@ -353,8 +353,8 @@ def test_evaluation_and_tokenizer_training_use_the_mapping(wild, planned):
     places = list_places({"captions": str(wild / "captions.tar"), "speech": str(wild / "speech.tar")})
     samples = [sample for _, sample in read_samples(places, forms)]
     assert len(samples) == 24 and all(isinstance(sample, Sample) and sample.media for sample in samples)
-    found = list(texts(replace(planned, train={"captions": planned.train["captions"], "classes": planned.train["classes"]})))
-    assert found[:2] == ["Describe it.", "the cat is number 0"] and found.count("dog") == 4
+    captions, classes = (list(texts(replace(planned, train={name: planned.train[name]}))) for name in ("captions", "classes"))
+    assert captions[:2] == ["Describe it.", "the cat is number 0"] and classes.count("dog") == 4
 
 
 def test_a_sound_may_be_too_long_for_a_row_at_one_speed_only(tmp_path, tokenizer):

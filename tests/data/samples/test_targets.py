@@ -124,6 +124,12 @@ def test_characters_count_pauses_between_equal_ones(made):
         (CELLS, label("cell"), {}, "the answer holds a label part, and a detector head answers with boxes"),
         (CELLS, boxes(), {"question": [IMAGE, IMAGE]}, "holds 2 image parts, and this detector head looks at exactly 1"),
         (Head("linear", ("a",), states="audio"), label("a"), {}, "holds 0 audio parts"),
+        (
+            Head("linear", ("a",), states="towers"),
+            label("a"),
+            {"media": {}},
+            "no image and no audio, and this linear head looks at nothing",
+        ),
         (LETTERS, label("Zero"), {"media": {"0.flac": flac(8000)}}, "'Z' is not among the 27"),
         (LETTERS, label("on and " * 30), {"media": {"0.flac": flac(8000)}}, "set model.head.time_steps higher"),
         (

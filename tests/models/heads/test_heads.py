@@ -127,6 +127,11 @@ def test_the_detector_costs_what_the_stock_loss_says(name, grids, num_queries):
     torch.testing.assert_close(losses.mean(), stock, rtol=1e-5, atol=1e-6)
 
 
+def test_small_weights_scale_a_loss_as_large_ones_do():
+    """Half a dozen documents of weight 0.01: what is counted sums to less than one."""
+    assert loss_scales(0.06, (0.06, 0.12, 0.0)) == pytest.approx((1.0, 0.5, 0.06))
+
+
 def test_logits_that_are_no_numbers_cost_no_number_instead_of_ending_the_run():
     head, targets = head_of("detector"), targets_of("detector")
     states = states_of()
