@@ -41,8 +41,6 @@ def _find_label(loaded: Loaded, question: Question, given: str | None) -> Answer
     if not isinstance(head, LinearHead):
         kind = loaded.model.head.settings.kind
         raise ConfigError(f"a {kind} head gives no label that could be explained; explain a run with a linear head or without a head")
-    if loaded.model.head.settings.states == "towers" and not question.image_files and not question.audio_files:
-        raise ConfigError("the head looks at pictures and sounds alone, and the question has none; give --image or --audio")
     if given is not None and given not in head.labels:
         raise ConfigError(f"--answer {given!r} is no label of the head{did_you_mean(given, head.labels)}")
     if given is not None:

@@ -106,8 +106,8 @@ def test_what_cannot_be_asked_or_explained_is_named(plain, make_loaded, files, q
     with pytest.raises(DataError, match="holds 2 image parts"):
         read_question(linear, QUESTION, images=[files / "a.jpg", files / "b.png"])
     fused = make_loaded(head=Head(kind="linear", labels=LABELS, states="towers"))
-    with pytest.raises(ConfigError, match="the head looks at pictures and sounds alone, and the question has none"):
-        find_answer(fused, read_question(fused, QUESTION), None, max_new_tokens=1)
+    with pytest.raises(DataError, match="the sample holds no image and no audio, and this linear head looks at nothing else"):
+        read_question(fused, QUESTION)
     speech = make_loaded(head=Head(kind="ctc", labels=("a", "b"), states="audio"))
     with pytest.raises(ConfigError, match="a ctc head gives no label that could be explained"):
         find_answer(speech, read_question(speech, "", audios=[files / "c.flac"]), None, max_new_tokens=1)
