@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,18 @@ def test_every_command_has_help(capsys):
             main([*command.words, "--help"])
         assert left.value.code == 0
         assert command.help.split(".")[0] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["recipes", "tyni"], 1), (["trian"], 2)])
+def test_a_rank_ends_with_its_code_whatever_taking_the_interpreter_apart_would_do(words, code):
+    program = "import atexit, os, sys; atexit.register(os.abort); sys.argv[0] = 'megamm'; from megamm.cli import run; run()"
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    ended = [
+        subprocess.run([sys.executable, "-c", program, *words], env=os.environ | more, capture_output=True, check=False, timeout=120)
+        for more in (rank, {})
+    ]
+    assert [one.returncode for one in ended] == [code, -signal.SIGABRT] and ended[0].stdout == ended[1].stdout
+    assert ended[0].stderr == ended[1].stderr and bool(ended[0].stderr) == bool(code)
 
 
 def test_unknown_command_and_missing_argument_are_usage_errors():

@@ -1,7 +1,5 @@
 """`python -m megamm.cli`."""
 
-import sys
+from megamm.cli import run
 
-from megamm.cli import main
-
-sys.exit(main())
+run()

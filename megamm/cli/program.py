@@ -54,6 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """The program `megamm`: `main`, then the end of this process with its exit code."""
+    code: int | str | None = 1
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
+    # Set by a launcher, or by whatever joined a group of one.
+    if "RANK" in os.environ:
+        env.leave_at_once(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the words in one line, as everything else does."""
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import sys
 from pathlib import Path
 
 from megamm.cli.command import Arguments, count, load, recipe_argument, same_on_all_ranks
@@ -68,8 +65,6 @@ def _train(arguments: Arguments, source: Path | None) -> None:
 
         changes = DataChanges(exclude=arguments.exclude, accept=arguments.accept_data_change, leave_out=arguments.skip_steps)
         pretrain(recipe, folder, resume=arguments.resume, changes=changes, stop=stop, source=source)
-    if "RANK" in os.environ:
-        _leave_at_once()
 
 
 def preflight_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +80,6 @@ def preflight(arguments: Arguments) -> None:
     recipe = load(arguments)
     verdict = preflight(recipe, arguments.run or Path("runs") / recipe.name, rank_info(), arguments.output)
     raise_if_bad(verdict, arguments.output)
-    if "RANK" in os.environ:
-        _leave_at_once()
 
 
 def _steps(word: str) -> tuple[int, int]:
@@ -94,18 +87,6 @@ def _steps(word: str) -> tuple[int, int]:
     if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{word!r} is not FIRST-LAST, such as 41-49")
     return int(first), int(last)
-
-
-def _leave_at_once() -> None:
-    """End a rank whose work is done and committed, without taking the interpreter apart.
-
-    Threads of gloo and torch that live on while it is taken apart now and then end it by `std::terminate`: a run that is DONE would be
-    told as failed, and its launcher would end the other ranks.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def recipes_arguments(parser: argparse.ArgumentParser) -> None:

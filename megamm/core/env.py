@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 from megamm.core.errors import ConfigError
 
@@ -55,6 +59,20 @@ def apply_defaults() -> None:
     if "WORLD_SIZE" in os.environ and _integer("WORLD_SIZE") > 1:
         # Ranks share the cores; more threads than cores make gloo ranks wait for each other.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End a rank whose work is done, or given up, without taking the interpreter apart.
+
+    Threads of gloo and torch that live on while it is taken apart now and then end it by `std::terminate`: a run that is DONE would be
+    told as failed, and one that named its error as killed.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        # Whoever read them may be gone.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _integer(name: str) -> int:

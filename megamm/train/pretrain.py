@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import logging
-import os
 import sys
 import traceback
 from collections import Counter
@@ -14,7 +12,7 @@ from megamm.checkpoint.hold import Hold, hold_run
 from megamm.checkpoint.lock import LostRun
 from megamm.checkpoint.saver import Saver
 from megamm.config import Recipe, to_dict
-from megamm.core.env import RankInfo
+from megamm.core.env import RankInfo, leave_at_once
 from megamm.core.errors import MegaMMError
 from megamm.core.files import canonical_json, digest_text
 from megamm.core.logging import get_logger, setup
@@ -76,11 +74,9 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
                 with watch, failures:
                     _train(recipe, run, world, hold, resume=resume, changes=changes, stop=stop, source=source, failures=failures)
     except MegaMMError:
-        # Threads of gloo that are cut off while the interpreter is taken apart are no news.
-        faulthandler.disable()
         raise
     except Exception as error:
-        _leave_at_once(world, None if failures is not None and failures.told is error else error)
+        _give_up(world, None if failures is not None and failures.told is error else error)
     distributed.stop()
 
 
@@ -173,9 +169,8 @@ def _watch(path: Path, recipe: Recipe, world: World, hold: Hold) -> tuple[StallW
     return watch, FailureLog(path, who, where, ignored=(LostRun,))
 
 
-def _leave_at_once(world: World, untold: Exception | None) -> None:
+def _give_up(world: World, untold: Exception | None) -> None:
     """End this rank without another collective: the others may wait in one, and taking the group down would join them."""
     if untold is not None:
         print(f"rank {world.rank}:\n{''.join(traceback.format_exception(untold))}", file=sys.stderr, flush=True)
-    logging.shutdown()
-    os._exit(1)
+    leave_at_once(1)

@@ -10,7 +10,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 SICK_RANK = "1"
@@ -77,17 +77,18 @@ FAULTS = {one.__name__: one for one in (none, skip_collective, hang_reading, run
 FAULTS_OF_ALL = {one.__name__: one for one in (write_slowly,)}
 
 
-def main(fault: str, words: list[str]) -> int:
+def main(fault: str, words: list[str]) -> NoReturn:
     """Run a command with a fault."""
-    from megamm.cli.program import main as megamm
+    from megamm.cli import run
 
     if fault in FAULTS_OF_ALL:
         FAULTS_OF_ALL[fault]()
     elif os.environ["RANK"] == SICK_RANK:
         FAULTS[fault]()
-    return megamm(words)
+    sys.argv = ["megamm", *words]
+    run()
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    main(sys.argv[1], sys.argv[2:])

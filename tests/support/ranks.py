@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,13 @@ def _main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    from megamm.core.env import apply_defaults
+    from megamm.core.env import apply_defaults, leave_at_once
 
     apply_defaults()
-    _main(Path(sys.argv[1]), int(sys.argv[2]))
+    status = 1
+    try:
+        _main(Path(sys.argv[1]), int(sys.argv[2]))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    leave_at_once(status)
