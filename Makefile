@@ -20,7 +20,7 @@ quickstart: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launchers/quickstart.py
 
 test: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 check: setup
 	@$(BIN)/ruff format --check .
