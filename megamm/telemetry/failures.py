@@ -20,7 +20,7 @@ from megamm.core.files import read_json, write_json
 from megamm.telemetry.heartbeat import Beat
 from megamm.telemetry.whereabouts import Whereabouts, Who
 
-_FOLDER = "errors"
+FOLDER = "errors"
 # What gloo, NCCL and torch say where another rank is gone.
 _LOST_PEER = (
     "Connection closed by peer",
@@ -130,13 +130,13 @@ def stall_name(who: Who) -> str:
 
 def is_stall_recorded(run: Path, who: Who) -> bool:
     """Whether some rank of this start has told the stall."""
-    return (run / _FOLDER / stall_name(who)).is_file()
+    return (run / FOLDER / stall_name(who)).is_file()
 
 
 def read_failures(run: Path) -> list[dict[str, Any]]:
     """All records of a run, by start, then by time; files that cannot be read are left out."""
     found = []
-    for path in sorted((run / _FOLDER).glob("start_*.json")):
+    for path in sorted((run / FOLDER).glob("start_*.json")):
         with contextlib.suppress(OSError, ValueError):
             facts = read_json(path)
             if isinstance(facts, dict) and {"start", "time", "kind", "message", "lost_peer"} <= facts.keys():
@@ -153,7 +153,7 @@ def last_failure(run: Path) -> dict[str, Any] | None:
 
 def _write(run: Path, name: str, facts: dict[str, Any]) -> None:
     try:
-        write_json(run / _FOLDER / name, facts)
+        write_json(run / FOLDER / name, facts)
     except (OSError, ValueError) as problem:
         with contextlib.suppress(OSError, ValueError):
-            print(f"the record {_FOLDER}/{name} was not written: {problem}", file=sys.stderr, flush=True)
+            print(f"the record {FOLDER}/{name} was not written: {problem}", file=sys.stderr, flush=True)

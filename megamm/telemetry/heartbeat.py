@@ -20,7 +20,7 @@ from types import FrameType
 
 from megamm.telemetry.whereabouts import Place, Who
 
-_FOLDER = "heartbeats"
+FOLDER = "heartbeats"
 _MAX_CALLS = 3
 # Around every call of a module, and never what one waits for.
 _WRAPPERS = ("torch.nn", "deepspeed.utils.nvtx")
@@ -113,7 +113,7 @@ class Heartbeats:
     """
 
     def __init__(self, run: Path):
-        self.folder = run / _FOLDER
+        self.folder = run / FOLDER
 
     def write(self, one: Beat) -> None:
         """Replace a rank's file. Not synced: after a power cut nobody is alive."""

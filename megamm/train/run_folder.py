@@ -19,6 +19,7 @@ from typing import Any
 from megamm.config import Recipe, load_resolved, to_dict
 from megamm.core.errors import ConfigError
 from megamm.core.files import digest_file, write_json, write_text
+from megamm.telemetry import failures, heartbeat
 
 # What a resume may change without changing what was computed so far.
 _MAY_CHANGE = (
@@ -90,7 +91,8 @@ class RunFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"{self.path} is a file; name a folder with --run")
             # What a launcher, or a start that was cut off, leaves behind.
-            own = {"logs", "submissions", "STOP", self.tokenizer.name, self.origin.name, "ds_config.json", "environment.json"}
+            watched = {heartbeat.FOLDER, failures.FOLDER}
+            own = {"logs", "submissions", "STOP", self.tokenizer.name, self.origin.name, "ds_config.json", "environment.json", *watched}
             if self.path.exists() and any(entry.name not in own and not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ConfigError(f"{self.path} is not empty and holds no run; name an empty folder with --run")
             return

@@ -5,6 +5,9 @@ import pytest
 from megamm.config import load_recipe, resumed_recipe, to_dict
 from megamm.core.errors import ConfigError
 from megamm.core.files import write_json
+from megamm.telemetry.failures import record_stall
+from megamm.telemetry.heartbeat import Heartbeats, beat
+from megamm.telemetry.whereabouts import Whereabouts, Who
 from megamm.train.run_folder import RunFolder, differences, environment
 
 
@@ -22,8 +25,12 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_logs_that_a_launcher_made_do_not_hinder_a_new_run(tmp_path):
+def test_what_a_launcher_or_a_start_that_was_killed_left_does_not_hinder_the_next(tmp_path):
+    who, where = Who(1, 0, 2), Whereabouts()
+    Heartbeats(tmp_path).write(beat(who, where.place, 0, num_collectives=0))
+    record_stall(tmp_path, who, {"step": 0, "phase": "start"}, message="nothing moves", beats=[], silent=[1])
     (tmp_path / "logs").mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors", "heartbeats", "logs"]
     RunFolder(tmp_path).check(load_recipe("tiny"))
 
 
