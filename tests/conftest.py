@@ -30,11 +30,8 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no process waits for a long file at the end; within a file the order stays."""
 
-    def place(item: pytest.Item) -> tuple[bool, bool, str]:
-        return (not item.path.is_relative_to(_SLURM), item.path not in long, item.path.as_posix())
-
     long = {item.path for item in items if {"distributed", "slow"} & {marker.name for marker in item.iter_markers()}}
-    items.sort(key=place)
+    items.sort(key=lambda item: (not item.path.is_relative_to(_SLURM), item.path not in long, item.path.as_posix()))
 
 
 class _ByFile(LoadFileScheduling):
@@ -42,6 +39,7 @@ class _ByFile(LoadFileScheduling):
         return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
     """A file stays in one process, for the sake of what its tests share."""
     config.option.loadscopereorder = False

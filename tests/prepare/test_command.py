@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 
@@ -11,6 +10,7 @@ from megamm.cli import main
 from megamm.prepare import SOURCES
 from tests.support.preparing import samples, text_of
 from tests.support.shards import flac, jpeg
+from tests.support.signals import hear_interrupts
 
 
 def run(capsys, *words):
@@ -78,10 +78,8 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path):
         "--output",
         tmp_path / "out",
     ]
-    # Whoever runs the tests in the background has them ignore SIGINT, and their children with them.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     command = [sys.executable, "-m", "megamm.cli", "prepare", *map(str, words)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts) as process:
         interrupt_when(tmp_path / "out" / "train-00001.tar", process)
         error = process.communicate(timeout=120)[1]
     assert process.returncode == 1

@@ -24,6 +24,7 @@ from megamm.train.trace import trace_step
 from tests.support.recipes import write_recipe
 from tests.support.runs import corrupt_pictures, make_data, recipe_over
 from tests.support.shards import as_files, text_document, write_tar
+from tests.support.signals import hear_interrupts
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 12
@@ -124,10 +125,8 @@ def test_the_first_interrupt_commits_and_the_second_ends_at_once(folder):
     errors = (folder / "errors").read_text
     for run, presses in ((folder / "ended", 2), (folder / "interrupted", 1)):
         words = [sys.executable, "-m", "megamm.cli", "pretrain", "recipe.toml", "--run", run.name]
-        # Whoever runs the tests in the background has them ignore SIGINT, and their children with them.
-        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         with open(folder / "errors", "w") as file:
-            process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=file, preexec_fn=heard)
+            process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=file, preexec_fn=hear_interrupts)
         try:
             wait_for(partial(read_json_lines, run / "metrics.jsonl"), process)
             process.send_signal(signal.SIGINT)
