@@ -68,6 +68,21 @@ def initialize_weights(model: nn.Module, seed: int) -> None:
                     reaches[kind] = not all(map(torch.equal, before, children))
 
 
+def run_initializers(initializers: Iterable[tuple[str, nn.Parameter, Callable[[torch.Tensor], object]]], seed: int) -> None:
+    """Initialise some parameters of a plain or partitioned model anew; a collective.
+
+    Args:
+        initializers: Names, parameters, and what writes into the whole float32 parameter with torch's random numbers, which depend on the
+            seed and the name alone. The same on all ranks.
+        seed: Decides the weights.
+    """
+    with _own_random_numbers(), torch.no_grad():
+        for name, param, write in initializers:
+            with whole_float32([param]):
+                torch.manual_seed(int(digest_text(f"{seed}/{name}")[:15], 16))
+                write(param)
+
+
 def load_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Warm start: every rank copies its own slice of each tensor into the model. Call it before `initialize`.
 

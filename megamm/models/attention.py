@@ -135,7 +135,7 @@ def document_attention(
     if dropout or sliding_window is not None:
         raise ValueError(
             f"attention over packed documents has no dropout ({dropout}) and no sliding window ({sliding_window}); "
-            "set attention_dropout=0 and use_sliding_window=false in the text config"
+            "set attention_dropout=0 and use_sliding_window=false in the config of the decoder or vision tower"
         )
     is_causal = getattr(module, "is_causal", True)
     run = _group_by_group if documents.boundaries is None else _varlen

@@ -136,7 +136,7 @@ def parameter_groups(
     frozen = {id(one) for module in model.modules() if isinstance(module, FrozenBatchNorm2d) for one in module.parameters()}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {(owner, decays): [] for owner in scales for decays in (True, False)}
     for name, parameter in model.named_parameters():
-        owner = _owner(name)
+        owner = owner_of(name)
         tower = towers.get(owner)
         is_base_trained = id(parameter) not in frozen and (tower is None or tower.trainable) and not adapter.freezes_base
         parameter.requires_grad_(is_adapter(name) or owner == "head" or is_base_trained)
@@ -157,7 +157,8 @@ def parameter_groups(
     return groups
 
 
-def _owner(name: str) -> str:
+def owner_of(name: str) -> str:
+    """Which part of the model a parameter or buffer belongs to, adapters included: `text`, `vision`, `audio`, `projector` or `head`."""
     if name.startswith("head."):
         return "head"
     if name.startswith("model.vision_tower."):
@@ -208,6 +209,8 @@ def _vision_config(tower: Tower, features: ImageFeatures) -> PreTrainedConfig:
     if features.kind == "fixed":
         _check_fixed_tower(config, features)
         return config
+    if dropout := getattr(config, "attention_dropout", 0):
+        raise ConfigError(f"model.vision.config.attention_dropout={dropout} does not go with packed rows of pictures; leave it out")
     if config.patch_size != features.patch_size:
         raise ConfigError(
             f"model.image_features.patch_size={features.patch_size} is not the vision tower's {config.patch_size}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -25,8 +25,14 @@ _EMBEDDING = "embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
 
-def pretrained_weights(model: Model, config: MegaMMConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of all pretrained towers, in the folders' own types, reading one tensor at a time.
+def pretrained_folders(model: Model) -> dict[str, Path]:
+    """Tower (`text`, `vision`, `audio`) -> the folder that it starts from, of those that the recipe's model names one for."""
+    towers = {"text": model.text, "vision": model.vision, "audio": model.audio}
+    return {name: Path(tower.pretrained) for name, tower in towers.items() if tower is not None and tower.pretrained}
+
+
+def pretrained_weights(model: Model, config: MegaMMConfig, towers: Collection[str] = tuple(_PLACES)) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights of pretrained towers, in the folders' own types, reading one tensor at a time.
 
     The folder's ids come first in the vocabulary. Rows of the token embedding and of an untied head behind them start as
     the mean of the folder's, so that a token that was never seen begins with ordinary logits.
@@ -34,6 +40,7 @@ def pretrained_weights(model: Model, config: MegaMMConfig) -> Iterator[tuple[str
     Args:
         model: The recipe's model: which towers start from which folders.
         config: What `config_from_recipe` made of it.
+        towers: Those that are wanted, of the ones that start from folders.
 
     Yields:
         Name of a parameter or buffer of `MegaMMForConditionalGeneration`, and its value.
@@ -41,9 +48,9 @@ def pretrained_weights(model: Model, config: MegaMMConfig) -> Iterator[tuple[str
     Raises:
         ConfigError: A folder without safetensors, or one that lacks a tensor of the tower or holds it in another shape.
     """
-    for name, tower in (("text", model.text), ("vision", model.vision), ("audio", model.audio)):
-        if tower is not None and tower.pretrained:
-            yield from _tower_weights(name, Path(tower.pretrained), getattr(config, f"{name}_config"))
+    for name, folder in pretrained_folders(model).items():
+        if name in towers:
+            yield from _tower_weights(name, folder, getattr(config, f"{name}_config"))
 
 
 def _tower_weights(name: str, folder: Path, config: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:

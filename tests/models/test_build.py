@@ -41,6 +41,10 @@ def test_facts_of_vocabulary_and_features_arrive():
         (_with(tiny_recipe(), "image_features", merge=5), "max_patches=16 is less than one merged token of 5x5"),
         (_with(tiny_recipe(), "image_features", kind="fixed"), "does not take model.image_features.kind='fixed'"),
         (_with(tiny_recipe(), "vision", config=VISION | {"vision_use_head": True}), "adds a pooling head"),
+        (
+            _with(tiny_recipe(), "vision", config=VISION | {"attention_dropout": 0.1}),
+            "model.vision.config.attention_dropout=0.1 does not go",
+        ),
         (_with(tiny_recipe(vision="resnet"), "image_features", kind="naflex"), "does not take model.image_features.kind='naflex'"),
         (_with(tiny_recipe(vision="resnet"), "image_features", size=36), "size=36 is not a multiple of stride 8 x merge 1; set it to 32"),
         (_with(tiny_recipe(vision="resnet"), "image_features", stride=16), "returns a map of 4x4 for 32 pixels, not 2x2"),

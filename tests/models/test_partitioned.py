@@ -9,6 +9,7 @@ import torch
 
 from megamm.config.schema import Batching, Engine, Optimizer
 from megamm.models.build import parameter_groups
+from megamm.models.initializers import initializers
 from megamm.models.inputs import batch_inputs
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from tests.support.models import NOTHING_STAYS_GATHERED
@@ -39,10 +40,13 @@ def _build_and_step(vision: str, world: Any) -> dict[str, Any]:
     changes = {"vision": vision, "tie_word_embeddings": False}
     config = tiny_config(**changes)
     model = weights.partitioned(lambda: MegaMMForConditionalGeneration(config), ds_config, seed=SEED)
+    weights.run_initializers(initializers(model), SEED)
 
     plain = MegaMMForConditionalGeneration(config)
-    own_std = {name: float(parameter.std()) for name, parameter in plain.named_parameters() if parameter.numel() >= 512}
+    ours = {name for name, _, _ in initializers(plain)}
+    own_std = {name: float(each.std()) for name, each in plain.named_parameters() if each.numel() >= 512 and name not in ours}
     weights.initialize_weights(plain, SEED)
+    weights.run_initializers(initializers(plain), SEED)
     different, spread = [], {}
     for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters(parameter):
