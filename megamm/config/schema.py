@@ -108,6 +108,8 @@ class AudioFeatures:
         hop_length: Samples between frames.
         n_fft: Samples a window.
         min_samples: Shorter sounds are padded with silence.
+        normalize: `bands` takes each mel band's mean over the sound away, and with it the colour of a microphone or a room and the loudness
+            of a take (changes of gain are then none); `none` leaves them.
         max_seconds: Longer sounds are refused (ledger).
     """
 
@@ -116,6 +118,7 @@ class AudioFeatures:
     hop_length: Positive = 160
     n_fft: Positive = 400
     min_samples: Positive = 8000
+    normalize: Literal["none", "bands"] = "none"
     max_seconds: Annotated[float, Field(gt=0)] = 30.0
 
 
@@ -245,7 +248,7 @@ class Adapter:
 
 @dataclass(frozen=True, config=_STRICT)
 class Augment:
-    """Random changes of training media, drawn anew for every position; 0 leaves a thing alone.
+    """Random changes of training samples, drawn anew for every position; 0 leaves a thing alone.
 
     Attributes:
         image_crop: Largest share of the area that a random crop takes away; the rest fills the picture's own grid again.
@@ -254,16 +257,20 @@ class Augment:
         image_zoom: Largest change of scale: sizes are multiplied by 1 - zoom to 1 + zoom.
         image_rotate_degrees: Largest turn to either side.
         image_flip: Mirror half of the pictures left to right.
+        image_turns: Turn pictures by none, one, two or three quarters, each as likely; pictures that are not square by none or two. With
+            `image_flip` these are all symmetries of a square, or of a rectangle.
         image_brightness: Largest change of brightness, as a share.
         image_contrast: Largest change of contrast, as a share.
         image_saturation: Largest change of saturation, as a share.
         image_hue: Largest turn of the colour circle, as a share of it.
         audio_gain_db: Largest change of loudness in decibels.
+        audio_equalizer_db: Largest gain of a frequency in decibels: a smooth curve, as of other microphones and rooms.
         audio_noise: Largest level of white noise, as a share of the sound's own level.
         audio_speeds: Sounds are played at one of these speeds, pitch included; the planner draws it, because it changes lengths.
         audio_mask_frames: Longest stretch of mel frames that is blanked.
         audio_mask_bands: Widest band of mel bands that is blanked.
         audio_masks: Stretches and bands that are blanked, each.
+        item_shuffle: Items that stand side by side, as those of a basket do, stand in another order; for lists whose order says nothing.
     """
 
     image_crop: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -272,16 +279,19 @@ class Augment:
     image_zoom: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     image_rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
     image_flip: bool = False
+    image_turns: bool = False
     image_brightness: Fraction = 0.0
     image_contrast: Fraction = 0.0
     image_saturation: Fraction = 0.0
     image_hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     audio_gain_db: NonNegative = 0.0
+    audio_equalizer_db: NonNegative = 0.0
     audio_noise: NonNegative = 0.0
     audio_speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], Field(min_length=1, max_length=16)] = (1.0,)
     audio_mask_frames: Count = 0
     audio_mask_bands: Count = 0
     audio_masks: Positive = 1
+    item_shuffle: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -318,7 +328,7 @@ class Dataset:
     Attributes:
         shards: A path or glob of tar files, relative to `data.root`, or a URL; `{00000..00099}` names a range.
         weight: Share of samples relative to the other datasets; 0 draws none (until `data.schedule` or another weight says so).
-        augment: Random changes of its media in training; held-out data are never changed.
+        augment: Random changes of its samples in training; held-out data are never changed.
         mapping: What its members mean; absent where samples are `KEY.json` chats.
     """
 

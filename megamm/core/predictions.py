@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+LIKELY = 0.5
+"""Least probability of a label that is said where a sample may have any number of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class LabelScore:

@@ -17,7 +17,15 @@ _IMAGE_FEATURES = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
 }
-_AUDIO_FEATURES = {"rate_hz": 16000, "num_mel": 128, "hop_length": 160, "n_fft": 400, "min_samples": 8000, "max_seconds": 30.0}
+_AUDIO_FEATURES = {
+    "rate_hz": 16000,
+    "num_mel": 128,
+    "hop_length": 160,
+    "n_fft": 400,
+    "min_samples": 8000,
+    "normalize": "none",
+    "max_seconds": 30.0,
+}
 
 
 class MegaMMConfig(PreTrainedConfig):

@@ -39,6 +39,7 @@ class MegaMMProcessor(ProcessorMixin):
         merge: `merge` x `merge` neighbouring cells of the vision tower become one token.
         stride: Pixels a cell covers a side, for squares; None for patches.
         max_scale: Pictures that are cut into patches are enlarged at most by this factor.
+        normalize: `bands` takes each mel band's mean over a sound away; `none` leaves sounds as they are.
     """
 
     valid_processor_kwargs = MegaMMProcessorKwargs
@@ -52,11 +53,13 @@ class MegaMMProcessor(ProcessorMixin):
         merge: int = 1,
         stride: int | None = None,
         max_scale: float = 100.0,
+        normalize: str = "none",
     ):
         super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template)
         self.merge = merge
         self.stride = stride
         self.max_scale = max_scale
+        self.normalize = normalize
         self.image_token, self.audio_token = tokenizer.image_token, tokenizer.audio_token
         self.image_token_id, self.audio_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.audio_token])
 
@@ -78,7 +81,8 @@ class MegaMMProcessor(ProcessorMixin):
             chunk_length=int(audio["max_seconds"]),
         )
         stride = None if config.is_patch_tower else image["stride"]
-        return cls(image_processor, feature_extractor, tokenizer, tokenizer.chat_template, image["merge"], stride, image["max_scale"])
+        rules = (image["merge"], stride, image["max_scale"], audio["normalize"])
+        return cls(image_processor, feature_extractor, tokenizer, tokenizer.chat_template, *rules)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one picture."""
@@ -121,6 +125,10 @@ class MegaMMProcessor(ProcessorMixin):
         # The rate is ours unless the caller says otherwise, which the extractor then refuses.
         kwargs.setdefault("sampling_rate", self.feature_extractor.sampling_rate)
         clips = [self.feature_extractor([np.asarray(clip, dtype=np.float32)], n_window=AUDIO_CHUNK_FRAMES // 2, **kwargs) for clip in audio]
+        if self.normalize == "bands":
+            for clip, samples in zip(clips, audio, strict=True):
+                num_heard = max(len(samples) // self.feature_extractor.hop_length, 1)
+                clip["input_features"] = _without_band_means(clip["input_features"], clip["attention_mask"], num_heard)
         num_frames = max(clip["input_features"].shape[-1] for clip in clips)
         inputs = {
             "input_features": _stack([clip["input_features"] for clip in clips], num_frames),
@@ -153,6 +161,11 @@ def _opened(images: Any) -> Any:
         with Image.open(images) as picture:
             return upright_rgb(picture)
     return images
+
+
+def _without_band_means(mel: np.ndarray, mask: np.ndarray, num_heard: int) -> np.ndarray:
+    """float32[1, M, F] minus each band's mean over the sound's own frames, zero outside of `mask`, int[1, F]."""
+    return (mel - mel[..., :num_heard].mean(-1, keepdims=True)) * mask[:, None, :].astype(mel.dtype)
 
 
 def _stack(arrays: list[np.ndarray], num_frames: int) -> np.ndarray:

@@ -56,6 +56,12 @@ def _text_name(name: str) -> str | None:
     return name if name == _HEAD else None
 
 
+def _has_audio_view(config: MegaMMConfig) -> bool:
+    """The stock feature extractor takes no means of bands away: it would feed the model what it never heard."""
+    stock = config.audio_config is not None and config.text_config.model_type == "qwen3"
+    return stock and config.audio_features["normalize"] == "none"
+
+
 def _audio_config(config: MegaMMConfig) -> PreTrainedConfig:
     return Qwen3ASRConfig(
         audio_config=_copy(config.audio_config),
@@ -96,7 +102,7 @@ def _image_name(name: str) -> str | None:
 VIEWS: dict[str, View] = {
     "text": View(lambda config: True, _text_config, _text_name, AutoModelForCausalLM.from_config),
     "audio": View(
-        lambda config: config.audio_config is not None and config.text_config.model_type == "qwen3",
+        _has_audio_view,
         _audio_config,
         _audio_name,
         Qwen3ASRForConditionalGeneration,

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Qwen3ASRFeatureExtractor, Siglip2ImageProcessorPil
 
-from megamm.config.schema import Tokenizer
+from megamm.config.schema import AudioFeatures, Tokenizer
 from megamm.core.lengths import audio_num_mel_frames, audio_num_tokens, image_num_tokens, patch_grid
 from megamm.data.media.decode import audio_input, image_input
 from megamm.models.build import config_from_recipe
@@ -118,17 +118,32 @@ def test_picture_files_become_what_training_decodes(make, tmp_path, vision, merg
 
 
 @pytest.mark.parametrize("num_samples", [500, 16000, 40123])
-def test_sound_files_become_what_training_decodes(make, tmp_path, num_samples):
-    _, processor = make()
+@pytest.mark.parametrize("normalize", ["none", "bands"])
+def test_sound_files_become_what_training_decodes(make, tmp_path, num_samples, normalize):
+    config, processor = make()
+    config.audio_features["normalize"] = processor.normalize = normalize
+    features = AudioFeatures(**config.audio_features)
     path = tmp_path / "sound.wav"
     soundfile.write(path, 0.1 * _sound(num_samples), 16000, subtype="FLOAT")
-    trained = audio_input(path.read_bytes(), tiny_recipe().audio_features)
+    trained = audio_input(path.read_bytes(), features)
     wave, _ = soundfile.read(path, dtype="float32")
     out = processor(audio=[wave], text="<|audio|>")
     num_frames = trained.mel.shape[1]
     assert out["input_features_mask"].sum() == num_frames
+    assert not out["input_features"][0, :, num_frames:].any()
     np.testing.assert_allclose(out["input_features"][0, :, :num_frames].numpy(), trained.mel, rtol=0, atol=2e-5)
     assert (out["input_ids"] == processor.audio_token_id).sum() == trained.num_tokens
+
+
+def test_band_means_are_taken_away_where_the_recipe_says_so(make, tmp_path):
+    config, _ = make()
+    config.audio_features["normalize"] = "bands"
+    made = MegaMMProcessor.from_config(config, make()[1].tokenizer)
+    made.save_pretrained(tmp_path)
+    for processor in (made, AutoProcessor.from_pretrained(tmp_path)):
+        found = processor(audio=[_sound(9000), _sound(40000)], text="<|audio|><|audio|>")
+        assert found["input_features"].mean(dim=-1).abs().max() < 1e-4
+        assert found["input_features"].abs().max() > 0.1
 
 
 def test_a_sounds_features_do_not_depend_on_its_neighbours(make):

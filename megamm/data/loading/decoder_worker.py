@@ -50,7 +50,7 @@ class WorkerSpec:
         encoder: How samples become sequences.
         reading: How bytes are read.
         reader: In place of the one that `reading` describes.
-        augment: Dataset name -> random changes of its media.
+        augment: Dataset name -> random changes of its samples.
         seed: Of these changes.
     """
 

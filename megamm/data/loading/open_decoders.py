@@ -38,7 +38,7 @@ def open_decoders(
         data: The recipe's settings.
         datasets: By name.
         encoder: How samples become sequences.
-        augment: Dataset name -> random changes of its media; None for none.
+        augment: Dataset name -> random changes of its samples; None for none.
         seed: Of these changes.
         reader: Where bytes come from; what `data.reading` says by default.
         kind: In place of `data.decoders`.

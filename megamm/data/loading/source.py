@@ -69,7 +69,7 @@ class SampleSource:
     Attributes:
         datasets: By name.
         encoder: How samples become sequences.
-        augment: Dataset name -> random changes of its media; empty for none.
+        augment: Dataset name -> random changes of its samples; empty for none.
         seed: Of these changes.
     """
 

@@ -1,4 +1,4 @@
-"""Random changes of training media.
+"""Random changes of training samples: of their media, and of the order of items.
 
 What is drawn depends on the run's seed and the sample's position alone, so a resumed run, at any scale, repeats it, and
 another epoch draws anew. Changes leave planned lengths as they are; the one that does not, the speed of sounds, is drawn by
@@ -8,18 +8,23 @@ the planner, which holds a length for each speed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 
 from megamm.config import Augment
 from megamm.core.geometry import Affine
+from megamm.core.types import Message, Part
+
+_NUM_OCTAVES = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What happens to the media of one sample. State: the generator, which its media share in their order.
+    """What happens to one sample. State: the generator, which its media share in their order.
 
     Every medium takes the same draws whatever is switched on, so that one more setting leaves the others' draws alone.
     """
@@ -30,10 +35,20 @@ class Changes:
     @classmethod
     def at(cls, augment: Augment, seed: int, position: int) -> Changes | None:
         """The changes at a position of the run; None where nothing but lengths is to be changed."""
-        return None if _keeps_media(augment) else cls(augment, np.random.default_rng([seed, position]))
+        return None if _changes_nothing(augment) else cls(augment, np.random.default_rng([seed, position]))
+
+    def messages(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Messages whose items stand in another order, where they stand side by side: as many tokens as before."""
+        if not self.augment.item_shuffle:
+            return messages
+        # Not of the generator that media share: their draws stay as they are.
+        (random,) = self.random.spawn(1)
+        return [replace(message, content=tuple(_shuffled_items(message.content, random))) for message in messages]
 
     def shape(self, picture, size: tuple[int, int]):
-        """A `PIL.Image` in RGB that will be resized to `size`, cropped, mirrored, shifted, zoomed and rotated; edges are continued.
+        """A `PIL.Image` in RGB that will be resized to `size`, cropped, mirrored, turned, shifted, zoomed and rotated.
+
+        Edges are continued. A quarter turn fills the grid that was planned, so only pictures for a square one take it.
 
         Returns:
             The picture, and the `Affine` from the given one's pixel coordinates to its own.
@@ -41,13 +56,17 @@ class Changes:
         from PIL import Image
 
         augment, moved = self.augment, Affine()
-        area, ratio, place_x, place_y, mirror, shift_x, shift_y, zoom, angle = self.random.random(9).tolist()
+        area, ratio, place_x, place_y, mirror, shift_x, shift_y, zoom, angle, turns = self.random.random(10).tolist()
         if augment.image_crop or augment.image_stretch:
             box = _crop_box(picture.size, augment, (area, ratio, place_x, place_y))
             picture, moved = picture.crop(box), Affine.shift(-box[0], -box[1])
         if augment.image_flip and mirror < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             moved = moved.then(Affine(a=-1.0, c=picture.width))
+        if augment.image_turns:
+            for _ in range(int(4 * turns) if size[0] == size[1] else 2 * int(2 * turns)):
+                moved = moved.then(Affine(a=0.0, b=1.0, d=-1.0, e=0.0, f=picture.width))
+                picture = picture.transpose(Image.Transpose.ROTATE_90)
         if augment.image_shift or augment.image_zoom or augment.image_rotate_degrees:
             # More than twice the pixels that will be left of it show in no result, and a turn needs a border as wide as the picture.
             small = min(picture.width, 2 * size[0]), min(picture.height, 2 * size[1])
@@ -79,31 +98,33 @@ class Changes:
         return picture
 
     def wave(self, wave: np.ndarray) -> np.ndarray:
-        """float32[n], louder or quieter, with white noise."""
+        """float32[n], louder or quieter, with other highs and lows, and white noise."""
         augment = self.augment
-        gain, noise = self.random.random(2).tolist()
+        gain, noise, *bands = self.random.random(2 + _NUM_OCTAVES).tolist()
         if augment.audio_gain_db:
             wave = wave * np.float32(10 ** (_signed(gain) * augment.audio_gain_db / 20))
+        if augment.audio_equalizer_db:
+            wave = _equalized(wave, [_signed(band) * augment.audio_equalizer_db for band in bands])
         if augment.audio_noise:
             level = noise * augment.audio_noise * float(np.sqrt(np.mean(np.square(wave), dtype=np.float64)))
             wave = wave + np.float32(level) * self.random.standard_normal(len(wave), dtype=np.float32)
         return wave
 
-    def mel(self, mel_MF: np.ndarray) -> np.ndarray:
-        """float32[M, F] with stretches of frames and bands of frequencies set to its minimum.
+    def mel(self, mel_MF: np.ndarray, blank: float) -> np.ndarray:
+        """float32[M, F] with stretches of frames and bands of frequencies set to `blank`.
 
         Source: SpecAugment, Park et al. 2019, section 2 (no warping).
         """
         augment = self.augment
         if not (augment.audio_mask_frames or augment.audio_mask_bands):
             return mel_MF
-        (num_mel, num_frames), low = mel_MF.shape, mel_MF.min()
+        num_mel, num_frames = mel_MF.shape
         masked = mel_MF.copy()
         for _ in range(augment.audio_masks):
             start, end = self._stretch(num_frames, augment.audio_mask_frames)
-            masked[:, start:end] = low
+            masked[:, start:end] = blank
             start, end = self._stretch(num_mel, augment.audio_mask_bands)
-            masked[start:end] = low
+            masked[start:end] = blank
         return masked
 
     def _stretch(self, size: int, longest: int) -> tuple[int, int]:
@@ -113,14 +134,29 @@ class Changes:
         return start, start + width
 
 
+def _shuffled_items(parts: Sequence[Part], random: np.random.Generator) -> Iterator[Part]:
+    for type_, group in groupby(parts, key=lambda part: part.type):
+        run = list(group)
+        yield from (run[place] for place in random.permutation(len(run))) if type_ == "item" else run
+
+
 @lru_cache(maxsize=64)
-def _keeps_media(augment: Augment) -> bool:
+def _changes_nothing(augment: Augment) -> bool:
     return augment == Augment(audio_speeds=augment.audio_speeds)
 
 
 def _signed(share: float) -> float:
     """A draw from [0, 1) as one from [-1, 1)."""
     return 2.0 * share - 1.0
+
+
+def _equalized(wave: np.ndarray, gains_db: list[float]) -> np.ndarray:
+    """A float32 wave whose frequencies are louder or quieter: gains at octaves up to half the rate, straight lines between them."""
+    spectrum = np.fft.rfft(wave)
+    shares = np.linspace(0.0, 1.0, len(spectrum))
+    octaves = np.log2(np.maximum(shares, 2.0 ** (1 - len(gains_db)))) + len(gains_db) - 1
+    gains = 10 ** (np.interp(octaves, np.arange(len(gains_db)), gains_db) / 20)
+    return np.fft.irfft(spectrum * gains, n=len(wave)).astype(np.float32)
 
 
 def _crop_box(size: tuple[int, int], augment: Augment, draws: tuple[float, float, float, float]) -> tuple[int, int, int, int]:

@@ -91,7 +91,8 @@ def audio_input(
     wave = _resampled(wave, played_rate(rate_hz, speed), features.rate_hz)
     mel = log_mel(wave if changes is None else changes.wave(wave), features)
     if changes is not None:
-        mel = changes.mel(mel)
+        # Silence, or the sound's own mean where that has been taken away.
+        mel = changes.mel(mel, blank=0.0 if features.normalize == "bands" else float(mel.min()))
     return AudioInput(mel, audio_num_tokens(mel.shape[1]))
 
 
@@ -105,10 +106,11 @@ def log_mel(wave: np.ndarray, features: AudioFeatures) -> np.ndarray:
     Returns:
         float32[M, F].
 
-    Source: transformers, `Qwen3ASRFeatureExtractor`, on the sound alone.
+    Source: transformers, `Qwen3ASRFeatureExtractor`, on the sound alone; means as in Atal 1974 (cepstral mean subtraction), of mel bands.
     """
     import torch
 
+    num_heard = max(len(wave) // features.hop_length, 1)
     if len(wave) < features.min_samples:
         wave = np.pad(wave, (0, features.min_samples - len(wave)))
     hop, size = features.hop_length, features.n_fft
@@ -125,7 +127,11 @@ def log_mel(wave: np.ndarray, features: AudioFeatures) -> np.ndarray:
         for bands, bins, weights in filters:
             torch.matmul(power[:, bins], weights, out=mel_FM[chunk, bands])
     mel_FM = mel_FM.clamp_(min=1e-10).log10_()
-    return torch.maximum(mel_FM, mel_FM.max() - 8.0).add_(4.0).div_(4.0).T.contiguous().numpy()
+    mel_FM = torch.maximum(mel_FM, mel_FM.max() - 8.0).add_(4.0).div_(4.0)
+    if features.normalize == "bands":
+        # Silence behind a short sound is no part of it.
+        mel_FM -= mel_FM[:num_heard].mean(dim=0)
+    return mel_FM.T.contiguous().numpy()
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from megamm.data.media.files import MediaError
 from megamm.data.samples.hidden import hide
 from megamm.data.samples.shapes import planned_shapes, seen_shapes
 from megamm.data.samples.targets import check_answer, head_target, question_and_answer
-from megamm.tasks import template
+from megamm.tasks import TASKS, template
 from megamm.tokenizers.text import TextTokenizer
 
 
@@ -88,7 +88,7 @@ class SampleEncoder:
         Args:
             dataset: Its dataset's name.
             sample: Parsed, with media.
-            changes: Augmentation of the media.
+            changes: Augmentation.
             speed: At which its sounds are played.
             random: Draws what a masked head is to fill in; the same for all samples by default.
 
@@ -100,6 +100,7 @@ class SampleEncoder:
         """
         try:
             messages, answer = self._seen(sample)
+            messages = messages if changes is None else changes.messages(messages)
             images = [
                 image_input(_content_of(part, sample.media), _tower(self.rules.image, "vision"), limits=self.rules.limits, changes=changes)
                 for part in _parts(messages, "image")
@@ -136,7 +137,11 @@ class SampleEncoder:
 
     def _seen(self, sample: Sample) -> tuple[tuple[Message, ...], tuple[Part, ...]]:
         """The messages that are laid out in tokens, and the answer that a head gives to them (nothing without a head)."""
-        return (sample.messages, ()) if self.rules.head is None else question_and_answer(self.rules.head, sample)
+        if self.rules.head is not None:
+            return question_and_answer(self.rules.head, sample)
+        if sample.task in TASKS and sample.messages[-1].role == "assistant":
+            TASKS[sample.task].check_answer(sample.messages[-1].content)
+        return sample.messages, ()
 
     def _laid_out(self, messages: Sequence[Message], **lengths: Any) -> tuple[np.ndarray, np.ndarray]:
         """int32[T] twice: token ids, and the next token where it is supervised. A head's question has no supervised token."""

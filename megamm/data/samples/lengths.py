@@ -29,7 +29,7 @@ from megamm.data.shards.places import Shard, sidecar_path
 from megamm.data.shards.reader import LocalReader, Reader, ShardReader
 from megamm.tokenizers.text import TextTokenizer
 
-LENGTHS_VERSION = 3
+LENGTHS_VERSION = 4
 ONE_SPEED = (1.0,)
 IN_MEMORY_SAMPLES = 8_000_000
 """Larger datasets map one joined file instead of reading every shard's lengths."""

@@ -57,13 +57,24 @@ def seen_shapes(
     ]
 
 
-def read_masks(parts: Sequence[Part], media: Mapping[str, bytes], rules: MediaRules) -> dict[str, np.ndarray]:
-    """Member -> int32[H, W] of each mask part.
+def check_boxes(parts: Sequence[Part], views: Sequence[PictureView]) -> None:
+    """Refuse boxes that lie outside their pictures.
 
     Raises:
-        MediaError: A mask is missing or damaged.
+        MediaError: One does.
     """
-    return {part.member: _decoded(part, media, rules) for part in parts if part.type == "mask"}
+    for part in parts:
+        if part.type == "boxes":
+            _boxes(part, views[part.data["image"]])
+
+
+def read_masks(parts: Sequence[Part], media: Mapping[str, bytes], views: Sequence[PictureView], rules: MediaRules) -> dict[str, np.ndarray]:
+    """Member -> the `instance_map` of each mask part.
+
+    Raises:
+        MediaError: As `instance_map`.
+    """
+    return {part.member: instance_map(part, media, views[part.data["image"]], rules) for part in parts if part.type == "mask"}
 
 
 def instance_map(part: Part, media: Mapping[str, bytes], view: PictureView, rules: MediaRules) -> np.ndarray:

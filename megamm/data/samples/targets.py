@@ -23,7 +23,9 @@ from megamm.data.samples.shapes import instance_map, seen_shapes
 from megamm.tasks import template
 
 _NUM_COUNTS = {"linear": 1, "detector": 2, "segmenter": 1, "ctc": 1, "masked": 2}
-_ANSWERS = {"linear": ("text", "label"), "detector": ("boxes",), "segmenter": ("mask",), "ctc": ("text", "label")}
+ANSWERS = {"linear": ("text", "label"), "detector": ("boxes",), "segmenter": ("mask",), "ctc": ("text", "label")}
+"""Kind of a head -> the parts that its answers are; a masked head answers nothing."""
+
 _MEDIA = {"detector": "image", "segmenter": "image", "ctc": "audio"}
 _MEDIA_OF_TOWER = {"vision": "image", "audio": "audio"}
 
@@ -40,8 +42,8 @@ def question_and_answer(head: Head, sample: Sample) -> tuple[tuple[Message, ...]
         raise DataError(f"a plain document asks nothing that a {head.kind} head could answer; leave its dataset out")
     messages, answer = template.split_answer(sample.messages)
     for part in answer:
-        if part.type not in _ANSWERS[head.kind]:
-            raise DataError(f"the answer holds a {part.type} part, and a {head.kind} head answers with {' or '.join(_ANSWERS[head.kind])}")
+        if part.type not in ANSWERS[head.kind]:
+            raise DataError(f"the answer holds a {part.type} part, and a {head.kind} head answers with {' or '.join(ANSWERS[head.kind])}")
     check_question(head, messages)
     return messages, answer
 
@@ -73,18 +75,28 @@ def check_answer(head: Head, answer: Sequence[Part], audio_tokens: Sequence[int]
         DataError: A label or a character outside the head's, none or several where it takes one, more boxes than it has queries, or more
             characters than the sound has time for.
     """
-    if head.kind == "masked":
-        return
+    check_labels(head, answer)
+    if head.kind == "ctc":
+        _characters(head, answer, audio_tokens[0])
+    elif head.kind == "detector":
+        num = sum(len(part.data["boxes"]) for part in answer)
+        if head.queries == "learned" and num > head.num_queries:
+            raise DataError(f"{num} boxes, and the head finds {head.num_queries} at most; set model.head.num_queries higher")
+
+
+def check_labels(head: Head, answer: Sequence[Part]) -> None:
+    """Refuse labels and characters that the head does not have, however many there are.
+
+    Raises:
+        DataError: There is one, or not exactly one label where the head gives one.
+    """
     if head.kind == "linear":
         _labels(head, answer)
     elif head.kind == "ctc":
-        _characters(head, answer, audio_tokens[0])
+        _numbers(head, list(_text(answer)))
     elif head.kind == "detector":
-        labels = [box["label"] for part in answer for box in part.data["boxes"]]
-        _numbers(head, labels)
-        if head.queries == "learned" and len(labels) > head.num_queries:
-            raise DataError(f"{len(labels)} boxes, and the head finds {head.num_queries} at most; set model.head.num_queries higher")
-    else:
+        _numbers(head, [box["label"] for part in answer for box in part.data["boxes"]])
+    elif head.kind == "segmenter":
         _numbers(head, [label for part in answer for label in part.data["labels"]])
 
 
@@ -144,16 +156,14 @@ def collate_targets(head: Head, sequences: Sequence[TokenSequence]) -> HeadTarge
 
 
 def _labels(head: Head, answer: Sequence[Part]) -> list[int]:
-    text = "".join(part.text for part in answer).strip()
     if not head.multi_label:
-        return _numbers(head, [text])
+        return _numbers(head, [_text(answer)])
     named = [label.strip() for part in answer for label in part.text.split(",")]
     return sorted(set(_numbers(head, [label for label in named if label])))
 
 
 def _characters(head: Head, answer: Sequence[Part], num_tokens: int) -> list[int]:
-    text = "".join(part.text for part in answer).strip()
-    ids = _numbers(head, list(text))
+    ids = _numbers(head, list(_text(answer)))
     # Between equal characters stands a pause, else they would be read as one.
     num_needed = len(ids) + sum(one == after for one, after in pairwise(ids))
     if num_needed > num_tokens * head.time_steps:
@@ -162,6 +172,10 @@ def _characters(head: Head, answer: Sequence[Part], num_tokens: int) -> list[int
             "set model.head.time_steps higher"
         )
     return ids
+
+
+def _text(answer: Sequence[Part]) -> str:
+    return "".join(part.text for part in answer).strip()
 
 
 def _numbers(head: Head, labels: Sequence[str]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from megamm.config import AudioFeatures, Augment, ImageFeatures
+from megamm.core.types import Message, Part
 from megamm.data.media.augment import Changes
 from megamm.data.media.decode import audio_input, image_input
 from megamm.data.media.features import MediaRules
@@ -29,11 +31,13 @@ VALUES = {
     "image_zoom": 0.4,
     "image_rotate_degrees": 8.0,
     "image_flip": True,
+    "image_turns": True,
     "image_brightness": 0.4,
     "image_contrast": 0.4,
     "image_saturation": 0.4,
     "image_hue": 0.4,
     "audio_gain_db": 8.0,
+    "audio_equalizer_db": 8.0,
     "audio_noise": 8.0,
     "audio_mask_frames": 8,
     "audio_mask_bands": 8,
@@ -58,7 +62,7 @@ def test_a_position_draws_the_same_again_and_another_one_differently():
         assert made is not None
         picture = made.colour(made.shape(PICTURE, SIZE)[0].resize(SIZE))
         wave = made.wave(np.sin(np.arange(4000, dtype=np.float32)))
-        return [np.asarray(picture), wave, made.mel(np.random.default_rng(0).random((40, 60)))]
+        return [np.asarray(picture), wave, made.mel(np.random.default_rng(0).random((40, 60)), blank=0.0)]
 
     one, again, other = drawn(5), drawn(5), drawn(6)
     assert all(np.array_equal(*pair) for pair in zip(one, again, strict=True))
@@ -103,11 +107,12 @@ def test_the_map_that_comes_with_a_picture_says_where_its_pixels_went():
             image_crop=0.3,
             image_stretch=0.2,
             image_flip=True,
+            image_turns=True,
             image_shift=0.05,
             image_zoom=0.2,
             image_rotate_degrees=40.0,
         )
-        changed, moved = made.shape(picture, (120, 100))
+        changed, moved = made.shape(picture, (120, 100) if position % 2 else (110, 110))
         light = np.asarray(changed)[..., 0].astype(float)
         # Far from the border, where the edge is continued, light has the spot as its centre.
         x, y = moved((spot[0] + 0.5, spot[1] + 0.5))
@@ -122,6 +127,38 @@ def test_half_of_the_pictures_are_mirrored():
     mirrored = np.asarray(PICTURE)[:, ::-1]
     share = np.mean([np.array_equal(changes(position, image_flip=True).shape(PICTURE, SIZE)[0], mirrored) for position in range(400)])
     assert 0.4 < share < 0.6
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 1601, 16000])
+def test_an_equalizer_changes_each_frequency_smoothly_and_within_its_bound(num_samples):
+    wave, spread = np.zeros(num_samples, np.float32), []
+    wave[num_samples // 3] = 1.0
+    for position in range(20):
+        changed = changes(position, audio_equalizer_db=6.0).wave(wave)
+        assert changed.dtype == np.float32 and changed.shape == wave.shape
+        # The spectrum of a click is 1 everywhere.
+        gains_db = 20 * np.log10(np.abs(np.fft.rfft(changed.astype(np.float64))))
+        assert np.abs(gains_db).max() < 6.001
+        spread.append(np.ptp(gains_db))
+        # From octave to octave the gain changes by twice the bound at most.
+        frequencies = np.arange(1, len(gains_db))
+        assert (np.abs(np.diff(gains_db[1:])) <= 12 * np.diff(np.log2(frequencies)) + 1e-3).all()
+    assert num_samples < 3 or min(spread) > 0.5
+
+
+@pytest.mark.parametrize(("size", "num_symmetries"), [((24, 24), 8), ((32, 24), 4)])
+def test_turned_and_mirrored_pictures_are_all_symmetries_each_as_likely(size, num_symmetries):
+    picture = PICTURE.crop((0, 0, *size))
+    found = Counter()
+    for position in range(800):
+        turned, moved = changes(position, image_flip=True, image_turns=True).shape(picture, size)
+        assert turned.size == size
+        found[turned.tobytes()] += 1
+        # A pixel of the source is where the map says, to the last digit.
+        x, y = moved((3.5, 5.5))
+        assert turned.getpixel((int(x), int(y))) == picture.getpixel((3, 5))
+    assert len(found) == num_symmetries
+    assert all(0.7 < count * num_symmetries / 800 < 1.3 for count in found.values())
 
 
 def test_a_crop_is_a_part_of_the_picture_of_the_stated_area():
@@ -155,10 +192,33 @@ def test_colours_keep_within_their_bounds():
 def test_masks_are_as_many_and_as_wide_as_stated():
     mel = np.random.default_rng(0).uniform(1, 2, (80, 300)).astype(np.float32)
     for position in range(50):
-        masked = changes(position, audio_mask_frames=20, audio_masks=3).mel(mel)
+        masked = changes(position, audio_mask_frames=20, audio_masks=3).mel(mel, blank=float(mel.min()))
         blank = (masked == mel.min()).all(axis=0)
         assert blank.sum() <= 60 and np.diff(blank.astype(int)).clip(0).sum() <= 3
         assert np.array_equal(masked[:, ~blank], mel[:, ~blank])
+
+
+def test_items_side_by_side_change_places_and_everything_else_stays():
+    def item(name):
+        return Part("item", data={"id": name})
+
+    line = Part("text", text="\n")
+    question = Message("user", (*map(item, "abcdefgh"), line, item("i"), item("j"), line))
+    answer = Message("assistant", (item("k"), item("l")))
+    seen = set()
+    for position in range(40):
+        made = changes(position, item_shuffle=True, image_shift=0.5)
+        asked, answered = made.messages([question, answer])
+        names = "".join(part.data.get("id", "|") for part in asked.content)
+        assert sorted(names[:8]) == list("abcdefgh") and names[8] == names[11] == "|" and sorted(names[9:11]) == ["i", "j"]
+        assert {part.data["id"] for part in answered.content} == {"k", "l"} and [asked.role, answered.role] == ["user", "assistant"]
+        seen.add((names, answered.content[0].data["id"]))
+        again = changes(position, item_shuffle=True, image_shift=0.5)
+        assert again.messages([question, answer]) == [asked, answered]
+        # The media of the sample draw as they do without it.
+        assert np.array_equal(made.shape(PICTURE, SIZE)[0], changes(position, image_shift=0.5).shape(PICTURE, SIZE)[0])
+    assert len(seen) > 35 and {first for _, first in seen} == {"k", "l"}
+    assert changes(image_shift=0.5).messages([question]) == [question]
 
 
 def test_large_pictures_are_shrunk_before_they_are_turned():
@@ -188,7 +248,7 @@ def test_every_setting_changes_its_medium_and_keeps_its_length(name):
 
 
 def test_every_setting_is_tried_here():
-    assert {field.name for field in dataclasses.fields(Augment)} == {*VALUES, "audio_speeds", "audio_masks"}
+    assert {field.name for field in dataclasses.fields(Augment)} == {*VALUES, "audio_speeds", "audio_masks", "item_shuffle"}
 
 
 @given(st.integers(0, 2**40), st.integers(1, 120), st.integers(1, 120), st.sampled_from(["naflex", "fixed"]))

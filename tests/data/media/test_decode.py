@@ -111,6 +111,23 @@ def test_sound_formats(format, subtype):
     assert np.abs(found[:, 10:frames] - expected[:, 10:frames])[loud].max() < 0.1
 
 
+def test_without_band_means_a_louder_sound_of_another_colour_is_the_same():
+    features = AudioFeatures(normalize="bands")
+    wave = np.random.default_rng(0).standard_normal(16000).astype(np.float32) * np.linspace(0.2, 1.0, 16000, dtype=np.float32)
+    found = log_mel(wave, features)
+    assert np.abs(found.mean(axis=1)).max() < 1e-5
+    np.testing.assert_allclose(log_mel(3 * wave, features), found, atol=1e-4)
+    # A filter of one tap before another: what a band loses or gains is nearly the same in all of its frames.
+    coloured = np.convolve(wave, [1.0, -0.9])[:16000].astype(np.float32)
+    plain = np.abs(log_mel(coloured, AudioFeatures()) - log_mel(wave, AudioFeatures())).mean()
+    assert np.abs(log_mel(coloured, features) - found).mean() < 0.1 * plain
+    # Of a short sound the silence that fills it up does not count.
+    short = log_mel(wave[:3000], features)
+    assert short.shape[1] == 50 and np.abs(short[:, :18].mean(axis=1)).max() < 1e-5
+    short_coloured, quiet = log_mel(coloured[:3000], features), 3000 // 160 + 2
+    assert np.abs(short_coloured - short)[:, :16].mean() < 0.1 * plain < np.abs(short[:, quiet:]).mean()
+
+
 def grey_ramp(dtype, top: int) -> np.ndarray:
     return np.linspace(0, top, 64 * 64).reshape(64, 64).astype(dtype)
 
