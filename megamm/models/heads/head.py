@@ -94,7 +94,7 @@ class BackboneHead(nn.Module):
             logits = self.kind(states=_all_cells(self.kind.widths, towers, hidden, dtype))
         else:
             seen = _Seen(hidden, towers, input_ids, grids, places)
-            states = self._states(seen) if places else States.nothing(self.width, hidden)
+            states = self._states_of(seen) if places else States.nothing(self.width, hidden)
             logits = self.kind(states=States(states.values.to(dtype), states.mask, states.grids))
         if targets is None:
             return logits, None, None
@@ -122,22 +122,31 @@ class BackboneHead(nn.Module):
             raise ConfigError("a masked head fills in what is hidden and answers nothing; train another head, or tokens, from its run")
         return self.kind.decode(logits, views)
 
-    def _states(self, seen: _Seen) -> States:
-        kind, of, config = self.settings.kind, self.settings.states, self.config
-        if of == "vision":
+    def _states_of(self, seen: _Seen) -> States:
+        if self.settings.kind == "linear":
+            # Pooled before documents are joined: beside one long document, padding of many short ones is most of a row.
+            return States.of(side_by_side(self._pooled(seen), self.settings.pool))
+        if self.settings.states == "vision":
             maps = _one_each(seen.towers.get("vision", []), seen.places, "picture")
             return States.of([one.flatten(0, 1) for one in maps], [tuple(one.shape[:2]) for one in maps])
-        if of == "audio":
+        if self.settings.states == "audio":
             return States.of(_some(self._sounds(seen), "sound"))
-        if of == "towers":
-            towers = {"vision": self._pictures, "audio": self._sounds}
-            return States.of(side_by_side([towers[name](seen) for name in tower_widths(self.settings, config)], self.settings.pool))
-        if kind == "linear":
-            return States.of(whole_documents(seen.hidden, seen.places))
-        if kind == "ctc":
-            return States.of(_some(media_tokens(seen.hidden, seen.input_ids, seen.places, config.audio_token_id), "sound"))
-        pictures = _some(media_tokens(seen.hidden, seen.input_ids, seen.places, config.image_token_id), "picture")
+        if self.settings.kind == "ctc":
+            return States.of(_some(media_tokens(seen.hidden, seen.input_ids, seen.places, self.config.audio_token_id), "sound"))
+        pictures = _some(media_tokens(seen.hidden, seen.input_ids, seen.places, self.config.image_token_id), "picture")
         return States.of(pictures, _one_each(self._merged_grids(seen.grids, len(pictures)), seen.places, "picture"))
+
+    def _pooled(self, seen: _Seen) -> list[list[torch.Tensor]]:
+        """float[T, W] of each document, for each tower that becomes one state by itself."""
+        of = self.settings.states
+        if of == "decoder":
+            return [whole_documents(seen.hidden, seen.places)]
+        if of == "vision":
+            return [[one.flatten(0, 1) for one in _one_each(seen.towers.get("vision", []), seen.places, "picture")]]
+        if of == "audio":
+            return [_some(self._sounds(seen), "sound")]
+        towers = {"vision": self._pictures, "audio": self._sounds}
+        return [towers[name](seen) for name in tower_widths(self.settings, self.config)]
 
     def _pictures(self, seen: _Seen) -> list[torch.Tensor]:
         """float[T, W] of each document: the vision tower's states of all its pictures."""
@@ -182,7 +191,7 @@ def check_head(settings: Head, config: MegaMMConfig) -> None:
 
     Raises:
         ConfigError: States that the model lacks or that the kind cannot use, labels twice, characters that are none, sizes that do
-            not divide, or scipy is not installed.
+            not divide, labels that an answer could not be read back to, or scipy is not installed.
     """
     kind, states = settings.kind, settings.states
     if states not in _STATES[kind]:
@@ -194,6 +203,8 @@ def check_head(settings: Head, config: MegaMMConfig) -> None:
         raise ConfigError(f"a {kind} head on {states} states needs model.{wanted}; add the tower")
     if twice := sorted({label for label in settings.labels if settings.labels.count(label) > 1}):
         raise ConfigError(f"model.head.labels holds {twice[0]!r} twice; name each label once")
+    if kind == "linear":
+        _check_written(settings)
     if kind == "ctc" and (long := [label for label in settings.labels if len(label) != 1]):
         raise ConfigError(f"model.head.labels holds {long[0]!r}; the labels of a ctc head are single characters")
     num_heads = settings.num_heads if settings.queries == "learned" else 1
@@ -208,6 +219,17 @@ def check_head(settings: Head, config: MegaMMConfig) -> None:
         )
     if kind in _USES_SCIPY and find_spec("scipy") is None:
         raise ConfigError(f"a {kind} head needs scipy; pip install 'megamm[heads]'")
+
+
+def _check_written(settings: Head) -> None:
+    """Answers are kept and judged as text without blanks around it; several labels stand between commas."""
+    for label in settings.labels:
+        if label != label.strip():
+            raise ConfigError(f"model.head.labels holds {label!r} with blanks at its ends, which no answer keeps; write {label.strip()!r}")
+        if settings.multi_label and "," in label:
+            raise ConfigError(
+                f"model.head.labels holds {label!r}; with multi_label commas stand between labels, write {label.replace(',', ';')!r}"
+            )
 
 
 def state_width(settings: Head, config: MegaMMConfig) -> int:

@@ -1,6 +1,6 @@
 """Labels of a sample from its pooled states: one by softmax, or any number by sigmoid.
 
-Legend: D documents, T states of one, W their width, L labels.
+Legend: D documents, L labels.
 """
 
 from __future__ import annotations
@@ -20,24 +20,19 @@ from megamm.models.heads.targets import Targets
 
 
 class LinearHead(nn.Module):
-    """Pooled states, a norm, as many hidden layers as the recipe says, one linear layer."""
+    """A norm on each document's one pooled state, as many hidden layers as the recipe says, one linear layer."""
 
     def __init__(self, settings: Head, width: int):
         super().__init__()
-        self.labels, self.multi_label, self.pool = settings.labels, settings.multi_label, settings.pool
+        self.labels, self.multi_label = settings.labels, settings.multi_label
         self.norm = nn.LayerNorm(width)
         widths = [width, *[settings.hidden_size] * settings.hidden_layers]
         self.hidden = nn.ModuleList(nn.Linear(one, after) for one, after in pairwise(widths))
         self.classify = nn.Linear(widths[-1], len(settings.labels))
 
     def forward(self, *, states: States) -> dict[str, torch.Tensor]:
-        """`labels` float[D, L]."""
-        lengths = states.mask.sum(1)
-        if self.pool == "last":
-            pooled = states.values[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-        else:
-            pooled = states.values.float().sum(1) / lengths[:, None]
-        hidden = self.norm(pooled.to(self.classify.weight.dtype))
+        """`labels` float[D, L], from one state of each document."""
+        hidden = self.norm(states.values.squeeze(1))
         for layer in self.hidden:
             hidden = F.gelu(layer(hidden))
         return {"labels": self.classify(hidden)}

@@ -82,17 +82,18 @@ def media_tokens(hidden_BSE: torch.Tensor, input_ids_BS: torch.Tensor, places: S
 
 
 def side_by_side(towers: Sequence[Sequence[torch.Tensor]], pool: str) -> list[torch.Tensor]:
-    """Of each document one state: what each tower's states become by themselves, one behind the other.
+    """float[1, W of all together] of each document: what each tower's states become by themselves, one behind the other.
 
     Args:
-        towers: For each tower float[T, W of the tower] of each document; T is 0 where it saw nothing of a document, which then says zeros.
-        pool: `mean` or `last`.
+        towers: For each tower, or the decoder, float[T, W of it] of each document; T is 0 where it saw nothing of a document, which then
+            says zeros.
+        pool: `mean`, which is taken and kept in float32, or `last`.
     """
 
     def pooled(states: torch.Tensor) -> torch.Tensor:
         if not len(states):
             return states.new_zeros(states.shape[1])
-        return states[-1] if pool == "last" else states.float().mean(0).to(states.dtype)
+        return states[-1] if pool == "last" else states.float().mean(0)
 
     return [torch.cat([pooled(one) for one in document])[None] for document in zip(*towers, strict=True)]
 

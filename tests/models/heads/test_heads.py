@@ -15,7 +15,7 @@ from megamm.models.heads.detector import DetectorHead, corners_of
 from megamm.models.heads.linear import LinearHead
 from megamm.models.heads.queries import anchors
 from megamm.models.heads.segmenter import SegmenterHead, split_instances
-from megamm.models.heads.states import States, places_of
+from megamm.models.heads.states import States, places_of, side_by_side
 from megamm.models.heads.targets import Targets, loss_scales
 
 WIDTH = 12
@@ -51,6 +51,11 @@ def states_of(seed: int = 1) -> list[torch.Tensor]:
     return [torch.randn(rows * columns, WIDTH) for rows, columns in GRIDS]
 
 
+def joined(name: str, states: list[torch.Tensor], grids: list[tuple[int, int]] = GRIDS) -> States:
+    """Of documents; a linear head takes one pooled state of each."""
+    return States.of(side_by_side([states], SETTINGS[name].pool) if KINDS[name] is LinearHead else states, grids)
+
+
 def targets_of(name: str, scales: tuple[float, ...] = (1.0, 1.0)) -> Targets:
     """For three documents; the second one's answer is the least that there is."""
     ids = {
@@ -75,11 +80,11 @@ def alone(targets: Targets, number: int) -> Targets:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_document_costs_and_says_the_same_alone_and_among_others(name):
     head, states, targets = head_of(name), states_of(), targets_of(name)
-    together = head(states=States.of(states, GRIDS))
+    together = head(states=joined(name, states))
     losses, answers = head.loss(together, targets), head.decode(together, [UNIT] * 3)
     assert losses.shape == (3,) and torch.isfinite(losses).all() and (losses > 0).all()
     for number in range(3):
-        logits = head(states=States.of(states[number : number + 1], GRIDS[number : number + 1]))
+        logits = head(states=joined(name, states[number : number + 1], GRIDS[number : number + 1]))
         torch.testing.assert_close(head.loss(logits, alone(targets, number))[0], losses[number], rtol=1e-4, atol=1e-5)
         (answer,) = head.decode(logits, [UNIT])
         assert repr_of(answer) == repr_of(answers[number])
@@ -91,7 +96,7 @@ def repr_of(answer):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_parameter_learns_the_answer_of_a_batch(name):
-    head, states, targets = head_of(name), States.of(states_of(), GRIDS), targets_of(name)
+    head, states, targets = head_of(name), joined(name, states_of()), targets_of(name)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
@@ -102,6 +107,13 @@ def test_every_parameter_learns_the_answer_of_a_batch(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_states_are_pooled_in_float32_and_stand_side_by_side():
+    one, other = torch.arange(1, 7).view(3, 2).bfloat16(), torch.tensor([[256.0, 0, 1], [257, 0, 2]])
+    mean, none = side_by_side([[one, one[:0]], [other, other[:1]]], "mean")
+    assert mean.tolist() == [[3, 4, 256.5, 0, 1.5]] and mean.dtype == torch.float32 and none.tolist() == [[0, 0, 256, 0, 1]]
+    assert torch.cat(side_by_side([[one, one[:1]]], "last")).tolist() == [[5, 6], [1, 2]]
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -125,6 +125,14 @@ def test_bf16_costs_about_the_same(name):
     assert all(parameter.grad.isfinite().all() for parameter in rounded.parameters())
 
 
+@pytest.mark.parametrize("name", [name for name in HEADS if name.startswith("linear")])
+def test_a_linear_head_pools_before_it_joins_documents(name):
+    model, seen = model_of(HEADS[name]), []
+    model.head.kind.register_forward_pre_hook(lambda _, __, given: seen.append(given["states"].values.shape), with_kwargs=True)
+    run(model, batch_of(HEADS[name], [[0, 1], [], [2]]))
+    assert seen == [(3, 1, model.head.width)]
+
+
 def test_towers_that_saw_nothing_of_a_document_say_zeros():
     head = Head("linear", ("a", "b"), states="towers")
     model = model_of(head).eval()
@@ -172,6 +180,10 @@ def test_a_head_trains_beside_a_frozen_backbone_at_its_own_rate():
     assert groups["head"]["lr"] == pytest.approx(3e-3)
 
 
+def test_a_comma_in_the_one_label_of_a_sample_is_no_matter():
+    check_head(Head("linear", ("cat, grey", "dog")), tiny_config())
+
+
 @pytest.mark.parametrize(
     ("head", "changes", "reason"),
     [
@@ -181,6 +193,8 @@ def test_a_head_trains_beside_a_frozen_backbone_at_its_own_rate():
         (Head("linear", ("a",), states="towers"), {"vision": "", "audio": False}, "add a tower"),
         (Head("segmenter", ("a",), states="towers"), {}, 'states="towers" is nothing for a segmenter head'),
         (Head("linear", ("a", "b", "a")), {}, "holds 'a' twice"),
+        (Head("linear", ("a", "b ")), {}, "'b ' with blanks at its ends"),
+        (Head("linear", ("a", "b, c"), multi_label=True), {}, "commas stand between labels, write 'b; c'"),
         (Head("ctc", ("a", "bc")), {}, "single characters"),
         (Head("detector", ("a",), hidden_size=30, num_heads=4), {}, "set it to 16"),
         (Head("segmenter", ("a",), num_layers=9), {}, "set 6"),
