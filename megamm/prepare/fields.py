@@ -53,11 +53,13 @@ class RowLayout:
         columns: The columns of each field.
         task: Of every sample.
         prompt: Question where no column brings one; `{COLUMN}` stands for a column's text.
+        is_answered: Whether samples hold answers.
     """
 
     columns: Columns
     task: str
     prompt: str
+    is_answered: bool = True
 
     def draft(self, values: Mapping[str, Any], load: Load) -> Draft:
         """The sample of a row.
@@ -78,7 +80,8 @@ class RowLayout:
         if system := self._text(values, "system", ""):
             messages.append({"role": "system", "content": system})
         messages.append({"role": "user", "content": self._question(values, row)})
-        messages.append({"role": "assistant", "content": self._answer(values, row)})
+        if self.is_answered:
+            messages.append({"role": "assistant", "content": self._answer(values, row)})
         return Draft({**metadata, "task": self.task, "messages": messages}, row.members)
 
     @property
@@ -143,7 +146,7 @@ class RowLayout:
 
 
 def row_layout(
-    pairs: Sequence[tuple[str, str]], existing: Sequence[str], *, task: str, prompt: str, where: str
+    pairs: Sequence[tuple[str, str]], existing: Sequence[str], *, task: str, prompt: str, answers: str, where: str
 ) -> tuple[RowLayout, list[str]]:
     """How the rows of a table become samples.
 
@@ -152,6 +155,7 @@ def row_layout(
         existing: The table's columns.
         task: `--task`; empty to take what the fields say.
         prompt: `--prompt`; empty for the task's own.
+        answers: `--answers`: `keep`, or `drop` for samples without.
         where: The table, for the error.
 
     Returns:
@@ -163,12 +167,16 @@ def row_layout(
     columns = resolve(pairs, existing, FIELDS, repeated=REPEATED, where=where)
     if unknown := sorted(set(_PLACEHOLDER.findall(prompt)) - set(existing)):
         raise ConfigError(f"--prompt holds {{{unknown[0]}}}, and {where} has no such column; its columns are {', '.join(existing)}")
+    if answers == "drop":
+        if not task:
+            raise ConfigError("samples without answers do not say their task; name it with --task")
+        columns = {field: filling for field, filling in columns.items() if field not in (*_ANSWER, "mask_label")}
     if "document" in columns:
         if others := sorted(columns.keys() & {*_QUESTION, *_ANSWER, "system"}):
             raise ConfigError(f"a document stands alone, and {', '.join(others)} are filled as well; map their columns to metadata")
         task = task or "text"
     else:
-        if not columns.keys() & set(_ANSWER):
+        if answers == "keep" and not columns.keys() & set(_ANSWER):
             raise ConfigError(f"no column of {where} is an answer ({', '.join(_ANSWER)}) or a document; it has {', '.join(existing)}")
         task = task or ("classification" if "label" in columns else "segmentation" if "mask" in columns else "")
         if not task:
@@ -181,7 +189,7 @@ def row_layout(
             raise ConfigError("a mask needs one picture that it lies over; map one column to image")
     if reserved := sorted({"task", "messages"} & set(columns.get("metadata", ()))):
         raise ConfigError(f"the column {reserved[0]} cannot be kept as metadata, samples have a field of that name; rename it")
-    layout = RowLayout(columns, task, prompt)
+    layout = RowLayout(columns, task, prompt, answers == "keep")
     used = layout.used
     return layout, [f"column {column} is not used" for column in existing if column not in used]
 

@@ -70,16 +70,28 @@ class Journal:
         Raises:
             DataError: The split was begun from something else, or its shards are there without a journal.
         """
-        path = self._folder / f"{self._split}.json"
+        if not self.is_begun(facts):
+            write_json(self._path_of_facts, dict(facts))
+
+    def is_begun(self, facts: Mapping[str, Any]) -> bool:
+        """Whether the split is taken for this plan already; takes nothing.
+
+        Args:
+            facts: As of `claim`; those that follow from records that are not known yet may be missing.
+
+        Raises:
+            DataError: As `claim`.
+        """
+        path = self._path_of_facts
         if not path.exists():
             existing = sorted(self._output.glob(f"{self._split}-*.tar*"))
             # Another part may have begun and written shards since the first look.
             if existing and not path.exists():
                 raise DataError(f"{self._output} already holds {existing[0].name}; name another --output, or {self._remedy()}")
-        if path.exists():
-            self._compare(read_json(path), facts)
-        else:
-            write_json(path, dict(facts))
+            if not path.exists():
+                return False
+        self._compare(read_json(path), facts)
+        return True
 
     def finished(self) -> dict[str, Finished]:
         """Finished shards of all parts, by name."""
@@ -107,9 +119,14 @@ class Journal:
         if is_new:
             sync_folder(self._folder)
 
+    @property
+    def _path_of_facts(self) -> Path:
+        return self._folder / f"{self._split}.json"
+
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        names = (before.keys() | now.keys()) - (set(_CONSEQUENCES) - now.keys())
         # What the user chose comes before what follows from it.
-        for name in sorted(before.keys() | now.keys(), key=lambda name: (name in _CONSEQUENCES, name)):
+        for name in sorted(names, key=lambda name: (name in _CONSEQUENCES, name)):
             if before.get(name) != now.get(name):
                 raise DataError(
                     f"{self._output} holds {self._split} shards that were begun with {name} {_brief(before.get(name))}, now it is "

@@ -147,9 +147,14 @@ class _SplitDraft:
         self.state.update(f"{record.key} {record.num_bytes} {record.data!r}\n".encode(errors="surrogatepass"))
 
 
-def _plan_split(split: str, draft: _SplitDraft, sizes: np.ndarray, seed: int, limits: Limits) -> SplitPlan:
+def check_split(split: str) -> None:
+    """Refuse a name of a split with ConfigError where it cannot begin a file's name."""
     if not _SPLIT.fullmatch(split):
         raise ConfigError(f"split {split!r} cannot begin a file's name; use small letters, digits and '_'")
+
+
+def _plan_split(split: str, draft: _SplitDraft, sizes: np.ndarray, seed: int, limits: Limits) -> SplitPlan:
+    check_split(split)
     members = np.frombuffer(draft.members, dtype=np.int64)
     key = derive_key(seed, xxhash.xxh3_64_intdigest(split.encode()))
     order = members[permute(np.arange(len(members), dtype=np.int64), len(members), key)]

@@ -17,7 +17,7 @@ from megamm.core.errors import ConfigError, DataError
 from megamm.core.files import atomic_file, canonical_json, digest_text
 from megamm.prepare.inputs import failure
 from megamm.prepare.journal import Journal
-from megamm.prepare.plan import Limits, SplitPlan, Splitting, make_plan
+from megamm.prepare.plan import Limits, SplitPlan, Splitting, check_split, make_plan
 from megamm.prepare.pool import run_tasks
 from megamm.prepare.report import SplitReport
 from megamm.prepare.shard import Finished, Task
@@ -77,6 +77,18 @@ def prepare(source: Source, job: Job, **options: Any) -> list[SplitReport]:
     return reports
 
 
+def check_output(source: Source, job: Job, **options: Any) -> None:
+    """Find whether a job could write its default split where no record of the source is known yet, before much is spent on finding them.
+
+    Raises:
+        ConfigError: No file can have the name of the split, or an option that the source does not take or that is wrong.
+        DataError: The output holds shards that were begun from something else, or by something else.
+    """
+    check_split(job.splitting.default)
+    settings = _settings(source, _list(source, options), job, options=options)
+    Journal(job.output, job.splitting.default, job.part).is_begun(settings)
+
+
 def _prepare(source: Source, job: Job, options: Mapping[str, Any]) -> tuple[list[Finished], list[SplitReport]]:
     """What became of this part's shards, and the reports of all splits."""
     part, num_parts = job.part
@@ -123,20 +135,24 @@ def _list(source: Source, options: Mapping[str, Any]) -> Listing:
 
 def _facts(source: Source, listing: Listing, job: Job, plan: SplitPlan, *, options: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the bytes of a split: where the inputs lie does not."""
+    facts = {**_settings(source, listing, job, options=options), "records": len(plan.order), "inputs": plan.digest}
+    return json.loads(canonical_json(facts))  # tuples become lists, as they do on disk
+
+
+def _settings(source: Source, listing: Listing, job: Job, *, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of it that is known before the records are."""
     defaults = {option.name: option.default for option in source.options if option.read is not Path and option is not SEED}
-    facts = {
+    settings = {
         "format": FORMAT,
         "source": source.name,
         "seed": job.splitting.seed,
         "test_share": job.splitting.test_share,
         "options": {name: options.get(name, default) for name, default in defaults.items()},
         "limits": [job.limits.num_samples, job.limits.num_bytes],
-        "records": len(plan.order),
-        "inputs": plan.digest,
         "settings": _settings_digest(listing),
         **({"files": _files_digest(listing)} if listing.files else {}),
     }
-    return json.loads(canonical_json(facts))  # tuples become lists, as they do on disk
+    return json.loads(canonical_json(settings))
 
 
 def _settings_digest(listing: Listing) -> str:

@@ -132,6 +132,7 @@ def count(word: str) -> int:
 SEED = Option("seed", "seeds the order, the share that is held out and what is rendered (default 0)", int, 0, "N")
 TASK = Option("task", "name of the task", metavar="NAME")
 PROMPT = Option("prompt", "what the user asks (default: the task's own question)", metavar="TEXT")
+ANSWERS = Option("answers", "keep (default), or drop: samples without answers, which need none", one_of("keep", "drop"), "keep", "WHAT")
 ROOT = Option("root", "folder that the paths of media are relative to (default: that of INPUT)", Path, None, "DIR")
 
 

@@ -52,6 +52,15 @@ def test_each_basket_is_asked_for_after_those_before(tmp_path):
     ]
 
 
+def test_answers_in_training_are_bounded_and_held_out_ones_and_histories_are_whole(tmp_path):
+    rows = [("ann", f"i{day}{item}", f"{day}") for day in range(4) for item in range(5)]
+    whole = prepare(tmp_path / "whole", write(tmp_path / "a.tsv", rows), hold_out="both")
+    cut = prepare(tmp_path / "cut", write(tmp_path / "a.tsv", rows), hold_out="both", max_answer=2)
+    ((history, answer),) = (read(document) for document, _ in whole["train"].values())
+    assert [read(document) for document, _ in cut["train"].values()] == [(history, " ".join(answer.split()[:2]))]
+    assert len(answer.split()) == 5 and all(cut[split] == whole[split] for split in ("validation", "test"))
+
+
 def test_a_sorted_log_does_not_say_which_item_comes_first(tmp_path):
     rows = [(f"user{user}", f"i{item}", day) for user in range(60) for day in ("1", "2") for item in range(3)]
     found = prepare(tmp_path, write(tmp_path / "a.tsv", rows))["train"]

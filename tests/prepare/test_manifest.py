@@ -170,6 +170,18 @@ def test_masks_that_do_not_fit_are_skipped(root):
     ]
 
 
+def test_samples_without_answers_need_none_and_keep_none(root):
+    table = write_csv(root / "a.csv", ["image", "label", "voice"], ["0.jpg", "a", "x"], ["1.jpg", "", "y"])
+    found = prepare(root, table, ("voice", "metadata"), answers="drop", task="classification")
+    assert {document["voice"]: [message["role"] for message in document["messages"]] for document, _ in found.values()} == {
+        "x": ["user"],
+        "y": ["user"],
+    }
+    assert [reason for _, _, reason in omitted(root / "out")] == ["column label is not used"]
+    with pytest.raises(ConfigError, match="samples without answers do not say their task; name it with --task"):
+        prepare(root, table, answers="drop")
+
+
 def test_rows_that_are_no_samples_are_named(root):
     lines = [
         '{"image": "0.jpg", "label": "a"}',

@@ -11,10 +11,10 @@ from megamm.core.errors import ConfigError, DataError
 from megamm.prepare.columns import map_option
 from megamm.prepare.fields import FIELDS, RowLayout, row_layout
 from megamm.prepare.inputs import below, existing_input, read_input
-from megamm.prepare.source import PROMPT, ROOT, TASK, Draft, Listing, Record, Source
+from megamm.prepare.source import ANSWERS, PROMPT, ROOT, TASK, Draft, Listing, Record, Source
 
 
-def _records(*, input: Path, map: Sequence[tuple[str, str]], task: str, prompt: str, root: Path | None) -> Listing:
+def _records(*, input: Path, map: Sequence[tuple[str, str]], task: str, prompt: str, answers: str, root: Path | None) -> Listing:
     """Every row is a record. Media are taken as they were stored, classes by their names.
 
     Raises:
@@ -25,7 +25,9 @@ def _records(*, input: Path, map: Sequence[tuple[str, str]], task: str, prompt: 
     records: list[Record] = []
     notes: dict[str, None] = {}
     for split, rows in rows_of.items():
-        layouts[split], unused = row_layout(map, rows.column_names, task=task, prompt=prompt, where=f"{input} {split}".strip())
+        layouts[split], unused = row_layout(
+            map, rows.column_names, task=task, prompt=prompt, answers=answers, where=f"{input} {split}".strip()
+        )
         notes.update(dict.fromkeys(unused))
         records += _list_split(split, rows, layouts[split])
     make = partial(_make, input=input, root=existing_input(root or input, folder=True), layouts=layouts)
@@ -108,5 +110,5 @@ SOURCE = Source(
     help="a local data set of the library `datasets`, saved with save_to_disk; its splits stay apart",
     records=_records,
     input="the folder",
-    options=(map_option(FIELDS), TASK, PROMPT, ROOT),
+    options=(map_option(FIELDS), TASK, PROMPT, ANSWERS, ROOT),
 )

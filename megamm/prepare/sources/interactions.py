@@ -2,9 +2,10 @@
 
 A sample shows up to `--history` items that a user met and asks for the items of the next basket. Events of one user at one time are a
 basket, or those that share a value of the column `basket`. Its items stand in an order drawn from their names: many logs sort a basket by
-something, and a model that learned what comes first would rank items by that instead of by how likely they are bought. With `--hold-out
-both` a user's last basket is asked for in `test` only and the one before in `validation` only, so that neither is ever an answer, or a part
-of a history, in training.
+something, and a model that learned what comes first would rank items by that instead of by how likely they are bought. A ranking
+asks for the first item alone, so `--max-answer` lets training see more baskets in as many tokens. With `--hold-out both` a user's last
+basket is asked for in `test` only and the one before in `validation` only, so that neither is ever an answer, or a part of a history, in
+training.
 
 `items.jsonl` beside the shards lists all items, those of held-out baskets and those that nobody met included: codes are made for the whole
 shop, and nothing in the list tells who met what, when or how often.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megamm.prepare.inputs import existing_input
 from megamm.prepare.names import plain_key
 from megamm.prepare.rows import COLUMNS, Table, is_text, open_table
 from megamm.prepare.source import PROMPT, Draft, Listing, Option, Record, Source, count, one_of
+from megamm.tasks.recommendation import BASKET_END
 from megamm.tokenizers.items import ITEMS_FILE
 
 _FIELDS = {
@@ -68,6 +70,7 @@ def _records(
     columns: Sequence[str],
     history: int,
     hold_out: str,
+    max_answer: int | None,
     items: Path | None,
     show: str,
     prompt: str,
@@ -91,7 +94,7 @@ def _records(
         drawn = (_Basket(time, _in_drawn_order(user, time, names)) for time, names in found.values())
         baskets = sorted(drawn, key=lambda basket: order(basket.time))
         num_short += len(baskets) == 1
-        records += _records_of(user, tuple(baskets), _HELD_OUT[hold_out], history)
+        records += _records_of(user, tuple(baskets), _HELD_OUT[hold_out], history=history, max_answer=max_answer)
     if num_short:
         notes.append(f"{num_short} users have one basket only, which nothing came before")
     return Listing(
@@ -114,13 +117,17 @@ def _item_list(met: Iterable[str], texts: Mapping[str, str]) -> bytes:
     return "".join(canonical_json({"id": item, "text": text if is_text(text) else ""}) + "\n" for item, text in described.items()).encode()
 
 
-def _records_of(user: str, baskets: tuple[_Basket, ...], held_out: Sequence[str], history: int) -> Iterator[Record]:
+def _records_of(
+    user: str, baskets: tuple[_Basket, ...], held_out: Sequence[str], *, history: int, max_answer: int | None
+) -> Iterator[Record]:
     for target in range(1, len(baskets)):
         before_last = len(baskets) - 1 - target
         split = held_out[before_last] if before_last < len(held_out) else ""
         shown = _shown(baskets[:target], history)
-        num_items = sum(len(basket.items) for basket in (*shown, baskets[target]))
-        yield Record(f"user-{plain_key(user)}-{target:05}", 16 * num_items, (user, shown, baskets[target], target), split, user)
+        # Items stand in drawn order, so the first are any. What is held out stays whole: it is what rankings are judged by.
+        asked = baskets[target] if split else replace(baskets[target], items=baskets[target].items[:max_answer])
+        num_items = sum(len(basket.items) for basket in (*shown, asked))
+        yield Record(f"user-{plain_key(user)}-{target:05}", 16 * num_items, (user, shown, asked, target), split, user)
 
 
 def _shown(baskets: Sequence[_Basket], history: int) -> tuple[_Basket, ...]:
@@ -139,7 +146,7 @@ def _make(record: Record, *, prompt: str, texts: Mapping[str, str]) -> Draft:
     question: list[dict[str, Any]] = []
     for basket in shown:
         question += [_item(item, texts) for item in basket.items]
-        question.append({"type": "text", "text": "\n"})
+        question.append({"type": "text", "text": BASKET_END})
     question.append({"type": "text", "text": prompt})
     answer = [_item(item, texts) for item in target.items]
     document = {
@@ -229,6 +236,9 @@ SOURCE = Source(
             one_of(*_HELD_OUT),
             "none",
             "WHAT",
+        ),
+        Option(
+            "max_answer", "most items of a basket that is asked for, drawn; those of --hold-out stay whole (default all)", count, None, "N"
         ),
         Option("items", "table with the columns item and text, which describes items", Path, None, "FILE"),
         Option(

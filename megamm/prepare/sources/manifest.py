@@ -12,10 +12,12 @@ from megamm.prepare.columns import map_option
 from megamm.prepare.fields import FIELDS, MEDIA, RowLayout, row_layout
 from megamm.prepare.inputs import below, existing_input, read_input, size_of
 from megamm.prepare.rows import COLUMNS, Row, open_table
-from megamm.prepare.source import PROMPT, ROOT, TASK, Draft, Listing, Record, Source
+from megamm.prepare.source import ANSWERS, PROMPT, ROOT, TASK, Draft, Listing, Record, Source
 
 
-def _records(*, input: Path, map: Sequence[tuple[str, str]], columns: Sequence[str], task: str, prompt: str, root: Path | None) -> Listing:
+def _records(
+    *, input: Path, map: Sequence[tuple[str, str]], columns: Sequence[str], task: str, prompt: str, answers: str, root: Path | None
+) -> Listing:
     """Every row is a record.
 
     Raises:
@@ -23,7 +25,7 @@ def _records(*, input: Path, map: Sequence[tuple[str, str]], columns: Sequence[s
         DataError: The table cannot be read.
     """
     table = open_table(existing_input(input, folder=False), columns)
-    layout, notes = row_layout(map, table.columns, task=task, prompt=prompt, where=str(input))
+    layout, notes = row_layout(map, table.columns, task=task, prompt=prompt, answers=answers, where=str(input))
     root = existing_input(root or input.parent, folder=True)
     used = tuple(layout.used)
     records = [_record(row, layout, root, used) for row in table.rows()]
@@ -65,5 +67,5 @@ SOURCE = Source(
     help="a csv, tsv or jsonl file that names pictures, sounds, texts and labels, one sample a row",
     records=_records,
     input="the file, maybe gzipped; quotes enclose values in .csv and are plain characters in .tsv",
-    options=(map_option(FIELDS), COLUMNS, TASK, PROMPT, ROOT),
+    options=(map_option(FIELDS), COLUMNS, TASK, PROMPT, ANSWERS, ROOT),
 )
