@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megamm.metrics.bootstrap import mean_of, resampled
-from megamm.metrics.classes import constant_macro_f1, constant_macro_recall, correct, macro_recall, majority_share
+from megamm.metrics.classes import class_scores, constant_macro_f1, constant_macro_recall, correct, macro_recall, majority_share
 from megamm.metrics.label_sets import macro_f1_statistic
 from megamm.tasks.reply import Reply
 from megamm.tasks.task import Figure, Task
@@ -26,4 +26,4 @@ def label_figures(predictions: Sequence[str], references: Sequence[str]) -> list
     ]
 
 
-TASK = Task("classification", "What is this?", parse_label, label_figures, has_classes=True)
+TASK = Task("classification", "What is this?", parse_label, label_figures, label=str, classes=class_scores)

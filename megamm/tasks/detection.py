@@ -25,4 +25,4 @@ def _figures(predictions: Sequence[Sequence[Box]], references: Sequence[Sequence
     ]
 
 
-TASK = Task("detection", "Find every object.", _parse, _figures)
+TASK = Task("detection", "Find every object.", _parse, _figures, kinds=("boxes",), match=match_boxes)

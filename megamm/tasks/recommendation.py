@@ -11,6 +11,9 @@ from megamm.tasks.task import Figure, Task
 
 CUTOFFS = (10, 20, 50)
 
+BASKET_END = "\n"
+"""Text behind each basket of a history: what was met at once, and that something else follows."""
+
 
 def _parse(reply: Reply) -> tuple[str, ...]:
     # An item that an answer names twice is recommended once.
@@ -33,4 +36,4 @@ def _at(cutoff: int, found: RankingScores, constant: RankingScores) -> list[Figu
     ]
 
 
-TASK = Task("recommendation", "What comes next?", _parse, _figures)
+TASK = Task("recommendation", "What comes next?", _parse, _figures, kinds=("item",))

@@ -6,6 +6,7 @@ locations, is counted and left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Reply:
         items: In their order, or best first.
         num_malformed: Boxes, instances and items that do not follow the layout.
         is_finished: False where it was cut off.
+        is_finite: False where the model gave a token no finite probability, because its weights or activations overflow.
         labels: Every label that a head chose among with its score, the likeliest first; empty where tokens answered.
     """
 
@@ -46,6 +48,13 @@ class Reply:
     num_malformed: int = 0
     is_finished: bool = True
     labels: tuple[LabelScore, ...] = ()
+    is_finite: bool = True
+
+    @property
+    def has_finite_scores(self) -> bool:
+        """Whether all that the model said of how sure it is are numbers."""
+        scores = [one.score for one in (*self.boxes, *self.instances, *self.labels)]
+        return self.is_finite and all(map(math.isfinite, [*scores, *(one.log_probability for one in self.items)]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is empty is left out."""
@@ -121,7 +130,8 @@ def read_reply(
     whole = [box for box in boxes if box.xyxy[0] < box.xyxy[2] and box.xyxy[1] < box.xyxy[3]]
     covering = [instance for instance in instances if sum(instance.counts[1::2])]
     num_malformed += len(boxes) - len(whole) + len(instances) - len(covering)
-    return Reply("".join(texts), tuple(whole), tuple(covering), tuple(items), num_malformed, is_finished)
+    is_finite = all(map(math.isfinite, chances))
+    return Reply("".join(texts), tuple(whole), tuple(covering), tuple(items), num_malformed, is_finished, is_finite=is_finite)
 
 
 def _items(ids: Sequence[int], chances: Sequence[float], tokenizer: TextTokenizer) -> tuple[list[RankedItem], int]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 from megamm.metrics.bootstrap import mean_of
-from megamm.metrics.classes import correct, majority_share
-from megamm.metrics.label_sets import constant_macro_f1, constant_micro_f1, macro_f1_statistic, micro_f1_statistic
+from megamm.metrics.classes import ClassScore, correct, majority_share
+from megamm.metrics.label_sets import constant_macro_f1, constant_micro_f1, label_set_scores, macro_f1_statistic, micro_f1_statistic
 from megamm.tasks.reply import Reply
 from megamm.tasks.task import Figure, Task
 
@@ -25,4 +25,12 @@ def _figures(predictions: Sequence[AbstractSet[str]], references: Sequence[Abstr
     ]
 
 
-TASK = Task("sentiment", "Which emotions does this show?", _parse, _figures)
+def _classes(predictions: Sequence[AbstractSet[str]], references: Sequence[AbstractSet[str]]) -> Sequence[ClassScore]:
+    return label_set_scores(predictions, references).classes
+
+
+def _label(labels: AbstractSet[str]) -> str | None:
+    return next(iter(labels)) if len(labels) == 1 else None
+
+
+TASK = Task("sentiment", "Which emotions does this show?", _parse, _figures, label=_label, classes=_classes)

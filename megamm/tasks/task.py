@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megamm.core.errors import DataError
+from megamm.core.types import Part
 from megamm.metrics.bootstrap import Statistic
+from megamm.metrics.classes import ClassScore
+from megamm.metrics.coco import Matches
 from megamm.tasks.reply import Reply
 
 
@@ -36,11 +40,30 @@ class Task:
         prompt: An instruction to ask it with, where the data brings none.
         parse: Takes of a model's or a stored answer what the task asks for.
         figures: Judges predictions against references, both as `parse` gives them; the first figure is the task's own.
-        has_classes: Whether a prediction is one label of few, so that a confusion matrix means something.
+        kinds: Types of the parts that its stored answers hold; with a model's head, the head says what they are.
+        label: Of what `parse` gives the one label of few that it is, None where it is none or several: where every reference is one, a
+            confusion matrix means something. None where answers are no labels.
+        classes: How each class fares, of what `parse` gives; None where answers are no classes.
+        match: Predicted places matched with those of the references; None where answers are no places.
     """
 
     name: str
     prompt: str
     parse: Callable[[Reply], Any]
     figures: Callable[[Sequence[Any], Sequence[Any]], list[Figure]]
-    has_classes: bool = False
+    kinds: tuple[str, ...] = ("text", "label")
+    label: Callable[[Any], str | None] | None = None
+    classes: Callable[[Sequence[Any], Sequence[Any]], Sequence[ClassScore]] | None = None
+    match: Callable[[Sequence[Any], Sequence[Any]], Matches] | None = None
+
+    def check_answer(self, parts: Sequence[Part]) -> None:
+        """Refuse a stored answer that is none of this task.
+
+        Raises:
+            DataError: It holds a part of another kind, or is blank.
+        """
+        for part in parts:
+            if part.type not in self.kinds:
+                raise DataError(f"the stored answer holds a {part.type} part, and {self.name} answers with {' or '.join(self.kinds)}")
+        if all(part.type in ("text", "label") for part in parts) and not any(part.text.strip() for part in parts):
+            raise DataError(f"the stored answer of {self.name} is blank; leave the sample out, or give it one")

@@ -62,6 +62,12 @@ BAD = {
     "lacks its task": (as_files({"messages": []}), "has no task"),
     "lacks its messages": (as_files({"task": "classification"}), "has no messages"),
     "label of nothing": (asked("classification", [PICTURE], said(""), _0_jpg=JPEG), "not a string with something in it"),
+    "label of blanks": (asked("classification", [PICTURE], said(" \n"), _0_jpg=JPEG), "the stored answer of classification is blank"),
+    "words for boxes": (
+        asked("detection", [PICTURE], said("two cells"), _0_jpg=JPEG),
+        "holds a label part, and detection answers with boxes",
+    ),
+    "words for items": (asked("recommendation", [{"type": "item", "id": "cup"}], said("cup")), "recommendation answers with item"),
     "box without corners": (
         asked("detection", [PICTURE], [{"type": "boxes", "image": 0, "boxes": [{"label": "x"}]}], _0_jpg=JPEG),
         "has no xyxy",
@@ -105,7 +111,12 @@ def reasons(folder, files: dict, tokenizer, rules=RULES) -> dict[str, str]:
 
 
 def test_each_bad_sample_is_left_out_with_its_reason_and_good_ones_stay(tmp_path, with_items):
-    good = {"good": asked("recommendation", [PICTURE], [{"type": "item", "id": "cup"}], _0_jpg=JPEG)}
+    # One task takes whatever shows it.
+    good = {
+        "good": asked("recommendation", [PICTURE], [{"type": "item", "id": "cup"}], _0_jpg=JPEG),
+        "a face": asked("sentiment", [PICTURE], said("joy"), _0_jpg=JPEG),
+        "a voice": asked("sentiment", [SOUND], said("joy, relief"), _0_flac=flac(9000)),
+    }
     found = reasons(tmp_path, {**{name: files for name, (files, _) in BAD.items()}, **good}, with_items)
     assert set(found) == set(BAD)
     wrong = {name: found[name] for name, (_, part) in BAD.items() if part not in found[name] or "\n" in found[name]}

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -20,7 +23,15 @@ def figures(name, answers, references):
 
 def test_the_table_is_keyed_by_name():
     assert all(task.name == name and task.prompt for name, task in TASKS.items())
-    assert {name for name, task in TASKS.items() if task.has_classes} == {"classification", "audio_classification", "matching"}
+    classes = {"classification", "audio_classification", "matching", "sentiment"}
+    assert {name for name, task in TASKS.items() if task.label is not None} == classes
+
+
+def test_the_documentation_lists_every_task_as_it_is():
+    lines = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8").splitlines()
+    told = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:4]] for line in lines if re.match(r"\| `\w+` \| \w", line)}
+    told = {name: (prompt, kinds.partition(",")[0]) for name, (prompt, kinds) in told.items() if name in TASKS}
+    assert told == {name: (task.prompt, " or ".join(task.kinds)) for name, task in TASKS.items()}
 
 
 @pytest.mark.parametrize("name", ["classification", "audio_classification", "matching"])
