@@ -12,24 +12,27 @@ from typing import Any
 from megamm import __version__
 from megamm.core.errors import ConfigError
 from megamm.core.logging import get_logger
+from megamm.core.names import did_you_mean
 from megamm.core.types import Sample
 from megamm.data.shards.index import read_shard_facts
 from megamm.data.shards.sidecars import resolved_reading
 from megamm.evaluation import progress
 from megamm.evaluation.changes import Change, changed, places_of, select_changes
 from megamm.evaluation.held_out import Place, held_out_patterns, list_places, read_samples, sample_forms
-from megamm.evaluation.judge import judge
+from megamm.evaluation.judge import check_head, judge
 from megamm.evaluation.pictures import shown, write_pictures
 from megamm.evaluation.progress import Progress
 from megamm.evaluation.ranks import Ranks
 from megamm.evaluation.records import Identity, Record, Result, SkippedSample
-from megamm.evaluation.report import Report, check_output, make_report
+from megamm.evaluation.report import LABEL, Report, check_output, make_report
 from megamm.evaluation.robustness import change_rows, shown_media
 from megamm.inference.load import Loaded, load_model
+from megamm.inference.replies import check_beams
 from megamm.metrics.libraries import library
-from megamm.tasks import TASKS
+from megamm.tasks import TASKS, recommendation
 
 _log = get_logger("evaluation")
+_LONGEST_ANSWER = 512
 _LIBRARIES = ("jiwer", "pycocotools", "sacrebleu", "sklearn")
 
 Read = Callable[[Sequence[Place]], Iterator[tuple[Place, Sample | SkippedSample]]]
@@ -43,12 +46,13 @@ def evaluate(
     output: Path | None = None,
     max_samples: int | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
     slices: Sequence[str] = (),
     changes: Sequence[str] = (),
     device: str | None = None,
 ) -> Report | None:
-    """Evaluate a run's newest good checkpoint or an exported folder.
+    """Evaluate a run's newest good checkpoint, one that is named, or an exported folder.
 
     Chats are answered greedily up to `max_new_tokens`, or by the model's head where it has one, and compared with their last stored
     answer; plain documents are scored. Every held-out sample counts in exactly one place: a row, the skipped ones (also those of tasks that
@@ -58,13 +62,15 @@ def evaluate(
     of ranks.
 
     Args:
-        source: Run folder or exported folder.
+        source: Run folder, one of its checkpoints, or exported folder.
         datasets: Name -> path or glob of held-out shards; None for those of the run's recipe.
         tasks: Names of the tasks that count; empty for all.
         output: Folder for `report.json`, `report.md`, `predictions.jsonl` and pictures; None to write nothing.
         max_samples: At most so many of each dataset, spread evenly over it; None for all.
         batch_size: Samples that run at once.
-        max_new_tokens: Bound on an answer, in tokens.
+        max_new_tokens: Bound on an answer, in tokens; None for 512, or half of the decoder's positions where these are fewer. A sample
+            whose question leaves no room for so many is skipped.
+        num_beams: Finds recommended items by a search with so many beams; None ranks all items exactly.
         slices: Metadata fields; each of their values gets rows of its own.
         changes: Names of `megamm.evaluation.changes`: samples with such media are put to the model again at each of its strengths.
         device: Where the model runs; None takes the GPU where there is one.
@@ -73,18 +79,21 @@ def evaluate(
         The report, on rank 0.
 
     Raises:
-        ConfigError: No such source, task or change, no sample to evaluate, an output folder that holds other files, or several ranks
-            without one.
+        ConfigError: No such source, task or change, fewer beams than items are looked at, a head that answers nothing, no sample to
+            evaluate, an output folder that holds other files, or several ranks without one.
         CheckpointError: The run has no good checkpoint.
         DataError: Shards are missing, or changed since they were indexed.
         MegaMMError: A library that judges answers is not installed.
     """
     _check(tasks, max_samples=max_samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    check_beams(num_beams, max(recommendation.CUTOFFS))
     chosen = select_changes(changes)
     ranks = Ranks.join()
     _check_meeting(output, ranks)
     began = time.monotonic()
     loaded = load_model(source, device=device)
+    max_new_tokens = max_new_tokens or min(_LONGEST_ANSWER, loaded.config.text_config.max_position_embeddings // 2)
+    check_head(None if loaded.model.head is None else loaded.model.head.settings)
     patterns = dict(datasets) if datasets else held_out_patterns(loaded.recipe)
     places, read = _held_out(loaded, patterns, max_samples)
     settings = {
@@ -93,6 +102,7 @@ def evaluate(
         "tasks": sorted(set(tasks or TASKS)),
         "max_samples": max_samples,
         "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
         "changes": {change.name: list(change.strengths) for change in chosen},
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": loaded.device.type,
@@ -100,18 +110,19 @@ def evaluate(
     start = 0
     if output is not None:
         start = ranks.first(progress.begin(output, _identity(loaded, places, settings)) if ranks.is_main else None)
-    judged = partial(judge, loaded, tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    judged = partial(judge, loaded, tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens, num_beams=num_beams)
     found = _Evaluation(read, judged, ranks, output, start).results(places, chosen)
     report = None
+    # What rank 0 does alone may take longer than ranks wait for each other; it clears away what all have read by now.
+    ranks.wait()
+    ranks.leave()
     if ranks.is_main:
         settings |= {"batch_size": batch_size, "num_ranks": ranks.size, "seconds": round(time.monotonic() - began, 3)}
         report = _report(found, len(places), tasks, slices, chosen, loaded, settings)
         if output is not None:
             report.write(output)
-            write_pictures(report, output, read(shown(report, places)))
+            write_pictures(report, output, read(shown(report, places)), limits=loaded.media.limits)
             progress.end(output)
-    ranks.wait()
-    ranks.leave()
     return report
 
 
@@ -199,6 +210,9 @@ def _report(
             f"none of {num_places} held-out samples could be evaluated ({len(skipped)} skipped, the rest of other tasks than "
             f"{', '.join(sorted(tasks or TASKS))}); name other tasks or shards"
         )
+    unmatched = _unmatched(tasks, slices, records)
+    for words in unmatched:
+        _log.warning("%s", words)
     return make_report(
         records,
         skipped,
@@ -206,8 +220,27 @@ def _report(
         step=loaded.step,
         settings=settings,
         slices=slices,
+        unmatched=unmatched,
         robustness=change_rows(results, changes),
     )
+
+
+def _unmatched(tasks: Sequence[str], slices: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """Tasks that no sample is of, and slices of a field that no sample has."""
+    found = {record.task for record in records}
+    fields = sorted({name for record in records for name in record.metadata})
+    return [
+        *(
+            f"no sample of task {name!r} could be evaluated; the tasks of the samples are {', '.join(sorted(found))}"
+            for name in tasks
+            if name not in found
+        ),
+        *(
+            f"no sample has the metadata field {name!r} of slices; the fields are {', '.join(fields) or 'none'}{did_you_mean(name, fields)}"
+            for name in slices
+            if name not in (*fields, LABEL)
+        ),
+    ]
 
 
 def _identity(loaded: Loaded, places: Sequence[Place], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def score_figures(records: Sequence[Scored]) -> list[Figure]:
     nats = np.array([record.nats for record in records])
     bits = nats / math.log(2)
     num_bytes = np.array([record.num_bytes for record in records])
-    counts: Counter[int] = sum((Counter(record.token_counts) for record in records), Counter())
+    counts: Counter[int] = Counter()
+    for record in records:
+        counts.update(record.token_counts)
     total = int(num_tokens.sum())
     # The best guess without looking: these tokens' own frequencies.
     guess = -sum(count * math.log(count / total) for count in counts.values())

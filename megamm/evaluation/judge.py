@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from megamm.core.errors import DataError
+from megamm.config import Head
+from megamm.core.errors import ConfigError, DataError
 from megamm.core.geometry import PictureView
-from megamm.core.types import IGNORE_LABEL, MEDIA_TYPES, Message, Part, Sample, TokenSequence
+from megamm.core.types import IGNORE_LABEL, MEDIA_TYPES, ImageInput, Message, Part, Sample, TokenSequence
 from megamm.data.samples.encode import SampleEncoder
-from megamm.data.samples.shapes import read_masks
-from megamm.data.samples.targets import question_and_answer
+from megamm.data.samples.shapes import check_boxes, read_masks
+from megamm.data.samples.targets import check_labels, question_and_answer
 from megamm.engine import distributed
 from megamm.evaluation.held_out import Place, skipped
 from megamm.evaluation.records import Answered, Result, Scored, SkippedSample
@@ -53,6 +54,16 @@ class _Document:
 Item = _Question | _Document
 
 
+def check_head(head: Head | None) -> None:
+    """Refuse a model whose head answers nothing that could be judged.
+
+    Raises:
+        ConfigError: Its head fills hidden media in.
+    """
+    if head is not None and head.kind == "masked":
+        raise ConfigError("a masked head fills in what is hidden and answers nothing; evaluate a run that was tuned from this one")
+
+
 def judge(
     loaded: Loaded,
     samples: Iterable[tuple[Place, Sample | SkippedSample]],
@@ -60,6 +71,7 @@ def judge(
     tasks: Collection[str],
     batch_size: int,
     max_new_tokens: int,
+    num_beams: int | None = None,
 ) -> Iterator[Result]:
     """Answer or score each sample once; of every sample of `tasks` comes one record or one reason to skip it.
 
@@ -72,8 +84,9 @@ def judge(
         tasks: Names of the tasks that count; empty for all.
         batch_size: Samples that run at once.
         max_new_tokens: Bound on an answer.
+        num_beams: Finds recommended items by a search with so many beams; None ranks all items.
     """
-    judge = Judge(loaded, max_new_tokens)
+    judge = Judge(loaded, max_new_tokens, num_beams=num_beams)
     waiting: dict[str, list[Item]] = {way: [] for way in WAYS}
     for found in prepared(judge, samples, tasks):
         if isinstance(found, SkippedSample):
@@ -113,12 +126,13 @@ class Judge:
     Args:
         loaded: The model.
         max_new_tokens: Bound on an answer.
+        num_beams: Of a search for recommended items; None ranks all of them, which alone is done in step.
         in_step: Its weights are split over ranks, so that all of them must run the same forwards: every rank then calls the same ways
             in the same order, one that has nothing left with nothing.
     """
 
-    def __init__(self, loaded: Loaded, max_new_tokens: int, *, in_step: bool = False):
-        self._loaded, self._max_new_tokens, self._in_step = loaded, max_new_tokens, in_step
+    def __init__(self, loaded: Loaded, max_new_tokens: int, *, num_beams: int | None = None, in_step: bool = False):
+        self._loaded, self._max_new_tokens, self._num_beams, self._in_step = loaded, max_new_tokens, num_beams, in_step
         self._encoder = SampleEncoder(loaded.tokenizer, loaded.media)
 
     def prepare(self, place: Place, sample: Sample) -> tuple[str, Item]:
@@ -132,26 +146,28 @@ class Judge:
             _, parts = question_and_answer(head.settings, sample)
             sequence = heads.question(self._loaded, sample)
             self._check(len(sequence.input_ids))
-            return "ask_head", _Question(place, sample, self._reference(sample, parts), sequence=sequence)
+            check_labels(head.settings, parts)
+            return "ask_head", _Question(place, sample, self._reference(sample, parts, sequence.images), sequence=sequence)
         if template.is_document(sample.messages):
             sequence, _ = self._encoder.encode(place.dataset, sample)
             self._check(len(sequence.input_ids))
             return "score", _Document(place, sample, sequence)
         messages, parts = template.split_answer(sample.messages)
-        reference = self._reference(sample, parts)
+        self._check_kinds(sample.task, parts)
         prompt = make_prompt(self._loaded, messages, sample.media)
+        reference = self._reference(sample, parts, prompt.images)
         question = _Question(place, sample, reference, prompt, _view_of(parts, prompt))
         if sample.task == recommendation.TASK.name:
-            self._check(len(prompt.input_ids) + self._trie.num_levels)
+            self._check(len(prompt.input_ids), self._trie.num_levels, "an item")
             return "rank", question
-        self._check(len(prompt.input_ids) + self._max_new_tokens)
+        self._check(len(prompt.input_ids), self._max_new_tokens, "its answer up to --max-new-tokens")
         return "answer", question
 
     def run(self, way: str, items: Sequence[Any]) -> Iterator[Result]:
         """Judge a batch of items that were prepared for one of `WAYS`."""
         return getattr(self, way)(items)
 
-    def answer(self, questions: Sequence[_Question]) -> Iterator[Answered]:
+    def answer(self, questions: Sequence[_Question]) -> Iterator[Result]:
         """Greedy answers."""
         prompts, views = [one.prompt for one in questions], [one.view for one in questions]
         if self._in_step and not questions:
@@ -160,16 +176,16 @@ class Judge:
             questions, replies.answers(self._loaded, prompts, views, max_new_tokens=self._max_new_tokens, in_step=self._in_step)
         )
 
-    def rank(self, questions: Sequence[_Question]) -> Iterator[Answered]:
-        """All items of the catalogue, of which the best are kept."""
+    def rank(self, questions: Sequence[_Question]) -> Iterator[Result]:
+        """The best of all items of the catalogue, or of those that a search finds."""
         prompts, num_tokens = [one.prompt for one in questions], 0
         if self._in_step:
             # The size of the batch decides how many forwards it takes.
             own = [len(prompts), max((len(one.input_ids) for one in prompts), default=0)]
             num_rows, num_tokens = map(max, zip(*distributed.gather_json(own), strict=True))
             prompts += [self._nothing] * (num_rows - len(prompts))
-        num_items = max(recommendation.CUTOFFS)
-        return _answered(questions, replies.rankings(self._loaded, self._trie, prompts, num_items=num_items, least_tokens=num_tokens))
+        sizes = {"num_items": max(recommendation.CUTOFFS), "num_beams": self._num_beams, "least_tokens": num_tokens}
+        return _answered(questions, replies.rankings(self._loaded, self._trie, prompts, **sizes))
 
     def score(self, documents: Sequence[_Document]) -> Iterator[Scored]:
         """How likely each token of a document was."""
@@ -187,7 +203,7 @@ class Judge:
                 token_counts=dict(Counter(labels.tolist())),
             )
 
-    def ask_head(self, questions: Sequence[_Question]) -> Iterator[Answered]:
+    def ask_head(self, questions: Sequence[_Question]) -> Iterator[Result]:
         """What the model's head says."""
         return _answered(questions, heads.answers(self._loaded, [one.sequence for one in questions]))
 
@@ -201,25 +217,44 @@ class Judge:
         vocabulary = self._loaded.tokenizer.vocabulary
         return Prompt(np.array([vocabulary.control_id("bos"), vocabulary.control_id("assistant")], dtype=np.int32))
 
-    def _reference(self, sample: Sample, parts: Sequence[Part]) -> Reply:
+    def _reference(self, sample: Sample, parts: Sequence[Part], images: Sequence[ImageInput]) -> Reply:
+        """The stored answer. What is wrong with it would look as if the model were."""
         head = self._loaded.model.head
         if head is not None and head.settings.multi_label:
-            # Any number of labels, none as well, in parts of their own or between commas.
-            return Reply(", ".join(part.text for part in parts))
-        if all(part.type in ("text", "label") and not part.text.strip() for part in parts):
-            raise DataError("the stored answer is blank, so nothing can be compared with it")
-        return stored_reply(parts, read_masks(parts, sample.media, self._loaded.media))
+            # Any number of labels, none as well, in parts of their own or between commas; in the order in which the head names them.
+            named = {label.strip() for part in parts for label in part.text.split(",")}
+            return Reply(", ".join(label for label in head.settings.labels if label in named))
+        views = [image.view for image in images]
+        check_boxes(parts, views)
+        reference = stored_reply(parts, read_masks(parts, sample.media, views, self._loaded.media))
+        # A picture may have no box and no instance, which `parse` gives as an empty tuple.
+        if TASKS[sample.task].parse(reference) in ("", frozenset()):
+            raise DataError("the stored answer is blank or names nothing, so nothing can be compared with it")
+        return reference
 
-    def _check(self, num_tokens: int) -> None:
+    def _check_kinds(self, task: str, parts: Sequence[Part]) -> None:
+        """Refuse an answer that is none of the task's, or that names unknown items."""
+        TASKS[task].check_answer(parts)
+        for part in parts:
+            if part.type == "item":
+                items = self._loaded.tokenizer.items
+                if items is None:
+                    raise DataError(f"item {part.data['id']!r} cannot be recommended: the model's tokenizer knows no items")
+                items.row_of(part.data["id"])
+
+    def _check(self, num_asked: int, num_more: int, what: str) -> None:
         limit = self._loaded.config.text_config.max_position_embeddings
-        if num_tokens > limit:
-            raise DataError(f"the sample takes {num_tokens} tokens, answer included; the decoder has {limit} positions")
+        if num_asked + num_more > limit:
+            raise DataError(f"the question takes {num_asked} tokens and {what} {num_more}; the decoder has {limit} positions")
 
 
-def _answered(questions: Sequence[_Question], said: Sequence[Reply]) -> Iterator[Answered]:
-    """One record a question; a rank that only kept step was told more than it asked."""
+def _answered(questions: Sequence[_Question], said: Sequence[Reply]) -> Iterator[Result]:
+    """One result a question; a rank that only kept step was told more than it asked."""
     for question, reply in zip(questions, said[: len(questions)], strict=True):
-        yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
+        if reply.has_finite_scores:
+            yield Answered(**_identity(question.place, question.sample), reference=question.reference, answer=reply)
+        else:
+            yield skipped(question.place, question.sample.key, "the model gives no finite score; its weights or activations overflow")
 
 
 def _unsupervised(prompt: Prompt) -> TokenSequence:

@@ -7,20 +7,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megamm.config import Limits
+from megamm.core.files import atomic_file
+from megamm.core.logging import get_logger
 from megamm.core.types import Sample
-from megamm.data.media.files import MediaError, decode_picture
+from megamm.data.media.files import DEFAULT_LIMITS, MediaError, decode_picture
 from megamm.evaluation.charts import MAX_CLASSES, Curve, confusion_chart, precision_chart, robustness_chart
 from megamm.evaluation.held_out import Place
 from megamm.evaluation.records import Answered, SkippedSample
 from megamm.evaluation.report import Report, is_picture
 from megamm.inference.drawing import draw_reply
-from megamm.metrics.boxes import match_boxes
 from megamm.metrics.coco import RECALLS, ClassPrecision
 from megamm.metrics.label_precisions import label_precisions
-from megamm.metrics.masks import match_instances
 from megamm.tasks import TASKS
 from megamm.tasks.reply import Reply
 
+_log = get_logger("evaluation")
 _NUM_SAMPLES = 24
 _NUM_COLUMNS = 6
 _SIDE = 192
@@ -28,24 +30,28 @@ _CAPTION = 44
 _NUM_ITEMS = 3
 
 
-def write_pictures(report: Report, folder: Path, samples: Iterable[tuple[Place, Sample | SkippedSample]]) -> list[Path]:
+def write_pictures(
+    report: Report, folder: Path, samples: Iterable[tuple[Place, Sample | SkippedSample]], *, limits: Limits = DEFAULT_LIMITS
+) -> list[Path]:
     """Draw what there is to draw beside a report; a task without figures has no curves.
 
     Args:
         report: What was found.
         folder: Of the report.
         samples: The samples that `shown` names, with their media.
+        limits: Of the recipe: what is too large to be drawn.
 
     Returns:
-        The files. Without matplotlib the contact sheets alone.
+        The files, each whole or not at all. Without matplotlib the contact sheets alone, and a warning.
     """
     for path in folder.iterdir():
         if is_picture(path.name):
             path.unlink()
     written = []
-    for name, picture in _pictures(report, samples):
+    for name, picture in _pictures(report, samples, limits):
         path = folder / f"{name.replace('/', '-')}.png"
-        path.write_bytes(picture)
+        with atomic_file(path) as file:
+            file.write(picture)
         written.append(path)
     return written
 
@@ -71,8 +77,8 @@ def _spread(group: Sequence[Answered]) -> list[Answered]:
     return [group[index * len(group) // count] for index in range(count)]
 
 
-def _pictures(report: Report, samples: Iterable[tuple[Place, Sample | SkippedSample]]) -> Iterator[tuple[str, bytes]]:
-    known = {place.identity: picture for place, sample in samples if (picture := picture_of(sample)) is not None}
+def _pictures(report: Report, samples: Iterable[tuple[Place, Sample | SkippedSample]], limits: Limits) -> Iterator[tuple[str, bytes]]:
+    known = {place.identity: picture for place, sample in samples if (picture := picture_of(sample, limits)) is not None}
     for name, group in _groups(report).items():
         if cells := [(one, known[one.identity]) for one in _spread(group) if one.identity in known]:
             file = io.BytesIO()
@@ -81,24 +87,31 @@ def _pictures(report: Report, samples: Iterable[tuple[Place, Sample | SkippedSam
     try:
         import matplotlib
     except ImportError:
+        _log.warning("charts need matplotlib, which is not installed; pip install 'megamm[plots]'")
         return
     matplotlib.use("Agg")
+    # A label may hold any characters, dollars too.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield from _charts(report)
+
+
+def _charts(report: Report) -> Iterator[tuple[str, bytes]]:
     for name, confusion in report.confusions.items():
         if len(confusion.classes) <= MAX_CLASSES:
             yield f"confusion-{name}", confusion_chart(confusion, name)
     for name, group in _groups(report).items():
-        if name not in report.problems and (chart := _precisions(group, name)):
+        if name not in report.problems and (chart := _precisions(group, report.precisions.get(name, ()), name)):
             yield f"precision-{name}", chart
     for name in dict.fromkeys(f"{row.dataset}/{row.task}" for row in report.robustness):
         yield f"robustness-{name}", robustness_chart([row for row in report.robustness if f"{row.dataset}/{row.task}" == name], name)
 
 
-def picture_of(sample: Sample | SkippedSample | None) -> Any:
-    """The first picture of a sample, a `PIL.Image` in RGB; None where it has none."""
+def picture_of(sample: Sample | SkippedSample | None, limits: Limits) -> Any:
+    """The first picture of a sample, a `PIL.Image` in RGB; None where it has none within the limits."""
     parts = [part for message in sample.messages for part in message.content] if isinstance(sample, Sample) else []
     member = next((part.member for part in parts if part.type == "image"), None)
     try:
-        return None if member is None else decode_picture(sample.media[member])
+        return None if member is None else decode_picture(sample.media[member], limits)
     except (MediaError, KeyError):
         return None
 
@@ -137,18 +150,12 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _precisions(group: Sequence[Answered], name: str) -> bytes:
+def _precisions(group: Sequence[Answered], classes: Sequence[ClassPrecision], name: str) -> bytes:
     """Curves of a task whose answers have scores: places, or labels of a head; nothing for others."""
-    answers, references = [one.answer for one in group], [one.reference for one in group]
-    classes: Sequence[ClassPrecision] = ()
-    if any(one.boxes for one in references):
-        classes = match_boxes([one.boxes for one in answers], [one.boxes for one in references]).scores().classes
-    elif any(one.instances for one in references):
-        classes = match_instances([one.instances for one in answers], [one.instances for one in references]).scores().classes
-    elif any(one.labels for one in answers):
-        return _label_precisions(group, name)
+    if not classes:
+        return _label_precisions(group, name) if any(one.answer.labels for one in group) else b""
     curves = [Curve(f"{one.label}  (AP50 {one.ap50:.3f}, n = {one.num_references})", RECALLS, one.precisions) for one in classes]
-    return precision_chart(curves, name, what=" at an IoU of 0.5") if curves else b""
+    return precision_chart(curves, name, what=" at an IoU of 0.5")
 
 
 def _label_precisions(group: Sequence[Answered], name: str) -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ from megamm.evaluation.figures import answer_figures, finite, grouped, interval_
 from megamm.evaluation.progress import FOLDER
 from megamm.evaluation.records import Answered, Record, Scored, SkippedSample
 from megamm.evaluation.robustness import ChangeRow
-from megamm.metrics.classes import ClassScore, Confusion, class_scores, confusion
+from megamm.metrics.classes import ClassScore, Confusion, confusion
+from megamm.metrics.coco import ClassPrecision
 from megamm.tasks import TASKS, Figure
 from megamm.tasks.reply import Reply
 
 REPORT_JSON, REPORT_MARKDOWN, PREDICTIONS = "report.json", "report.md", "predictions.jsonl"
 PICTURE_KINDS = ("samples-", "confusion-", "precision-", "robustness-")
+_NUM_UNKNOWN = 5
+_NO_LABEL = "(none or several)"
+_MOST_NUMBERS = 12
+LABEL = "label"
+"""The slice of a sample's reference, where no metadata field is called so."""
 ALL = ""
 """The slice of a row that is over all samples."""
 
@@ -66,7 +73,10 @@ class Report:
         unfinished: `dataset/task` -> answers that `max_new_tokens` cut off.
         malformed: `dataset/task` -> boxes and instances in answers that follow no layout.
         problems: `dataset/task` -> why there are no figures.
+        unknown: `dataset/task` -> label -> predicted places with this label, which no reference has.
+        unmatched: What was asked for and matches nothing, in words.
         classes: `dataset/task` -> how each class fares, where answers are classes.
+        precisions: `dataset/task` -> how each class fares, where answers are places.
         confusions: `dataset/task` -> its confusion matrix, where answers are classes.
         robustness: Rows of changed pictures and sounds, where these were asked for.
         skipped: Samples that count in no row.
@@ -80,7 +90,10 @@ class Report:
     unfinished: dict[str, int]
     malformed: dict[str, int]
     problems: dict[str, str]
+    unknown: dict[str, dict[str, int]]
+    unmatched: tuple[str, ...]
     classes: dict[str, tuple[ClassScore, ...]]
+    precisions: dict[str, tuple[ClassPrecision, ...]]
     confusions: dict[str, Confusion]
     robustness: tuple[ChangeRow, ...]
     skipped: tuple[SkippedSample, ...]
@@ -97,6 +110,11 @@ class Report:
         lines += [f"\n{count} answers of {name} were cut off." for name, count in self.unfinished.items() if count]
         lines += [f"\n{count} boxes or instances in answers of {name} follow no layout." for name, count in self.malformed.items() if count]
         lines += [f"\n{name} has no figures: {problem}." for name, problem in self.problems.items()]
+        lines += [f"\n{_unknown(name, counts)}" for name, counts in self.unknown.items() if counts]
+        lines += [f"\n{words}." for words in self.unmatched]
+        for name, found in self.precisions.items():
+            cells = [(one.label, one.num_references, *map(_figure, (one.ap50, one.ap, one.recall50, one.recall))) for one in found]
+            lines += ["", f"## Classes of {name}", "", *markdown(("class", "places", "AP50", "AP", "recall at 0.5", "recall"), cells)]
         for name, scores in self.classes.items():
             rows = [(one.label, one.num_references, _figure(one.recall), _figure(one.precision), _figure(one.f1)) for one in scores]
             lines += ["", f"## Classes of {name}", "", *markdown(("class", "samples", "recall", "precision", "F1"), rows)]
@@ -164,7 +182,7 @@ def _is_report(path: Path) -> bool:
         value = read_json(path)
     except (ValueError, OSError):
         return False
-    return isinstance(value, dict) and {field.name for field in fields(Report)} - {"records"} <= value.keys()
+    return isinstance(value, dict) and {"source", "settings", "rows", "skipped"} <= value.keys()
 
 
 def make_report(
@@ -175,6 +193,7 @@ def make_report(
     step: int | None,
     settings: dict[str, Any],
     slices: Sequence[str] = (),
+    unmatched: Sequence[str] = (),
     robustness: Sequence[ChangeRow] = (),
 ) -> Report:
     """Compute the figures; the order of `records` and `skipped` does not matter.
@@ -186,10 +205,11 @@ def make_report(
         step: Its optimizer steps.
         settings: How it was evaluated.
         slices: Metadata fields whose values get rows of their own.
+        unmatched: What was asked for and matches nothing, in words.
         robustness: Rows of changed media.
     """
     rows: list[Row] = []
-    unfinished, malformed, problems, classes, confusions = {}, {}, {}, {}, {}
+    unfinished, malformed, problems, unknown, classes, precisions, confusions = {}, {}, {}, {}, {}, {}, {}
     groups = grouped(records)
     for (dataset, task), group in groups.items():
         answered = [record for record in group if isinstance(record, Answered)]
@@ -197,15 +217,21 @@ def make_report(
         name = f"{dataset}/{task}"
         if answered:
             try:
-                rows += _rows(dataset, task, answered, answer_figures(task, answered), slices)
+                judged = list(_rows(dataset, task, answered, answer_figures(task, answered), slices))
+                given, wanted = ([TASKS[task].parse(reply) for reply in side] for side in _sides(answered))
+                if (scores_of := TASKS[task].classes) is not None:
+                    classes[name] = tuple(scores_of(given, wanted))
+                if (label := TASKS[task].label) is not None and None not in (labels := [label(one) for one in wanted]):
+                    confusions[name] = confusion([label(one) or _NO_LABEL for one in given], labels)
+                if (match := TASKS[task].match) is not None:
+                    matches = match(given, wanted)
+                    precisions[name], unknown[name] = matches.scores().classes, matches.num_unknown
+                rows += judged
             except DataError as error:
                 # Such as boxes in no reference: what was answered stays worth keeping.
                 problems[name] = str(error)
             unfinished[name] = sum(not record.answer.is_finished for record in answered)
             malformed[name] = sum(record.answer.num_malformed for record in answered)
-            if TASKS[task].has_classes:
-                given, wanted = ([TASKS[task].parse(reply) for reply in side] for side in _sides(answered))
-                classes[name], confusions[name] = class_scores(given, wanted), confusion(given, wanted)
         if scored:
             rows += _rows(dataset, task, scored, score_figures(scored), slices)
     return Report(
@@ -216,7 +242,10 @@ def make_report(
         unfinished=unfinished,
         malformed=malformed,
         problems=problems,
+        unknown=unknown,
+        unmatched=tuple(unmatched),
         classes=classes,
+        precisions=precisions,
         confusions=confusions,
         robustness=tuple(robustness),
         skipped=tuple(sorted(skipped, key=lambda one: one.identity)),
@@ -244,9 +273,27 @@ def _slices(group: Sequence[Record], names: Sequence[str]) -> Iterator[tuple[str
     """Name of a slice and which samples are in it, int64[n]; samples without the field are in none."""
     yield ALL, np.arange(len(group))
     for name in names:
-        values = [record.metadata.get(name) for record in group]
-        for value in sorted({str(value) for value in values if value is not None}):
-            yield f"{name}={value}", np.array([index for index, one in enumerate(values) if one is not None and str(one) == value])
+        values = _sliced([record.metadata.get(name, _label_of(record) if name == LABEL else None) for record in group])
+        for value in sorted({value for value in values if value is not None}):
+            yield f"{name}={value}", np.array([index for index, one in enumerate(values) if one == value])
+
+
+def _label_of(record: Record) -> str | None:
+    """The one label of a reference; None of other answers."""
+    label = TASKS[record.task].label if isinstance(record, Answered) else None
+    return None if label is None else label(TASKS[record.task].parse(record.reference))
+
+
+def _sliced(values: Sequence[Any]) -> list[str | None]:
+    """The name of each value's slice: itself, or of many different measurements the quarter of them that it is in."""
+    numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if not any(isinstance(value, float) for value in values) or len(set(numbers)) <= _MOST_NUMBERS:
+        return [None if value is None else str(value) for value in values]
+    edges = np.quantile(numbers, [0, 0.25, 0.5, 0.75, 1])
+    quarters = [f"{low:.4g} to {high:.4g}" for low, high in pairwise(edges)]
+    place = np.searchsorted(edges[1:-1], numbers, side="right")
+    left = iter(place.tolist())
+    return [quarters[next(left)] if isinstance(value, int | float) and not isinstance(value, bool) else None for value in values]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -258,6 +305,13 @@ def _change_cells(row: ChangeRow) -> tuple[str, ...]:
     numbers = _figure(row.value), _between(row.low, row.high), _figure(row.clean)
     difference = _figure(row.difference), _between(row.difference_low, row.difference_high)
     return row.dataset, row.task, row.change, f"{row.strength:g}", str(row.samples), row.metric, *numbers, *difference
+
+
+def _unknown(name: str, counts: Mapping[str, int]) -> str:
+    labels = ", ".join(
+        f"{label!r} ({count})" for label, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_NUM_UNKNOWN]
+    )
+    return f"{sum(counts.values())} places in answers of {name} have labels that no reference has, and count nowhere: {labels}."
 
 
 def _between(low: float | None, high: float | None) -> str:

@@ -34,11 +34,11 @@ def shown_answers(
     Args:
         records: What was answered.
         samples: Those of `chosen_places`, with their media.
-        rules: How sounds are decoded.
+        rules: How pictures and sounds are decoded.
     """
     known = {place.identity: sample for place, sample in samples if isinstance(sample, Sample)}
     for name, group in _chosen(records).items():
-        pictures = [(one, picture) for one in group if (picture := picture_of(known.get(one.identity))) is not None]
+        pictures = [(one, picture) for one in group if (picture := picture_of(known.get(one.identity), rules.limits)) is not None]
         if pictures:
             yield f"evaluation/{name}", Picture(np.asarray(contact_sheet(pictures)))
         sounds = [(one.key, sound) for one in group if (sound := _sound(one, known, rules)) is not None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import math
 from collections import Counter
@@ -70,6 +71,8 @@ class ClassPrecision:
     num_predictions: int
 
 
+_NUM_REMEMBERED = 256
+"""Selections of pictures: more than the resamples of an interval."""
 RECALLS = tuple(step / 100 for step in range(101))
 
 
@@ -105,6 +108,8 @@ class Matches:
         self.num_unknown = dict(num_unknown)
         self._evaluator = evaluator
         matched = evaluator.evalImgs
+        # Several figures are drawn from the same resamples.
+        self._scored = functools.lru_cache(_NUM_REMEMBERED)(self._score)
         self._of_class = [matched[start : start + num_pictures] for start in range(0, len(matched), num_pictures)]
 
     def scores(self, indices: NDArray[np.int64] | Sequence[int] | None = None) -> DetectionScores:
@@ -120,6 +125,9 @@ class Matches:
         chosen = range(self.num_pictures) if indices is None else indices
         if len(chosen) > self.num_pictures:
             raise DataError(f"{len(chosen)} pictures are chosen of {self.num_pictures}; choose at most as many as there are")
+        return self._scored(tuple(map(int, chosen)))
+
+    def _score(self, chosen: tuple[int, ...]) -> DetectionScores:
         rows = [[pictures[index] for index in chosen] for pictures in self._of_class]
         evaluator = copy.copy(self._evaluator)
         # Its accumulation counts on a row a picture; those of None say nothing.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megamm.core.errors import DataError
 from megamm.core.predictions import Instance
+from megamm.metrics.bootstrap import Statistic, ratio_of
 from megamm.metrics.coco import DetectionScores, Matches, Region, match
 from megamm.metrics.libraries import library
 from megamm.metrics.pairs import check_pairs
@@ -57,21 +58,30 @@ def foreground(predictions: Sequence[Sequence[Instance]], references: Sequence[S
     return _overlap(predictions, references)
 
 
-def mean_class_iou(predictions: Sequence[Sequence[Instance]], references: Sequence[Sequence[Instance]]) -> tuple[float, dict[str, float]]:
-    """Mean over the labels of the references of their pooled IoU, and each of them; pixels of no instance belong to no class.
+def class_overlaps(predictions: Sequence[Sequence[Instance]], references: Sequence[Sequence[Instance]]) -> dict[str, Overlap]:
+    """Label of the references -> overlap of its pixels in each picture; pixels of no instance belong to no class.
 
     Raises:
-        DataError: As `foreground`, or no reference at all.
+        DataError: As `foreground`.
         MegaMMError: pycocotools is not installed.
-
-    Source: Everingham et al., The PASCAL VOC challenge: a retrospective (2015), section 2.2, segmentation accuracy.
     """
     _check(predictions, references)
     labels = sorted({instance.label for instances in references for instance in instances})
-    if not labels:
-        raise DataError(f"none of {len(references)} pictures has a reference mask, so no class has an IoU; check the references")
-    ious = {label: _overlap(_labelled(predictions, label), _labelled(references, label)).pooled_iou for label in labels}
-    return sum(ious.values()) / len(ious), ious
+    return {label: _overlap(_labelled(predictions, label), _labelled(references, label)) for label in labels}
+
+
+def mean_class_iou(overlaps: Mapping[str, Overlap]) -> Statistic:
+    """Mean over classes of their pooled IoU; NaN over pictures that have pixels of no class.
+
+    Source: Everingham et al., The PASCAL VOC challenge: a retrospective (2015), section 2.2, segmentation accuracy.
+    """
+    of_classes = [ratio_of(one.intersections, one.unions) for one in overlaps.values()]
+
+    def statistic(indices: NDArray[np.int64]) -> float:
+        found = [iou for ratio in of_classes if not math.isnan(iou := ratio(indices))]
+        return sum(found) / len(found) if found else math.nan
+
+    return statistic
 
 
 def match_instances(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamm.cli import main
 from megamm.core.errors import ConfigError, DataError
 from megamm.core.predictions import Box, Instance
 from megamm.data.shards.index import write_index
@@ -16,6 +17,7 @@ from megamm.evaluation.judge import judge
 from megamm.evaluation.progress import FOLDER
 from megamm.evaluation.records import Answered, Scored, SkippedSample, result_from_json
 from megamm.evaluation.report import make_report
+from megamm.export import export
 from megamm.tasks import TASKS
 from megamm.tasks.reply import Reply
 from tests.support.ranks import run_ranks
@@ -182,6 +184,29 @@ def test_results_come_back_from_their_lines():
     ):
         assert result_from_json(json.loads(json.dumps(result.to_json()))) == result
     assert math.isnan(result_from_json(json.loads(json.dumps(scored(math.nan).to_json()))).nats)
+
+
+def test_an_exported_folder_and_a_checkpoint_are_judged_as_their_run(run, datasets, report, tmp_path):
+    exported = export(run, tmp_path / "exported", dtype="float32", parity=False)
+    for source, step in ((exported, None), (run / "checkpoints" / "step_00000003", 3)):
+        other = evaluate(source, datasets=datasets, **SETTINGS)
+        assert (other.step, other.skipped, other.confusions) == (step, report.skipped, report.confusions)
+        names = ("dataset", "task", "slice", "samples", "metric", "chance")
+        assert [[getattr(row, name) for name in names] for row in other.rows] == [
+            [getattr(row, name) for name in names] for row in report.rows
+        ]
+        for name in ("value", "low", "high"):
+            assert [getattr(row, name) for row in other.rows] == pytest.approx([getattr(row, name) for row in report.rows], rel=1e-5)
+
+
+def test_the_report_on_a_checkpoint_lies_in_its_run(run, datasets, capsys):
+    checkpoint = run / "checkpoints" / "step_00000003"
+    before = sorted(checkpoint.iterdir())
+    words = ("--shards", f"texts={datasets['texts']}", "--tasks", "text")
+    assert main(["evaluate", str(checkpoint), *words]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert json.loads((run / "evaluation_step_00000003" / "report.json").read_text())["source"] == str(checkpoint)
+    assert sorted(checkpoint.iterdir()) == before
 
 
 def test_the_report_is_written_whole(run, report):
@@ -399,3 +424,36 @@ def test_an_exported_folder_with_other_weights_is_another_model(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(content)
         found.append(progress.contents_of(dataclasses.replace(loaded, source=tmp_path, step=None)))
     assert found[0] == found[2] != found[1]
+
+
+def test_tasks_and_slices_that_match_nothing_are_named(run, datasets):
+    report = evaluate(run, datasets={"texts": datasets["texts"]}, tasks=["text", "detection"], slices=["voice"], **SETTINGS)
+    assert report.unmatched == (
+        "no sample of task 'detection' could be evaluated; the tasks of the samples are text",
+        "no sample has the metadata field 'voice' of slices; the fields are none",
+    )
+    assert all(words in report.to_markdown() for words in report.unmatched)
+
+
+def test_one_feeling_a_sample_has_a_confusion_matrix_and_several_have_none():
+    single = [
+        answered("faces", number, f"f{number}", *pair, task="sentiment")
+        for number, pair in enumerate([("joy", "joy"), ("fear", "joy, fear")])
+    ]
+    report = make_report(single, [], source="here", step=1, settings={})
+    confusion = report.confusions["faces/sentiment"]
+    assert (confusion.classes, confusion.counts) == (("fear", "joy"), ((0, 0, 1), (0, 1, 0)))
+    several = [*single, answered("faces", 2, "f2", "joy, fear", "joy", task="sentiment")]
+    assert not make_report(several, [], source="here", step=1, settings={}).confusions
+
+
+def test_slices_are_labels_values_or_quarters_of_measurements():
+    records = [
+        answered("digits", number, f"d{number}", "ab"[number % 2], "a", loudness=number / 7, voice=number % 3) for number in range(40)
+    ]
+    report = make_report(records, [], source="here", step=1, settings={}, slices=["label", "loudness", "voice"])
+    found = {row.slice: (row.samples, row.value) for row in report.rows if row.metric == "accuracy"}
+    assert found["label=a"] == (20, 1) and found["label=b"] == (20, 0)
+    assert [name for name in found if name.startswith("voice")] == ["voice=0", "voice=1", "voice=2"]
+    assert sorted(size for name, (size, _) in found.items() if name.startswith("loudness")) == [10, 10, 10, 10]
+    assert "loudness=0 to 1.393" in found

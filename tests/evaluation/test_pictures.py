@@ -1,4 +1,5 @@
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -86,3 +87,36 @@ def test_a_task_without_figures_has_no_curves(tmp_path):
     report = make_report([record("detection", 0, Reply(boxes=(flat,)), Reply(boxes=(CELL,)))], [], source="here", step=1, settings={})
     assert "x/detection" in report.problems
     assert write_pictures(report, tmp_path, []) == []
+
+
+def test_each_class_of_places_and_of_label_sets_has_figures():
+    other = Box("platelet", (1, 1, 9, 9))
+    detected = [record("detection", 0, Reply(boxes=(CELL, other)), Reply(boxes=(CELL, Box("dust", (1, 1, 9, 9)))))]
+    felt = [
+        record("sentiment", 1, Reply("joy, fear"), Reply("joy")),
+        record("sentiment", 2, Reply("joy"), Reply("joy")),
+    ]
+    report = make_report([*detected, *felt], [], source="here", step=1, settings={})
+    found = {one.label: (one.ap50, one.recall, one.num_references) for one in report.precisions["x/detection"]}
+    assert found == {"cell": (pytest.approx(1), 1, 1), "platelet": (0, 0, 1)}
+    assert report.unknown == {"x/detection": {"dust": 1}}
+    recalls = {one.label: (one.recall, one.num_references) for one in report.classes["x/sentiment"]}
+    assert recalls == {"fear": (0, 1), "joy": (1, 2)}
+    words = report.to_markdown()
+    assert "| cell | 1 | 1 | 1 | 1 | 1 |" in words and "| fear | 1 | 0 | – | 0 |" in words
+    assert "1 places in answers of x/detection have labels that no reference has, and count nowhere: 'dust' (1)." in words
+    assert report.to_dict()["precisions"]["x/detection"][0]["label"] == "cell"
+
+
+def test_labels_may_hold_any_characters(tmp_path):
+    names = ("$5", "a$b$\\frac", "c")
+    records = [record("classification", number, Reply(name), Reply(name)) for number, name in enumerate(names)]
+    report = make_report(records, [], source="here", step=1, settings={})
+    assert [path.name for path in write_pictures(report, tmp_path, [])] == ["confusion-x-classification.png"]
+
+
+def test_charts_that_cannot_be_drawn_are_not_silent(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report = make_report([record("classification", 0, Reply("a"), Reply("a"))], [], source="here", step=1, settings={})
+    assert write_pictures(report, tmp_path, []) == []
+    assert "charts need matplotlib" in caplog.text

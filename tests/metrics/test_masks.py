@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as numpy_strategies
 
 from megamm.core.errors import DataError
 from megamm.core.predictions import Instance
-from megamm.metrics.masks import constant_foreground, foreground, instance_scores, match_instances, mean_class_iou
+from megamm.metrics.masks import class_overlaps, constant_foreground, foreground, instance_scores, match_instances, mean_class_iou
 
 
 def instance(pixels, label="nucleus", score=1.0) -> Instance:
@@ -56,9 +56,12 @@ def test_foreground_equals_counted_pixels(data):
 def test_mean_class_iou_of_a_counted_example():
     sky, sea = instance([[1, 1, 1], [0, 0, 0]], "sky"), instance([[0, 0, 0], [1, 1, 1]], "sea")
     fog = instance([[0, 0, 0], [1, 0, 0]], "fog")
-    mean, ious = mean_class_iou([[instance([[1, 1, 0], [1, 0, 0]], "sky"), fog], [sky]], [[sky, sea], [sky]])
-    assert ious == pytest.approx({"sea": 0, "sky": (2 + 3) / (4 + 3)})
-    assert mean == pytest.approx(5 / 7 / 2)
+    overlaps = class_overlaps([[instance([[1, 1, 0], [1, 0, 0]], "sky"), fog], [sky]], [[sky, sea], [sky]])
+    assert {label: one.pooled_iou for label, one in overlaps.items()} == pytest.approx({"sea": 0, "sky": (2 + 3) / (4 + 3)})
+    mean = mean_class_iou(overlaps)
+    assert mean(np.array([0, 1])) == pytest.approx(5 / 7 / 2)
+    assert mean(np.array([1, 1])) == 1, "no sea in the second picture"
+    assert math.isnan(mean_class_iou(class_overlaps([[sky]], [[]]))(np.array([0])))
 
 
 def test_instances_are_found_by_their_overlap():
