@@ -21,8 +21,9 @@ from megamm.models.build import build_model, parameter_groups
 from megamm.models.checkpointing import set_activation_checkpointing
 from megamm.models.configuration_megamm import MegaMMConfig
 from megamm.models.heads.head import check_head
+from megamm.models.initializers import initializers
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
-from megamm.models.weights import pretrained_weights
+from megamm.models.weights import pretrained_folders, pretrained_weights
 from megamm.tokenizers.text import TextTokenizer
 from megamm.train.origin import Origin, load_origin
 from megamm.train.rank_budget import RankAllocator, check_budget
@@ -70,7 +71,7 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World, origin
         recipe: What is trained.
         tokenizer: Its vocabulary is the model's.
         world: The ranks.
-        origin: What the run starts from; the towers' own folders are not read then.
+        origin: What the run starts from; None to start by itself.
 
     Raises:
         ConfigError: What the run starts from is of another model, or batch arithmetic, towers or settings that do not fit together.
@@ -93,9 +94,8 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World, origin
         return build_model(config, recipe.model.head)
 
     model = weights.partitioned(construct, ds_config, seed=recipe.engine.seed)
-    filled = weights.load_weights(model, pretrained_weights(recipe.model, config)) if origin is None else set()
-    if origin is not None and origin.is_needed:
-        filled = load_origin(model, origin)
+    weights.run_initializers(initializers(model), recipe.engine.seed)
+    filled = load_start(model, recipe, config, origin)
     _begin_magnitudes(model, filled)
     model.loss_chunk_tokens = recipe.loss.chunk_tokens
     # The modality contract: without it ranks that see different modalities hang or train on stale gradients.
@@ -113,6 +113,22 @@ def build_trainer(recipe: Recipe, tokenizer: TextTokenizer, world: World, origin
         group_names=tuple(group["name"] for group in groups),
         ranks=RankAllocator(engine, recipe.adapter, recipe.train.steps) if recipe.adapter.method == "adalora" else None,
     )
+
+
+def load_start(model: MegaMMForConditionalGeneration, recipe: Recipe, config: MegaMMConfig, origin: Origin | None) -> set[str]:
+    """Fill a new model with the weights that its run starts from: the origin's, and those of towers that start from folders of their own.
+
+    Returns:
+        Names that were filled.
+
+    Raises:
+        ConfigError: The origin's weights do not fit, or a tower's folder does not.
+    """
+    if origin is not None and not origin.is_needed:
+        return set()
+    filled = set() if origin is None else load_origin(model, origin)
+    towers = pretrained_folders(recipe.model) if origin is None else origin.towers
+    return filled | weights.load_weights(model, pretrained_weights(recipe.model, config, towers))
 
 
 def _optimizer_groups(model: MegaMMForConditionalGeneration, recipe: Recipe) -> list[dict[str, Any]]:

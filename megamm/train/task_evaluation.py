@@ -25,6 +25,7 @@ from megamm.engine.runtime import Engine
 from megamm.evaluation.evaluate import check_libraries
 from megamm.evaluation.figures import answer_figures, grouped, score_figures, value_of
 from megamm.evaluation.held_out import Place, held_out_patterns, list_places, read_samples, sample_forms
+from megamm.evaluation.judge import check_head
 from megamm.evaluation.lockstep import judge_in_step
 from megamm.evaluation.records import Answered, Record, Result, Scored, SkippedSample, result_from_json
 from megamm.evaluation.shown import chosen_places, shown_answers
@@ -61,7 +62,7 @@ class TaskEvaluation:
         """Find the samples, or None where the recipe asks for no tasks; every rank calls it, once the shards have their indexes.
 
         Raises:
-            ConfigError: Tasks are asked for, and the recipe names no held-out data.
+            ConfigError: Tasks are asked for, and the recipe names no held-out data, or its head answers nothing.
             DataError: Shards are missing or have no usable index.
             MegaMMError: A library that judges answers is not installed.
         """
@@ -69,6 +70,7 @@ class TaskEvaluation:
             return None
         with distributed.fail_together():
             check_libraries(())
+            check_head(recipe.model.head)
             reading = resolved_reading(recipe.data)
             places = list_places(held_out_patterns(recipe), recipe.evaluation.tasks_samples, reading=reading)
         return cls(recipe, folder, world, tokenizer, tuple(places))

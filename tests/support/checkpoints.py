@@ -27,6 +27,7 @@ def write_checkpoint(
     fill: float = 0.0,
     buffers: dict[str, torch.Tensor] | None = None,
     random: dict[str, torch.Tensor] | None = None,
+    fingerprints: dict[str, str] | None = None,
 ) -> Path:
     """Commit `tensors` (trainable) and `buffers` (None for one, `steps_seen`) as `num_ranks` ranks would; moments are `fill`."""
     buffers = {"steps_seen": torch.tensor([step])} if buffers is None else buffers
@@ -49,7 +50,9 @@ def write_checkpoint(
     files[LEDGER] = write_file(path / LEDGER, [b'{"key":"a"}\n{"key":"b"}\n'])
     parameters = [ParameterEntry(name, tuple(tensor.shape), "bfloat16", "trainable") for name, tensor in tensors.items()]
     parameters += [ParameterEntry(name, tuple(tensor.shape), str(tensor.dtype)[6:], "buffer") for name, tensor in buffers.items()]
-    manifest = Manifest(step=step, world_size=num_ranks, files=files, parameters=tuple(parameters), engine={})
+    manifest = Manifest(
+        step=step, world_size=num_ranks, files=files, parameters=tuple(parameters), engine={}, fingerprints=fingerprints or {}
+    )
     write_file(path / MANIFEST, [manifest.to_text().encode()])
     return path
 

@@ -65,9 +65,21 @@ def archive(run: Path, one: Recipe) -> None:
     write_json(run / "config.json", to_dict(one))
 
 
-def write_run(run: Path, *, step: int = 3, seed: int = 0, precision: str = "fp32", head: Head | None = None, **model: Any) -> Loaded:
-    """A run folder whose checkpoint holds the weights of a random model, in the real format, without an engine."""
-    loaded = random_model(run, seed=seed, **model)
+def write_run(
+    run: Path,
+    *,
+    step: int = 3,
+    seed: int = 0,
+    precision: str = "fp32",
+    head: Head | None = None,
+    pieces: TextTokenizer | None = None,
+    **model: Any,
+) -> Loaded:
+    """A run folder whose checkpoint holds the weights of a random model, in the real format, without an engine.
+
+    `pieces` is another tokenizer than `tokenizer`'s and lies in the run's own folder `tokenizer`.
+    """
+    loaded = random_model(run, seed=seed, pieces=pieces, **model)
     one = recipe(precision=precision, **model)
     archive(run, replace(one, model=replace(one.model, head=head)))
     if head is not None:
@@ -76,7 +88,8 @@ def write_run(run: Path, *, step: int = 3, seed: int = 0, precision: str = "fp32
     # A checkpoint holds what state_dict does, tied weights under their first name.
     parameters = {name: value.detach() for name, value in network.named_parameters()}
     buffers = {name: value for name, value in network.state_dict().items() if name in dict(network.named_buffers())}
-    write_checkpoint(run / "checkpoints", step, parameters, buffers=buffers)
+    fingerprints = {"tokenizer": loaded.tokenizer.fingerprint}
+    write_checkpoint(run / "checkpoints", step, parameters, buffers=buffers, fingerprints=fingerprints)
     return loaded
 
 

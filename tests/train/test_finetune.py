@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 from megamm.checkpoint.consolidate import consolidate
 from megamm.checkpoint.manifest import check_base, read_data_state, read_manifest, verify
 from megamm.checkpoint.reshard import reshard
 from megamm.config import to_dict
 from megamm.core.errors import CheckpointError, ConfigError
+from megamm.core.files import read_json
 from megamm.core.json_lines import read_json_lines
 from megamm.engine import distributed
 from megamm.export import export
@@ -27,6 +31,7 @@ from megamm.tokenizers.text import TextTokenizer
 from megamm.train.origin import find_origin, load_origin
 from megamm.train.run_folder import RunFolder
 from tests.support.checkpoints import whole_state
+from tests.support.commands import run_commands
 from tests.support.recipes import write_recipe
 from tests.support.runs import make_data, recipe_over
 
@@ -38,13 +43,28 @@ LORA = (
     "--checkpoint.every=2",
 )
 
+BASE = "base/checkpoints/step_00000003"
+# Besides LoRA: what a run starts from, and how it is tuned.
+WAYS = {
+    "dora": (BASE, "--adapter.method=dora", *LORA[1:3]),
+    "adalora": (
+        BASE,
+        "--adapter.method=adalora",
+        "--adapter.budget={initial_rank=3,warmup_steps=1,final_steps=1}",
+        *LORA[1:3],
+    ),
+    "prefix": (BASE, "--adapter.method=prefix", "--adapter.prefix_tokens=3"),
+    "bottleneck": (BASE, "--adapter.method=bottleneck", '--adapter.targets=["text.*","vision.*","audio.*"]', "--adapter.bottleneck_size=5"),
+    "full": ("copy", "--model.vision.pretrained=tower", "--model.vision.trainable=false"),
+}
+
 pytestmark = [pytest.mark.distributed, pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def launch(folder: Path, num_ranks: int, *words: str, code: int = 0) -> str:
     """One command on ranks, from the folder of the recipe; what it said on standard error."""
     command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", *words]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=280)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=580)
     assert (result.returncode == 0) == (code == 0), result.stderr[-4000:]
     return result.stderr
 
@@ -105,17 +125,63 @@ def test_a_resume_goes_on_bit_for_bit_although_its_source_went_on(folder):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_ranks_that_are_shared_out_go_on_bit_for_bit(folder):
-    budget = {"initial_rank": 3, "warmup_steps": 1, "final_steps": 1}
-    words = ("--adapter.method=adalora", *(f"--adapter.budget.{name}={value}" for name, value in budget.items()), "--train.steps=4")
-    for run, stop in (("ranks", ()), ("ranks_halves", ("--stop-after", "2")), ("ranks_halves", ())):
-        launch(folder, 1, "finetune", "base/checkpoints/step_00000003", "recipe.toml", "--run", run, *LORA[1:], *words, *stop)
-    ours, theirs = (folder / run / "checkpoints" / "step_00000004" for run in ("ranks_halves", "ranks"))
-    assert read_data_state(ours)["ranks"] == read_data_state(theirs)["ranks"]
-    ours, theirs = dict(whole_state(ours)), dict(whole_state(theirs))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    told = [line["adapter/mean_rank"] for line in read_json_lines(folder / "ranks" / "metrics.jsonl") if "loss" in line]
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """By every other way to tune: a run of 4 steps (`dora`), and one in halves (`dora_halves`), on two ranks."""
+    recipe = recipe_over(folder / "data")
+    config = run_config(recipe, TextTokenizer.load(folder / "data" / "tokenizer").vocabulary)
+    AutoModel.from_config(config.vision_config).save_pretrained(folder / "tower")
+    shutil.copytree(folder / "base", folder / "copy")
+    common = ("--train.steps=4", "--checkpoint.every=2", "--telemetry.tensorboard=false", "--run")
+    words = {name: ("finetune", source, "recipe.toml", *overrides, *common) for name, (source, *overrides) in WAYS.items()}
+    halves = {name: (*words[name], f"{name}_halves") for name in WAYS}
+    run_commands(folder, 2, [one for name in WAYS for one in ((*words[name], name), (*halves[name], "--stop-after", "2"))])
+    # Who saves all weights needs the source no more, and no tower's folder but for its config.json.
+    shutil.rmtree(folder / "copy")
+    (folder / "tower" / "model.safetensors").rename(folder / "tower.safetensors")
+    run_commands(folder, 2, list(halves.values()))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_goes_on_bit_for_bit(tuned, way):
+    for step in (2, 4):
+        ours, theirs = (tuned / run / "checkpoints" / f"step_{step:08d}" for run in (f"{way}_halves", way))
+        assert read_data_state(ours).get("ranks") == read_data_state(theirs).get("ranks")
+        ours, theirs = dict(whole_state(ours)), dict(whole_state(theirs))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("way", [name for name in WAYS if name != "full"])
+def test_checkpoints_of_every_adapter_hold_it_alone(tuned, way):
+    early, late = (tuned / way / "checkpoints" / f"step_{step:08d}" for step in (2, 4))
+    names = {key.partition("/")[2] for key, _ in whole_state(late) if not key.startswith("buffer/")}
+    assert names and all(map(is_adapter, names))
+    before, after, base = dict(consolidate(early)), dict(consolidate(late)), dict(consolidate(tuned / BASE))
+    assert after.keys() - base.keys() == names and all(torch.equal(after[name], base[name]) for name in base)
+    assert any(not torch.equal(after[name], before[name]) for name in names)
+
+
+def test_ranks_are_shared_out_until_the_budget_is_met(tuned):
+    told = [line["adapter/mean_rank"] for line in read_json_lines(tuned / "adalora" / "metrics.jsonl") if "loss" in line]
     assert told[0] == 3.0 and told[-1] <= 2.0
+
+
+def test_a_whole_model_outlives_its_source_and_has_the_tower_of_another_folder(tuned):
+    """The tower is frozen, so that it can be told at the end; all else goes on from the source and trains."""
+    run = tuned / "full_halves"
+    origin = read_json(run / "origin.json")
+    assert (origin["source"], origin["towers"]) == (str(tuned / "copy"), ["vision"]) and not Path(origin["source"]).exists()
+    assert (run / "DONE").is_file() and read_manifest(run / "checkpoints" / "step_00000004").base is None
+    after, base = dict(consolidate(run / "checkpoints" / "step_00000004")), dict(consolidate(tuned / BASE))
+    assert after.keys() == base.keys()
+    for name, value in load_file(tuned / "tower.safetensors").items():
+        # Weights start rounded to what training computes in.
+        assert torch.equal(after[f"model.vision_tower.{name}"].bfloat16(), value.bfloat16()), name
+    losses = [
+        [line["loss"] for line in read_json_lines(tuned / name / "metrics.jsonl") if "loss" in line] for name in ("base", "full_halves")
+    ]
+    assert losses[1][0] < losses[0][0] - 0.3
 
 
 def test_another_number_of_ranks_keeps_the_base(folder, tmp_path):

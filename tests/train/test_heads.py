@@ -172,7 +172,7 @@ def train_head(recipe: Recipe, run: Path, world: Any) -> dict[str, Any]:
 def launch(folder: Path, num_ranks: int, *words: str) -> None:
     """One command on ranks, from a folder, which must end in order."""
     command = [str(CHECKOUT / "launchers" / "local.sh"), str(num_ranks), "megamm", *words]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=280)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=580)
     assert result.returncode == 0, result.stderr[-4000:]
 
 
