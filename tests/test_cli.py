@@ -137,6 +137,10 @@ def test_changed_byte_is_found_by_verify(capsys, data):
 
 def test_evaluating_nothing_is_an_error(capsys, tmp_path):
     assert str(tmp_path / "nowhere") in fails(capsys, "evaluate", str(tmp_path / "nowhere"))
+    line = fails(capsys, "evaluate", str(tmp_path), "--shards", "x=a-*.tar", "--shards", "x=b-*.tar")
+    assert "--shards names x twice" in line
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(tmp_path), "--robustness", "--changes", "blur"])
 
 
 @pytest.mark.integration

@@ -77,4 +77,4 @@ def run_argument(parser: argparse.ArgumentParser) -> None:
 
 def source_argument(parser: argparse.ArgumentParser) -> None:
     """SOURCE."""
-    parser.add_argument("source", type=Path, help="run folder or exported folder")
+    parser.add_argument("source", type=Path, help="run folder (its newest good checkpoint), one of its checkpoints, or exported folder")

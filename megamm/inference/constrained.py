@@ -138,7 +138,8 @@ def beam_rank(
     for start in range(0, len(output), num_beams):
         found: dict[str, float] = {}
         for written, score in output[start : start + num_beams]:
-            if score > _NEVER and (node := trie.walk(written[: trie.num_levels])) is not None:
+            # What is no number is no less: whoever asked shall see that the model overflows.
+            if not score <= _NEVER and (node := trie.walk(written[: trie.num_levels])) is not None:
                 found.setdefault(trie.item_at(node.start), score)
         rankings.append([RankedItem(item, score) for item, score in found.items()])
     return rankings

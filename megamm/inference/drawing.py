@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megamm.core.errors import DataError
 from megamm.core.masks import pixels_of
+from megamm.core.predictions import Instance
 from megamm.tasks.reply import Reply
 
 if TYPE_CHECKING:
@@ -47,6 +50,26 @@ def draw_reply(picture: Image.Image, reply: Reply, *, longest_side: int | None =
         canvas.rectangle(canvas.textbbox(place, words, font=font), fill=colours[box.label])
         canvas.text(place, words, fill=(255, 255, 255), font=font)
     return drawn
+
+
+def instance_map(instances: Sequence[Instance]) -> Image.Image:
+    """Where each instance is, 16 bits a pixel: 0 for none, n for the n-th, of several the last. `mask` parts of samples are such files.
+
+    Args:
+        instances: Of one picture, at least one.
+
+    Raises:
+        DataError: There are more than 16 bits can number.
+    """
+    from PIL import Image
+
+    most = np.iinfo(np.uint16).max
+    if len(instances) > most:
+        raise DataError(f"{len(instances)} instances are more than the {most} of a map of 16 bits; take them from the JSON")
+    numbers = np.zeros(instances[0].size, dtype=np.uint16)
+    for number, one in enumerate(instances, 1):
+        numbers[pixels_of(one.counts, one.size)] = number
+    return Image.fromarray(numbers)
 
 
 def colours_of(reply: Reply) -> dict[str, tuple[int, int, int]]:

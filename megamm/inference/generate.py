@@ -113,9 +113,8 @@ def ask(loaded: Loaded, text: str, *, images: Sequence[Path] = (), audios: Seque
         for path in paths:
             if not path.is_file():
                 raise ConfigError(f"{path} does not exist; name a file for --{type_name}")
-            member = f"{len(media)}{path.suffix}"
-            media[member] = path.read_bytes()
-            parts.append(Part(type_name, member=member))
+            media[str(path)] = path.read_bytes()
+            parts.append(Part(type_name, member=str(path)))
     if text:
         parts.append(Part("text", text=text))
     if not parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from megamm.config import Head
 from megamm.core.errors import ConfigError
+from megamm.core.predictions import LIKELY
 from megamm.core.types import IGNORE_LABEL, Message, PackedRow, Sample, TokenSequence
 from megamm.data.loading.collate import collate
 from megamm.data.samples.targets import check_question
@@ -18,8 +20,6 @@ from megamm.inference.prompt import make_prompt
 from megamm.models.heads.head import BackboneHead
 from megamm.models.inputs import batch_inputs
 from megamm.tasks.reply import Reply
-
-_LIKELY = 0.5
 
 
 def predict(loaded: Loaded, samples: Sequence[Sample], *, batch_size: int = 16) -> list[Reply]:
@@ -88,7 +88,12 @@ def answers(loaded: Loaded, questions: Sequence[TokenSequence]) -> list[Reply]:
     # The head's logits alone are wanted: those of one token are the fewest that the model gives.
     logits = loaded.model(**inputs | {"labels": None, "weights": None, "logits_to_keep": 1, "run_head": True}).head_logits
     views = [one.images[0].view if one.images else None for one in questions]
-    return [_typed(head.settings, said) for said in head.decode(logits, views)] if questions else []
+    if not questions:
+        return []
+    # What is made of logits, such as the likeliest character, may not show that they are no numbers.
+    is_finite = [all(bool(values[row].isfinite().all()) for values in logits.values()) for row in range(len(questions))]
+    typed = [_typed(head.settings, said) for said in head.decode(logits, views)]
+    return [replace(reply, is_finite=known) for reply, known in zip(typed, is_finite, strict=True)]
 
 
 def _head(loaded: Loaded) -> BackboneHead:
@@ -105,5 +110,5 @@ def _typed(settings: Head, said: Any) -> Reply:
         return Reply(boxes=tuple(said))
     if settings.kind == "segmenter":
         return Reply(instances=tuple(said))
-    likely = [one.label for one in said if one.score >= _LIKELY] if settings.multi_label else [said[0].label]
-    return Reply(", ".join(likely), labels=tuple(said))
+    likely = {one.label for one in said if one.score >= LIKELY} if settings.multi_label else {said[0].label}
+    return Reply(", ".join(label for label in settings.labels if label in likely), labels=tuple(said))

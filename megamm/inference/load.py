@@ -1,4 +1,4 @@
-"""A trained model and what its inputs need, from a run folder or from an exported Hugging Face folder."""
+"""A trained model and what its inputs need, from a run folder, one of its checkpoints or an exported Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from megamm.checkpoint.consolidate import consolidate
-from megamm.checkpoint.manifest import committed, read_manifest, verify
+from megamm.checkpoint.manifest import MANIFEST, committed, read_manifest, verify
 from megamm.config import AudioFeatures, Head, ImageFeatures, Recipe, load_resolved
 from megamm.core.errors import CheckpointError, ConfigError
 from megamm.core.files import read_json
@@ -27,6 +27,8 @@ from megamm.tokenizers.text import TextTokenizer
 from megamm.tokenizers.vocabulary import CONTROL_NAMES, Vocabulary
 
 _log = get_logger("inference")
+_CHECKPOINTS = "checkpoints"
+_FIX = "name a run folder, one of its checkpoints or a folder that `megamm export` wrote"
 
 TRAINED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What the training forward computes in, by `engine.precision`."""
@@ -64,32 +66,18 @@ class Loaded:
 
 
 def load_model(source: Path, *, dtype: torch.dtype | None = None, device: str | None = None) -> Loaded:
-    """Load the newest good checkpoint of a run, or an exported folder.
+    """Load the newest good checkpoint of a run, one checkpoint that is named, or an exported folder.
 
     Args:
-        source: Folder that `megamm pretrain` or `megamm export` wrote.
+        source: Folder that `megamm pretrain` or `megamm export` wrote, or a checkpoint in its run.
         dtype: Type of the weights; None takes what the training forward, or the export, computes in.
         device: Where the model goes; None takes the GPU where there is one.
 
     Raises:
-        ConfigError: `source` is neither, or its tokenizer or configuration is missing or damaged.
-        CheckpointError: No checkpoint verifies, or it holds another model.
+        ConfigError: `source` is none of them, or its tokenizer or configuration is missing or damaged.
+        CheckpointError: No checkpoint verifies, or not the one that is named, or it holds another model.
     """
-    path = source / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{source} has no config.json; name a run folder or a folder that `megamm export` wrote")
-    try:
-        table = read_json(path)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); name a run folder or a folder that `megamm export` wrote") from None
-    if isinstance(table, dict) and table.get("model_type") == MegaMMConfig.model_type:
-        loaded = _from_export(source, dtype)
-    elif isinstance(table, dict) and "model_type" in table:
-        raise ConfigError(
-            f"{path} is a {table['model_type']!r} model, not {MegaMMConfig.model_type!r}; name a folder that `megamm export` wrote"
-        )
-    else:
-        loaded = _from_run(source, dtype)
+    loaded = _from_described(source, dtype) if (source / "config.json").is_file() else _from_checkpoint(source, dtype)
     loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loaded
 
@@ -100,7 +88,7 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         CheckpointError: The run has none.
     """
-    folder = run / "checkpoints"
+    folder = run / _CHECKPOINTS
     problems = []
     for _, path in reversed(committed(folder)):
         try:
@@ -113,6 +101,12 @@ def newest_checkpoint(run: Path) -> Path:
     if problems:
         raise CheckpointError(f"{folder} holds no good checkpoint; the newest: {problems[0]}")
     raise CheckpointError(f"{folder} holds no checkpoint; train the run until its first commit (checkpoint.every)")
+
+
+def is_checkpoint(source: Path) -> bool:
+    """Whether a folder is a checkpoint, or should be one by its place, whatever became of it."""
+    is_other = (source / "config.json").is_file()
+    return not is_other and ((source / MANIFEST).is_file() or source.resolve().parent.name == _CHECKPOINTS)
 
 
 def run_config(recipe: Recipe, vocabulary: Vocabulary) -> MegaMMConfig:
@@ -131,10 +125,40 @@ def checkpoint_state(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Te
     return {name: tensor.clone() if name in buffers else tensor.to(dtype, copy=True) for name, tensor in consolidate(checkpoint)}
 
 
-def _from_run(run: Path, dtype: torch.dtype | None) -> Loaded:
+def _from_described(source: Path, dtype: torch.dtype | None) -> Loaded:
+    """From a folder whose config.json says what it is: a run or an exported folder."""
+    path = source / "config.json"
+    try:
+        table = read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); {_FIX}") from None
+    if not isinstance(table, dict) or "model_type" not in table:
+        return _from_run(source, dtype)
+    if table["model_type"] != MegaMMConfig.model_type:
+        raise ConfigError(
+            f"{path} is a {table['model_type']!r} model, not {MegaMMConfig.model_type!r}; name a folder that `megamm export` wrote"
+        )
+    return _from_export(source, dtype)
+
+
+def _from_checkpoint(source: Path, dtype: torch.dtype | None) -> Loaded:
+    """Once its every byte verified: what is named is not passed over."""
+    if not is_checkpoint(source):
+        raise ConfigError(f"{source} has no config.json; {_FIX}")
+    # Also of `latest`, which leads to one.
+    checkpoint = source.resolve()
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name != _CHECKPOINTS or not (run / "config.json").is_file():
+        raise ConfigError(f"{source} lies outside its run, which holds the recipe and the tokenizer; put it back into RUN/{_CHECKPOINTS}")
+    verify(checkpoint)
+    return _from_run(run, dtype, checkpoint)
+
+
+def _from_run(run: Path, dtype: torch.dtype | None, checkpoint: Path | None = None) -> Loaded:
+    """From one checkpoint, or from the newest good one."""
     recipe = load_resolved(run / "config.json")
     tokenizer = TextTokenizer.load(run / "tokenizer")
-    checkpoint = newest_checkpoint(run)
+    checkpoint = newest_checkpoint(run) if checkpoint is None else checkpoint
     dtype = TRAINED_DTYPES[recipe.engine.precision] if dtype is None else dtype
     config, state = run_config(recipe, tokenizer.vocabulary), checkpoint_state(checkpoint, dtype)
     head = None

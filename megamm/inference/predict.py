@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megamm.core.errors import ConfigError
+from megamm.config import Head, Limits
+from megamm.core.errors import ConfigError, MegaMMError
 from megamm.core.types import Message, Part, Sample
-from megamm.data.media.files import decode_picture, media_type
+from megamm.data.media.files import DEFAULT_LIMITS, decode_picture, media_type
+from megamm.data.samples.targets import ANSWERS
 from megamm.inference import heads, replies
-from megamm.inference.drawing import draw_reply
+from megamm.inference.drawing import draw_reply, instance_map
 from megamm.inference.item_trie import ItemTrie
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import make_prompt
-from megamm.tasks import TASKS, recommendation
+from megamm.tasks import TASKS, Task, recommendation
 from megamm.tasks.reply import Reply
+
+_Chat = tuple[tuple[Message, ...], dict[str, bytes]]
+"""Messages, and the bytes of the members that they name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,31 +30,66 @@ class Question:
     """One thing that is asked about.
 
     Attributes:
-        files: A picture, a sound, or one of each; shown before the text.
-        items: What a user met, the oldest first.
+        files: Pictures and sounds, shown in their order before the text.
+        baskets: Ids of items that a user met, those at one time together, the oldest first.
         text: What is asked; empty for the task's own prompt.
     """
 
     files: tuple[Path, ...] = ()
-    items: tuple[str, ...] = ()
+    baskets: tuple[tuple[str, ...], ...] = ()
     text: str = ""
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """What the user met, each item once."""
+        return tuple(dict.fromkeys(item for basket in self.baskets for item in basket))
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of a question."""
+    """What the model says of a question, which holds the words that were asked."""
 
     question: Question
     reply: Reply
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        asked = {"files": [str(path) for path in self.question.files]} if self.question.files else {"text": self.question.text}
-        return asked | ({"history": list(self.question.items)} if self.question.items else {}) | self.reply.to_json()
+        """Plain JSON values; what was not shown is left out."""
+        shown = {"files": [str(path) for path in self.question.files], "history": [list(basket) for basket in self.question.baskets]}
+        return {name: value for name, value in shown.items() if value} | {"question": self.question.text} | self.reply.to_json()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How histories are laid out, and items ranked.
+
+    Attributes:
+        num_items: Items of a recommendation, best first.
+        num_beams: Beginnings of items that a search follows; None ranks every item exactly.
+        shows_texts: A history describes its items, as `prepare interactions` writes it unless told `--show codes`. Nothing in a model says
+            how its histories were written.
+        leaves_out_known: Items of the history are not recommended.
+
+    Raises:
+        ConfigError: The search finds fewer items than are wanted.
+    """
+
+    num_items: int = 10
+    num_beams: int | None = None
+    shows_texts: bool = True
+    leaves_out_known: bool = False
+
+    def __post_init__(self) -> None:
+        replies.check_beams(self.num_beams, self.num_items)
 
 
 def predict(
-    loaded: Loaded, task: str, questions: Sequence[Question], *, batch_size: int = 16, max_new_tokens: int = 512, num_items: int = 10
+    loaded: Loaded,
+    task: str,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 512,
+    ranking: Ranking = Ranking(),
 ) -> Iterator[Prediction]:
     """Answer questions of one task, in their order: in tokens, by a ranking of items, or by the model's head where it has one.
 
@@ -59,35 +99,43 @@ def predict(
         questions: What is asked about.
         batch_size: Questions that run at once.
         max_new_tokens: Bound on an answer, in tokens.
-        num_items: Items of a recommendation, best first.
+        ranking: How histories are shown and items ranked.
 
     Raises:
-        ConfigError: The task is unknown, or a question holds nothing to ask about.
+        ConfigError: The task is unknown or none that the model answers, or ranks no items though `ranking` says how.
         DataError: A file cannot be used, or an item is unknown.
+        MegaMMError: The model overflows.
     """
-    if task not in TASKS:
-        raise ConfigError(f"task {task!r} is not known; the tasks are {', '.join(TASKS)}")
-    if task == "text":
-        raise ConfigError("task 'text' continues documents and answers nothing; use `megamm generate`")
-    has_head = loaded.model.head is not None
-    trie = ItemTrie.of(loaded) if task == recommendation.TASK.name and not has_head else None
+    asked = _known_task(loaded, task, ranking)
+    trie = ItemTrie.of(loaded) if task == recommendation.TASK.name else None
     for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        chats = [_messages(question, task) for question in batch]
-        if has_head:
+        batch = [replace(question, text=question.text or asked.prompt) for question in questions[start : start + batch_size]]
+        chats = [_chat(loaded, question, ranking) for question in batch]
+        if loaded.model.head is not None:
             said = heads.predict(loaded, [Sample("", task, messages, media) for messages, media in chats], batch_size=batch_size)
+        elif trie is not None:
+            said = _recommended(loaded, trie, batch, chats, ranking)
         else:
             prompts = [make_prompt(loaded, *chat) for chat in chats]
-            if trie is not None:
-                said = replies.rankings(loaded, trie, prompts, num_items=num_items)
-            else:
-                views = [prompt.images[0].view if prompt.images else None for prompt in prompts]
-                said = replies.answers(loaded, prompts, views, max_new_tokens=max_new_tokens)
-        yield from (Prediction(question, reply) for question, reply in zip(batch, said, strict=True))
+            views = [prompt.images[0].view if prompt.images else None for prompt in prompts]
+            said = replies.answers(loaded, prompts, views, max_new_tokens=max_new_tokens)
+        for number, (question, reply) in enumerate(zip(batch, said, strict=True), start + 1):
+            if not reply.has_finite_scores:
+                raise MegaMMError(
+                    f"{loaded.source} gives no finite score in answer {number} of {len(questions)}; its weights or activations overflow: "
+                    "take an earlier checkpoint, or train in bf16 or fp32"
+                )
+            yield Prediction(question, reply)
 
 
-def questions_of(files: Sequence[Path], items: Sequence[str], text: str) -> list[Question]:
-    """A question for each file, or one without a file.
+def questions_of(files: Sequence[Path], baskets: Sequence[Sequence[str]], text: str, *, together: bool = False) -> list[Question]:
+    """A question for each file, one about all of them `together`, or one without a file.
+
+    Args:
+        files: Pictures and sounds.
+        baskets: What every question shows of a user, the oldest first.
+        text: What is asked; empty for the task's own prompt.
+        together: One question about all files.
 
     Raises:
         ConfigError: A file is missing or is no picture and no sound, or nothing is asked about.
@@ -97,23 +145,32 @@ def questions_of(files: Sequence[Path], items: Sequence[str], text: str) -> list
             raise ConfigError(f"{path} does not exist; name pictures and sounds")
         if media_type(path.name) is None:
             raise ConfigError(f"{path} is no picture and no sound that can be read; name a jpg, png, webp, wav, flac, ogg or mp3 file")
-    if not files and not items and not text:
+    if not files and not baskets and not text:
         raise ConfigError("nothing is asked about; name files, or give --text or --items")
-    return [Question((path,), tuple(items), text) for path in files] or [Question((), tuple(items), text)]
+    history = tuple(map(tuple, baskets))
+    groups = [tuple(files)] if together else [(path,) for path in files]
+    return [Question(group, history, text) for group in groups or [()]]
 
 
-def draw(prediction: Prediction, path: Path) -> bool:
-    """Write a question's picture with the answer drawn over it; False where it is about no picture.
+def draw(prediction: Prediction, path: Path, *, limits: Limits = DEFAULT_LIMITS) -> bool:
+    """Write a question's picture with the answer drawn over it, and a map of its instances; False where it is about no picture.
 
     Args:
         prediction: Of a question.
-        path: A PNG; its folder is made where it is missing.
+        path: A PNG; its folder is made where it is missing. The map of `a.png` is `a.instances.png`, where there are instances.
+        limits: What of a picture is refused.
     """
     pictures = [path for path in prediction.question.files if media_type(path.name) == "image"]
     if not pictures:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_reply(decode_picture(pictures[0].read_bytes()), prediction.reply).save(path)
+    draw_reply(decode_picture(pictures[0].read_bytes(), limits), prediction.reply).save(path)
+    numbered = path.with_suffix(".instances.png")
+    if prediction.reply.instances:
+        instance_map(prediction.reply.instances).save(numbered)
+    else:
+        # One of an earlier answer would be taken for this one's.
+        numbered.unlink(missing_ok=True)
     return True
 
 
@@ -122,12 +179,50 @@ def line(prediction: Prediction) -> str:
     return json.dumps(prediction.to_json(), ensure_ascii=False)
 
 
-def _messages(question: Question, task: str) -> tuple[tuple[Message, ...], dict[str, bytes]]:
-    parts, media = [], {}
-    for number, path in enumerate(question.files):
-        member = f"{number}{path.suffix.lower()}"
-        media[member] = path.read_bytes()
-        parts.append(Part(media_type(path.name) or "", member=member))
-    parts += [Part("item", data={"id": item}) for item in question.items]
-    parts.append(Part("text", text=question.text or TASKS[task].prompt))
+def _known_task(loaded: Loaded, name: str, ranking: Ranking) -> Task:
+    """The task, where this model can be asked for it so."""
+    if name not in TASKS:
+        raise ConfigError(f"task {name!r} is not known; the tasks are {', '.join(TASKS)}")
+    if name == "text":
+        raise ConfigError("task 'text' continues documents and answers nothing; use `megamm generate`")
+    if name != recommendation.TASK.name and (ranking.num_beams is not None or ranking.leaves_out_known):
+        raise ConfigError(f"task {name!r} ranks no items, so that there is nothing to search with beams or to exclude; drop these options")
+    if loaded.model.head is not None:
+        _check_head(loaded.model.head.settings, TASKS[name])
+    return TASKS[name]
+
+
+def _check_head(head: Head, task: Task) -> None:
+    """Refuse a task whose answers are none that the head gives."""
+    answers = ANSWERS.get(head.kind, ())
+    if not answers:
+        raise ConfigError(f"a {head.kind} head fills in what is hidden and answers nothing; ask a run that was tuned from this one")
+    if not set(answers) & set(task.kinds):
+        fitting = [name for name, one in TASKS.items() if set(answers) & set(one.kinds) and name != "text"]
+        raise ConfigError(
+            f"task {task.name!r} is answered with {' or '.join(task.kinds)}, and this model's {head.kind} head says "
+            f"{' or '.join(answers)}; ask it for {', '.join(fitting)}"
+        )
+
+
+def _recommended(loaded: Loaded, trie: ItemTrie, questions: Sequence[Question], chats: Sequence[_Chat], ranking: Ranking) -> list[Reply]:
+    return replies.rankings(
+        loaded,
+        trie,
+        [make_prompt(loaded, *chat) for chat in chats],
+        num_items=ranking.num_items,
+        num_beams=ranking.num_beams,
+        excluded=[question.items for question in questions] if ranking.leaves_out_known else (),
+    )
+
+
+def _chat(loaded: Loaded, question: Question, ranking: Ranking) -> _Chat:
+    """The question as samples hold it, those of `prepare interactions` among them, and the bytes of its files."""
+    media = {str(path): path.read_bytes() for path in question.files}
+    parts = [Part(media_type(path.name) or "", member=str(path)) for path in question.files]
+    items = loaded.tokenizer.items if ranking.shows_texts else None
+    for basket in question.baskets:
+        parts += [Part("item", text=items.text_of(item) if items else "", data={"id": item}) for item in basket]
+        parts.append(Part("text", text=recommendation.BASKET_END))
+    parts.append(Part("text", text=question.text))
     return (Message("user", tuple(parts)),), media

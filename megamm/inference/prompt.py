@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from megamm.config import Limits
 from megamm.core.errors import DataError
 from megamm.core.lengths import AUDIO_CHUNK_FRAMES
 from megamm.core.types import AudioInput, ImageInput, Message
 from megamm.data.media.decode import audio_input, image_input
+from megamm.data.media.files import MediaError
 from megamm.data.samples.shapes import seen_shapes
 from megamm.inference.load import Loaded
 from megamm.tasks import template
@@ -42,11 +44,11 @@ def make_prompt(loaded: Loaded, messages: Sequence[Message], media: Mapping[str,
         media: Member -> encoded bytes of a picture or a sound.
 
     Raises:
-        DataError: A medium is missing, cannot be decoded or has no tower in this model, or the chat already ends with an answer.
+        DataError: Names the medium that is missing, cannot be decoded or has no tower in this model; or the chat has its answer already.
     """
     rules = loaded.media
-    images = [image_input(content, rules.image, limits=rules.limits) for content in _contents("image", rules.image, messages, media)]
-    audios = [audio_input(content, rules.audio, limits=rules.limits) for content in _contents("audio", rules.audio, messages, media)]
+    images = _inputs(image_input, rules.image, rules.limits, _contents("image", rules.image, messages, media))
+    audios = _inputs(audio_input, rules.audio, rules.limits, _contents("audio", rules.audio, messages, media))
     ids = template.prompt(
         messages,
         loaded.tokenizer,
@@ -123,11 +125,21 @@ def _audio_arrays(audios: Sequence[AudioInput]) -> dict[str, np.ndarray]:
     return {"input_features": mel, "input_features_mask": mask}
 
 
-def _contents(type_name: str, features: Any, messages: Sequence[Message], media: Mapping[str, bytes]) -> list[bytes]:
+def _inputs(decode: Callable[..., Any], features: Any, limits: Limits, contents: Sequence[tuple[str, bytes]]) -> list[Any]:
+    inputs = []
+    for member, content in contents:
+        try:
+            inputs.append(decode(content, features, limits=limits))
+        except MediaError as error:
+            raise MediaError(f"{member}: {error}") from error
+    return inputs
+
+
+def _contents(type_name: str, features: Any, messages: Sequence[Message], media: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
     parts = [part for message in messages for part in message.content if part.type == type_name]
     if parts and features is None:
         raise DataError(f"the prompt holds an {type_name} part, but this model has no tower for it; ask a model that has one")
     for part in parts:
         if part.member not in media:
             raise DataError(f"the prompt names member {part.member}, which is missing; the members are {', '.join(media) or 'none'}")
-    return [media[part.member] for part in parts]
+    return [(part.member, media[part.member]) for part in parts]

@@ -151,7 +151,7 @@ def _check_decoder(config: Any) -> None:
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         raise ConfigError(
             f"exact ranking needs a decoder that attends to all tokens before, this {config.model_type} has {', '.join(sorted(kinds))} "
-            f"and sliding_window={getattr(config, 'sliding_window', None)}; rank with beams instead"
+            f"and sliding_window={getattr(config, 'sliding_window', None)}; rank with beams instead (--num-beams)"
         )
     if "flash" in implementation or "flex" in implementation:
         raise ConfigError(f"exact ranking gives attention a mask, which {implementation} does not take; load the model with 'sdpa'")

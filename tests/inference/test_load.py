@@ -1,5 +1,7 @@
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,36 @@ def test_a_run_without_a_checkpoint_is_refused(run):
     archive(run, recipe())
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_model(run)
+
+
+@pytest.mark.parametrize("name", ["step_00000002", "step_00000003", "latest"])
+def test_a_checkpoint_that_is_named_stands_for_its_run(run, name, monkeypatch):
+    trained = {step: write_run(run, step=step, seed=step).model for step in (2, 3)}
+    (run / "checkpoints" / "latest").symlink_to("step_00000002")
+    monkeypatch.chdir(run / "checkpoints")
+    step = 3 if name.endswith("3") else 2
+    for source in (run / "checkpoints" / name, Path(name)):
+        loaded = load_model(source)
+        assert (loaded.step, loaded.recipe) == (step, recipe())
+        assert loaded.source == run / "checkpoints" / f"step_0000000{step}"
+        assert all(torch.equal(value, trained[step].get_parameter(key)) for key, value in loaded.model.named_parameters())
+
+
+def test_a_checkpoint_that_is_named_is_not_passed_over(run, tmp_path):
+    for step in (2, 3):
+        write_run(run, step=step)
+    newest = run / "checkpoints" / "step_00000003"
+    shutil.copytree(newest, tmp_path / "copied")
+    with pytest.raises(ConfigError, match=r"copied lies outside its run.*put it back into RUN/checkpoints"):
+        load_model(tmp_path / "copied")
+    _flip_a_byte(newest / "rank_00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"step_00000003: rank_00001.safetensors is damaged"):
+        load_model(newest)
+    (newest / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="it was never committed"):
+        load_model(newest)
+    with pytest.raises(CheckpointError, match="step_00000004 does not exist"):
+        load_model(newest.with_name("step_00000004"))
 
 
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": False}, {"vision": ""}, {"hidden_size": 64}, {"num_hidden_layers": 3}])

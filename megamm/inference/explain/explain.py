@@ -12,7 +12,7 @@ from megamm.core.names import did_you_mean
 from megamm.core.types import ImageInput
 from megamm.inference.explain.answer import find_answer
 from megamm.inference.explain.explanation import Explanation, PictureScores, SoundScores
-from megamm.inference.explain.gradients import gradient_times_input, integrated_gradients, smooth_times_input, total
+from megamm.inference.explain.gradients import LEAST_STEPS, gradient_times_input, integrated_gradients, smooth_times_input, total
 from megamm.inference.explain.log_odds import LogOdds, Values
 from megamm.inference.explain.places import patches, spans, token_of_frame, words
 from megamm.inference.explain.question import Question
@@ -66,11 +66,13 @@ def explain(
         seed: Of the noise of `smooth`.
 
     Raises:
-        ConfigError: No such method, or an answer or a model that cannot be explained.
+        ConfigError: No such method, too few steps for it, or an answer or a model that cannot be explained.
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is not known; the methods are {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
     how = METHODS[method].how
+    if how is integrated_gradients and num_steps is not None and num_steps < LEAST_STEPS:
+        raise ConfigError(f"num_steps={num_steps} is too few for integrated gradients; give {LEAST_STEPS} or more (--steps)")
     log_odds = LogOdds(loaded, question, find_answer(loaded, question, answer, max_new_tokens=max_new_tokens))
     if isinstance(how, AttentionMethod):
         return _by_attention(loaded, question, log_odds, method, trace(log_odds, how))

@@ -21,7 +21,8 @@ TOLERANCE = 0.01
 """Integrated gradients are as good as wanted when they sum to what they should but for this share of it, or of one nat."""
 
 _TOKENS_AT_ONCE = 4096
-_NODES = 8
+LEAST_STEPS = 8
+"""Gradients that `integrated_gradients` takes of each stretch, so at least."""
 
 
 def gradient_times_input(log_odds: LogOdds, num_steps: int, seed: int) -> Values:
@@ -49,7 +50,7 @@ def integrated_gradients(log_odds: LogOdds, num_steps: int, seed: int) -> Values
     """
     stretches = [_stretch(log_odds, 0.0, 1.0, log_odds.at_baseline, log_odds.at_input)]
     wanted = TOLERANCE * max(1.0, abs(log_odds.at_input - log_odds.at_baseline))
-    for _ in range((num_steps - _NODES) // (2 * _NODES)):
+    for _ in range((num_steps - LEAST_STEPS) // (2 * LEAST_STEPS)):
         if sum(one.error for one in stretches) <= wanted:
             break
         worst = max(stretches, key=lambda one: one.error)
@@ -84,7 +85,7 @@ def total(contributions: Values) -> float:
 
 
 def _stretch(log_odds: LogOdds, start: float, stop: float, at_start: float, at_stop: float) -> _Stretch:
-    nodes, weights = (one * (stop - start) / 2 for one in np.polynomial.legendre.leggauss(_NODES))
+    nodes, weights = (one * (stop - start) / 2 for one in np.polynomial.legendre.leggauss(LEAST_STEPS))
     points = ((weight, _on_the_way(log_odds, start + (stop - start) / 2 + node)) for node, weight in zip(nodes, weights, strict=True))
     return _Stretch(start, stop, at_start, at_stop, _contributions(log_odds, points))
 

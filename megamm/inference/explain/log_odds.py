@@ -40,7 +40,7 @@ class LogOdds:
         prompt: What it is asked.
         values: What the model sees: `text` float[S, E], embeddings; `image` as its tower takes it, `audio` float[N, M, F], log-mel.
         baseline: The same with nothing in it: words are the mean of all embeddings of text, a picture is its own mean colour, a sound
-            its quietest value. Control tokens and an answer's own tokens stay: they are layout.
+            its quietest value (0 where bands are centred). Control tokens and an answer's own tokens stay: they are layout.
         input_ids: int64[S], the prompt and all but the last token of the answer.
         num_prompt_tokens: Of the prompt.
         at_input: The log odds of what is there.
@@ -141,5 +141,7 @@ class LogOdds:
                 pixels = picture[masks[number].bool()].unflatten(1, (-1, 3))
                 picture[masks[number].bool()] = pixels.mean((0, 1)).expand_as(pixels).flatten(1)
         for sound, mask in zip(baseline.get("audio", ()), self._fixed.get("input_features_mask", ()), strict=True):
-            sound[:, mask.bool()] = sound[:, mask.bool()].min()
+            # Silence, or the sound's own mean where that has been taken away.
+            is_centred = self.model.config.audio_features["normalize"] == "bands"
+            sound[:, mask.bool()] = 0.0 if is_centred else sound[:, mask.bool()].min()
         return baseline
