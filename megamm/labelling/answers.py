@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megamm.core.errors import ConfigError, DataError
+from megamm.core.predictions import LIKELY
 from megamm.core.types import Message, Part, Sample
 from megamm.data.samples.encode import SampleEncoder
 from megamm.evaluation.held_out import Place
@@ -173,7 +174,7 @@ def _of_head(reply: Reply, is_multi_label: bool) -> tuple[str, float, str]:
     if not is_multi_label:
         return reply.text, reply.labels[0].score, ""
     # Labels are independent there: the answer is as likely as all of its yeses and noes together.
-    confidence = math.prod(max(one.score, 1 - one.score) for one in reply.labels)
+    confidence = math.prod(one.score if one.score >= LIKELY else 1 - one.score for one in reply.labels)
     return (reply.text, confidence, "") if reply.text else ("", confidence, "no label is likely")
 
 
@@ -208,7 +209,7 @@ def with_label(sample: Sample, label: str) -> Sample:
 
 def label_type(task: str) -> str:
     """Type of the part that holds a label of a task."""
-    return "label" if task in TASKS and TASKS[task].has_classes else "text"
+    return "label" if task in TASKS and TASKS[task].label is not None else "text"
 
 
 def _agrees(task: str, label: str, answer: Sequence[Part]) -> bool | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megamm import __version__
 from megamm.core.errors import ConfigError
-from megamm.core.files import write_text
+from megamm.core.files import digest_text, write_text
 from megamm.core.json_lines import JsonLines, read_json_lines
 from megamm.core.logging import get_logger
 from megamm.data.shards.index import read_shard_facts
@@ -19,9 +19,9 @@ from megamm.evaluation.ranks import Ranks
 from megamm.inference.load import Loaded, load_model
 from megamm.labelling.answers import Labelled, ask, check_asked
 from megamm.labelling.report import LabellingReport
-from megamm.labelling.source import Originals, labelled_source
+from megamm.labelling.source import Labeller, Originals, labelled_source
 from megamm.prepare.plan import Splitting
-from megamm.prepare.run import Job, prepare
+from megamm.prepare.run import Job, check_output, prepare
 
 ANSWERS = "answers.jsonl"
 _log = get_logger("labelling")
@@ -62,13 +62,16 @@ def pseudo_label(
     Raises:
         ConfigError: Settings that label nothing, a model that cannot label, or no answer that is sure enough.
         CheckpointError: The run has no good checkpoint.
-        DataError: Shards are missing or changed, or the output holds something else.
+        DataError: Shards are missing, changed or named twice, or the output holds something else; all of it before anything is asked.
     """
     _check(threshold, batch_size=batch_size, max_new_tokens=max_new_tokens)
     ranks = Ranks.join()
     loaded = load_model(source, device=device)
     check_asked(loaded)
     places = list_places({pattern: pattern for pattern in patterns})
+    originals, job = Originals.of(places), Job(output, Splitting(default=split))
+    labeller = Labeller(loaded.step, digest_text(progress.contents_of(loaded)))
+    check_output(labelled_source([], threshold, originals, labeller=labeller), job)
     start = ranks.first(progress.begin(output, _identity(loaded, places, tasks, max_new_tokens)) if ranks.is_main else None)
     done = {one.identity for one in _answers_so_far(output)}
     # Every rank has read what was done before any begins to add to it.
@@ -81,20 +84,17 @@ def pseudo_label(
     ranks.wait()
     # Writing may take longer than ranks wait for each other.
     ranks.leave()
-    return _write(source, loaded, places, output, threshold=threshold, split=split) if ranks.is_main else None
-
-
-def _write(source: Path, loaded: Loaded, places: Sequence[Place], output: Path, *, threshold: float, split: str) -> LabellingReport:
-    """All answers, the report, and the shards of what is sure enough."""
+    if not ranks.is_main:
+        return None
     order = {(place.dataset, place.tar.name, place.number): number for number, place in enumerate(places)}
-    answers = sorted(_answers_so_far(output), key=lambda one: order[one.identity])
-    write_text(output / ANSWERS, "".join(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in answers))
-    report = LabellingReport.of(answers, threshold, source=str(source), step=loaded.step)
+    said = sorted(_answers_so_far(output), key=lambda one: order[one.identity])
+    write_text(output / ANSWERS, "".join(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in said))
+    report = LabellingReport.of(said, threshold, source=str(source), step=loaded.step)
+    if not report.num_kept:
+        raise ConfigError(_nothing_kept(said, threshold, output))
+    # Refuses shards of another threshold, whose report then stays.
+    prepare(labelled_source(said, threshold, originals, labeller=labeller), job)
     report.write(output)
-    kept = [one for one in answers if one.label and one.confidence >= threshold]
-    if not kept:
-        raise ConfigError(_nothing_kept(answers, threshold, output))
-    prepare(labelled_source(kept, Originals.of(places), loaded.step), Job(output, Splitting(default=split)))
     return report
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 from megamm.config import Reading
 from megamm.core.errors import DataError
-from megamm.data.shards.index import load_index, read_shard_facts
+from megamm.data.shards.index import read_shard_facts
 from megamm.data.shards.places import Shard
-from megamm.data.shards.reader import ShardReader
+from megamm.data.shards.reader import ShardPool, ShardReader
 from megamm.data.shards.remote import open_reader
 from megamm.evaluation.held_out import Place
 from megamm.labelling.answers import Labelled, label_type
+from megamm.prepare.names import plain_key
 from megamm.prepare.source import Draft, Listing, Record, Source
 from megamm.tasks.template import parse_sample
 
@@ -34,29 +36,54 @@ class Originals:
 
     @classmethod
     def of(cls, places: Iterable[Place]) -> Originals:
-        """The shards of some places."""
+        """The shards of some places.
+
+        Raises:
+            DataError: Two of them hold the same bytes, so that each of their samples would be written twice.
+        """
         tars = {(place.dataset, place.tar.name): place.tar for place in places}
         digests = {name: read_shard_facts(tar).digest for name, tar in tars.items()}
-        return cls({digests[name]: tar for name, tar in tars.items()}, digests)
+        shards: dict[str, Shard] = {}
+        for name, tar in tars.items():
+            if (other := shards.setdefault(digests[name], tar)) is not tar:
+                raise DataError(f"--data names {other} and {tar}, which hold the same samples; name them once")
+        return cls(shards, digests)
 
     def __repr__(self) -> str:
         return f"Originals({sorted(self.shards)})"
 
     def reader(self, digest: str) -> ShardReader:
         """Reads the samples of a shard."""
-        return _opened(self.shards[digest])
+        return _pool().shard(self.shards[digest])
 
 
-def labelled_source(kept: Iterable[Labelled], originals: Originals, step: int | None) -> Source:
+@dataclass(frozen=True, slots=True)
+class Labeller:
+    """The model that labels.
+
+    Attributes:
+        step: Of its checkpoint; None for an exported folder.
+        contents: What tells its weights from others; an output that begins with them is no other model's.
+    """
+
+    step: int | None
+    contents: str
+
+
+def labelled_source(answers: Sequence[Labelled], threshold: float, originals: Originals, *, labeller: Labeller) -> Source:
     """What `prepare` writes: the samples as they were, with the model's label in the place of their own answer.
 
+    A key that several samples have is told apart by the digests of their shards, whichever of them are kept.
+
     Args:
-        kept: The labels that count.
+        answers: What the model said of all samples.
+        threshold: Least confidence of a label that counts.
         originals: Where the samples lie.
-        step: Of the checkpoint that labelled them; None for an exported folder.
+        labeller: Who said it.
     """
-    records = [_record(one, originals) for one in kept]
-    make = partial(_make, originals=originals, step=step)
+    counts = Counter(one.key for one in answers)
+    records = [_record(one, originals, counts[one.key] > 1) for one in answers if one.label and one.confidence >= threshold]
+    make = partial(_make, originals=originals, labeller=labeller)
     return Source(name="pseudo-label", help="samples that a model labelled", records=lambda: Listing(records, make))
 
 
@@ -69,11 +96,11 @@ def relabelled(document: Mapping[str, Any], task: str, label: str, *, confidence
     return {**document, "messages": messages, "confidence": confidence, "labelled_at_step": step}
 
 
-def _make(record: Record, *, originals: Originals, step: int | None) -> Draft:
+def _make(record: Record, *, originals: Originals, labeller: Labeller) -> Draft:
     digest, number, task, label, confidence = record.data
     shard = originals.reader(digest)
-    files, where = shard.sample(number), f"{shard.tar.name} {record.key}"
-    document = relabelled(json.loads(files["json"]), task, label, confidence=confidence, step=step)
+    files, where = shard.sample(number), f"{shard.tar.name} {shard.index.key(number)}"
+    document = relabelled(json.loads(files["json"]), task, label, confidence=confidence, step=labeller.step)
     sample = parse_sample(record.key, document, where=where)
     named = {part.member for message in sample.messages for part in message.content if part.member}
     if missing := named - files.keys():
@@ -81,12 +108,14 @@ def _make(record: Record, *, originals: Originals, step: int | None) -> Draft:
     return Draft(document, {suffix: files[suffix] for suffix in named})
 
 
-def _record(one: Labelled, originals: Originals) -> Record:
+def _record(one: Labelled, originals: Originals, is_shared: bool) -> Record:
     digest = originals.digests[one.dataset, one.shard]
     num_bytes = sum(member.size for member in originals.reader(digest).index.members(one.number))
-    return Record(one.key, num_bytes, (digest, one.number, one.task, one.label, round(one.confidence, 4)))
+    key = plain_key(f"{digest[:16]}/{one.key}" if is_shared else one.key)
+    return Record(key, num_bytes, (digest, one.number, one.task, one.label, round(one.confidence, 4)))
 
 
-@lru_cache(maxsize=64)
-def _opened(tar: Shard) -> ShardReader:
-    return ShardReader(tar, load_index(tar), open_reader(Reading()))
+@lru_cache(maxsize=1)
+def _pool() -> ShardPool:
+    """One in each process that writes: samples are written in another order than they lie in, so many shards are open at once."""
+    return ShardPool(open_reader(Reading()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megamm.config import Head
-from megamm.core.errors import ConfigError
+from megamm.core.errors import ConfigError, DataError
 from megamm.core.predictions import LabelScore
 from megamm.core.types import Message, Part, Sample
 from megamm.data.ledger import BadSample
@@ -23,8 +23,9 @@ from megamm.evaluation.held_out import list_places, read_samples
 from megamm.inference.heads import predict
 from megamm.inference.load import load_model
 from megamm.labelling import pseudo_label
-from megamm.labelling.answers import _of_head, ask, with_label
-from megamm.labelling.source import relabelled
+from megamm.labelling.answers import Labelled, _of_head, ask, with_label
+from megamm.labelling.source import Labeller, Originals, labelled_source, relabelled
+from megamm.prepare.run import Job, prepare
 from megamm.tasks.reply import Reply
 from tests.support.shards import as_files, chat, jpeg, text_document, write_tar
 from tests.support.tiny_run import random_model, write_run
@@ -156,6 +157,43 @@ def test_settings_and_heads_that_label_nothing_are_refused(run, data, tmp_path):
     with pytest.raises(ConfigError, match="a masked head, whose answers have no probability as a whole"):
         pseudo_label(tmp_path / "masked", [str(data / "x-*.tar")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_asked(run, data, tmp_path):
+    shards = [str(data / "x-*.tar")]
+    with pytest.raises(DataError, match=r"x-00000\.tar, which hold the same samples; name them once"):
+        pseudo_label(run, [*shards, str(data / "x-00000.tar")], tmp_path / "out")
+    with pytest.raises(ConfigError, match="split 'Train' cannot begin a file's name"):
+        pseudo_label(run, shards, tmp_path / "out", split="Train")
+    assert not (tmp_path / "out").exists()
+    shutil.copy(data / "x-00000.tar", tmp_path / "train-00000.tar")
+    with pytest.raises(DataError, match=r"already holds train-00000\.tar; name another --output"):
+        pseudo_label(run, shards, tmp_path)
+    assert not (tmp_path / ".progress").exists()
+    pseudo_label(run, shards, tmp_path / "mine", threshold=1e-6)
+    before = (tmp_path / "mine" / "answers.jsonl").read_bytes()
+    write_run(tmp_path / "other", head=Head("linear", LABELS))
+    with pytest.raises(DataError, match='begun with settings "'):
+        pseudo_label(tmp_path / "other", shards, tmp_path / "mine", threshold=1e-6)
+    assert (tmp_path / "mine" / "answers.jsonl").read_bytes() == before
+
+
+def test_samples_of_one_key_and_keys_of_other_letters_are_written_all(tmp_path):
+    for number in range(2):
+        samples = {key: as_files(unanswered([{"type": "text", "text": f"{key} {number}"}])) for key in ("same", f"own {number}")}
+        write_index(write_tar(tmp_path / f"x-{number:05}.tar", samples))
+    places = list_places({"x": str(tmp_path / "x-*.tar")})
+    answers = [Labelled("x", place.tar.name, place.number, load_index(place.tar).key(place.number), "classification") for place in places]
+    answers = [replace(one, label="yes", confidence=0.4 + 0.5 * (one.shard == "x-00000.tar")) for one in answers]
+    originals, names = Originals.of(places), {}
+    for threshold in (0.3, 0.8):
+        source = labelled_source(answers, threshold, originals, labeller=Labeller(None, ""))
+        prepare(source, Job(tmp_path / str(threshold)))
+        names[threshold] = {key: sample.messages[0].content[0].text for key, sample in written(tmp_path / str(threshold)).items()}
+    digests = [load_index(tmp_path / f"x-{number:05}.tar").digest[:16] for number in range(2)]
+    assert {f"{digest}/same": f"same {number}" for number, digest in enumerate(digests)}.items() <= names[0.3].items()
+    assert sorted(names[0.3].values()) == ["own 0 0", "own 1 1", "same 0", "same 1"] and names[0.8].items() < names[0.3].items()
+    assert len(names[0.8]) == 2
 
 
 def test_several_labels_are_as_likely_as_all_yeses_and_noes_together():
