@@ -71,6 +71,11 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.adapter.method != "none":
         where = "the decoder" if recipe.adapter.method == "prefix" else ", ".join(recipe.adapter.targets)
         rows.append(("adapter", f"{recipe.adapter.method} on {where}{', all else frozen' if recipe.adapter.freezes_base else ''}"))
+    if (head := recipe.model.head) is not None:
+        labels = f", {len(head.labels)} labels" if head.labels else ""
+        rows.append(
+            ("head", f"{head.kind} on the states of {head.states}{labels}; in head.safetensors, megamm evaluate and predict ask it")
+        )
     rows += [
         ("steps", f"{recipe.train.steps:,}"),
         ("global batch", f"{batch.global_rows} rows of {batch.row_tokens:,} tokens"),

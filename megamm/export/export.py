@@ -45,12 +45,12 @@ def export(
     parity: bool = True,
     merge: bool = False,
 ) -> Path:
-    """Write the newest good checkpoint of a run as a Hugging Face folder.
+    """Write the newest good checkpoint of a run, or the one that is named, as a Hugging Face folder.
 
     The folder appears whole or not at all: it is written beside `output`, proven, and renamed.
 
     Args:
-        run: Folder that `megamm pretrain` wrote.
+        run: Folder that `megamm pretrain` wrote, or one of its checkpoints.
         output: New or empty folder.
         dtype: Type of the exported weights: `bfloat16`, `float16` or `float32`. Training computes in a cast of its float32
             master weights, so the training precision loses nothing that training computed with.
@@ -84,12 +84,13 @@ def export(
         references = expected(loaded) if parity or views else []
         export_views(loaded, folder, views, references=references, max_shard_size=max_shard_size)
         if parity:
-            facts = {"checkpoint": loaded.source.name, "step": loaded.step, **merging}
+            # A run that still trains may have a newer one by then.
+            source, facts = loaded.source, {"checkpoint": loaded.source.name, "step": loaded.step, **merging}
             num_elements = sum(parameter.numel() for parameter in loaded.model.parameters())
             # The fresh process holds the model once more.
             del loaded
             gc.collect()
-            report = prove(folder, references, facts | {"rounding": _rounding(run, references, dtype, num_elements)})
+            report = prove(folder, references, facts | {"rounding": _rounding(source, references, dtype, num_elements)})
             _log.info("exported logits equal the checkpoint's: %s", {row["probe"]: row["max_logit_difference"] for row in report["probes"]})
     return output
 
@@ -98,7 +99,7 @@ def export_peft(run: Path, output: Path) -> Path:
     """Write the changes of low rank of a run's newest good checkpoint as a folder of the peft library, proven with peft itself.
 
     Args:
-        run: Folder that `megamm finetune` wrote.
+        run: Folder that `megamm finetune` wrote, or one of its checkpoints.
         output: New or empty folder; peft loads it onto the exported base.
 
     Returns:
@@ -169,14 +170,14 @@ def _add_auto_map(path: Path) -> None:
     write_json(path, table | {"auto_map": AUTO_MAP})
 
 
-def _rounding(run: Path, references: list[Expected], dtype: str, num_elements: int) -> dict[str, Any] | str:
+def _rounding(source: Path, references: list[Expected], dtype: str, num_elements: int) -> dict[str, Any] | str:
     """How far the exported type is from the float32 master weights; information, not a condition."""
     if dtype == "float32":
         return "none: float32 is the type of the master weights"
     # Loading holds a second copy for a moment.
     if 8 * num_elements > psutil.virtual_memory().available:
         return "not measured: the float32 model does not fit into memory"
-    return rounding(load_model(run, dtype=torch.float32, device="cpu"), references)
+    return rounding(load_model(source, dtype=torch.float32, device="cpu"), references)
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def test_the_head_lies_beside_a_core_that_loads_without_it(run, tmp_path):
     folder = export(run, tmp_path / "out", dtype="float32", parity=False)
     assert not any(key.startswith("head.") for key in load_file(folder / "model.safetensors"))
     assert predict(load_model(folder, device="cpu"), samples()) == predict(load_model(run, device="cpu"), samples())
+    assert "| head | detector on the states of " in (folder / "README.md").read_text()
     weights = (folder / "head.safetensors").read_bytes()
     (folder / "head.safetensors").write_bytes(weights[:-100])
     with pytest.raises(CheckpointError, match="holds no whole head"):
