@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megamm.checkpoint.manifest import MANIFEST
 from megamm.core.errors import MegaMMError
 from megamm.data.planning.deal import resolve_accumulation
 from megamm.status.facts import is_run
@@ -106,7 +107,7 @@ def _check_parts(plan: Plan) -> Iterator[Finding]:
 
 
 def _check_model(plan: Plan) -> Iterator[Finding]:
-    """What is evaluated or exported: a run with a checkpoint, or an exported folder."""
+    """What is evaluated or exported: a run with a checkpoint, one of its checkpoints, or an exported folder."""
     source = plan.run
     assert source is not None, f"{plan.request.command} names a model"
     if (
@@ -114,6 +115,9 @@ def _check_model(plan: Plan) -> Iterator[Finding]:
         and (source / "model.safetensors.index.json").is_file() | (source / "model.safetensors").is_file()
     ):
         yield good(f"{source} is an exported folder")
+        return
+    if (source / MANIFEST).is_file() and is_run(source.parent.parent):
+        yield good(f"{source} is a checkpoint of {source.parent.parent}")
         return
     if not is_run(source):
         yield problem(f"{source} is no run folder; name one that was trained")

@@ -69,14 +69,15 @@ def _write_raw_files(raw: Path) -> None:
 def test_raw_files_become_an_export(cluster: Cluster, tmp_path: Path):
     chain = Chain(cluster, tmp_path)
     raw, data, export, one = tmp_path / "raw", tmp_path / "data", tmp_path / "export", ("--cpus-per-task=1", "--mem=1000")
-    two = ("--nodes=1-2", "--gpus-per-node=2", "--cpus-per-gpu=1", "--mem=1000")
+    ranks = ("--gpus-per-node=2", "--cpus-per-gpu=1", "--mem=1000")
+    two = ("--nodes=1-2", *ranks)
     jobs = chain.submit(
         *(*one, "--array=0-1", "prepare", "image_folder", f"{raw}/pictures", "--output", f"{data}/pictures"),
         *("--test-share", "0.2", "--max-samples-per-shard", "5", "--"),
         *(*one, "--array=0-1", "prepare", "text", f"{raw}/texts", "--output", f"{data}/texts", "--max-samples-per-shard", "10", "--"),
         *(*one, "tokenize", str(chain.recipe), "--"),
         *(*two, "pretrain", str(chain.recipe), "--run", str(chain.run), "--"),
-        *(*one, "evaluate", str(chain.run), "--"),
+        *(*ranks, "evaluate", str(chain.run), "--"),
         *(*one, "export", str(chain.run), "--output", str(export)),
     )
     assert [stage for _, stage in jobs] == ["prepare", "prepare", "tokenize", "pretrain", "evaluate", "export"]

@@ -80,7 +80,7 @@ def test_what_waits_for_a_job_goes_on_waiting_when_that_is_requeued(site: Site):
     settings.write_text("SBATCH_PARTITION=${SBATCH_PARTITION:-graceful}\n")
     site.variables["MEGAMM_SITE"] = str(settings)
     run = str(site.run)
-    stages = (*GPU, "pretrain", "tiny", "--run", run, "--optim.lr", "2e-4", "--", *ONE, "evaluate", run, "--", *ONE, "export", run)
+    stages = (*GPU, "pretrain", "tiny", "--run", run, "--optim.lr", "2e-4", "--", *GPU, "evaluate", run, "--", *ONE, "export", run)
     jobs = site.pipeline(*stages, "--output", f"{site.folder}/out")
     assert site.cluster.job(jobs[0])["Partition"] == "graceful"
     site.cluster.wait_for(jobs[1], "PENDING")
@@ -96,7 +96,7 @@ def test_what_waits_for_a_job_goes_on_waiting_when_that_is_requeued(site: Site):
 def test_what_waits_for_a_run_that_was_told_to_rest_is_cancelled(site: Site):
     site.program("""echo '{"reason": "STOP file", "requeue": false, "step": 5}' >"$RUN/INTERRUPTED" """)
     run = str(site.run)
-    jobs = site.pipeline(*GPU, "pretrain", "tiny", "--run", run, "--", *ONE, "evaluate", run)
+    jobs = site.pipeline(*GPU, "pretrain", "tiny", "--run", run, "--", *GPU, "evaluate", run)
     assert site.ends(*jobs) == ["FAILED", "CANCELLED"]
     assert site.cluster.job(jobs[0])["ExitCode"] == "75:0"
 
@@ -104,7 +104,7 @@ def test_what_waits_for_a_run_that_was_told_to_rest_is_cancelled(site: Site):
 def test_a_pipeline_that_slurm_would_not_take_is_not_begun(site: Site):
     before = site.cluster.run("squeue", "--noheader").stdout
     with pytest.raises(RuntimeError, match=r"evaluate: .*invalid partition"):
-        site.pipeline(*ONE, "prepare", "digits", "--output", "data", "--", *ONE, "--partition=nowhere", "evaluate", "run")
+        site.pipeline(*ONE, "prepare", "digits", "--output", "data", "--", *GPU, "--partition=nowhere", "evaluate", "run")
     with pytest.raises(RuntimeError, match="no stage in 'evalaute run'; usage"):
         site.pipeline("evalaute", "run")
     assert site.cluster.run("squeue", "--noheader").stdout == before
@@ -208,7 +208,18 @@ def test_a_step_that_is_killed_is_tried_again_and_one_that_fails_is_not(site: Si
 echo "$*" >>"$FOLDER/calls"
 [ "${SLURM_RESTART_COUNT:-0}" -lt 1 ] && kill -9 $$
 exit 1""")
-    job = site.sbatch(*ONE, "evaluate.sh", str(site.run))
+    job = site.sbatch(*GPU, "evaluate.sh", str(site.run))
     assert site.ends(job) == ["FAILED"]
     assert site.cluster.job(job)["Restarts"] == "1"
     assert site.read("calls") == f"evaluate {site.run}\n" * 2
+
+
+def test_an_evaluation_is_shared_by_one_task_a_gpu(site: Site):
+    site.program('echo "$RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT: $*" >>"$FOLDER/calls.$RANK"')
+    two = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1", "--mem=500")
+    job = site.sbatch(*two, "evaluate.sh", str(site.run))
+    assert site.ends(job) == ["COMPLETED"], site.read("evaluate.sh.out")
+    said = [site.read(f"calls.{rank}") for rank in range(4)]
+    (where,) = {line.partition(" at ")[2] for line in said}
+    assert where.endswith(f": evaluate {site.run}\n")
+    assert [line.partition(" at ")[0] for line in said] == [f"{rank} of 4" for rank in range(4)]

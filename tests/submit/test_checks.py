@@ -126,15 +126,16 @@ def test_parts_of_an_array(plan, monkeypatch):
 def test_a_model_that_is_there_and_its_output(plan, tmp_path):
     run, output = tmp_path / "run", tmp_path / "out"
 
-    def planned(command="evaluate"):
-        return plan(command=command, recipe=None, output=output)
+    def planned(command="evaluate", **changes):
+        return plan(command=command, recipe=None, output=output, **changes)
 
     assert "is no run folder" in problems(planned(), "model")
     write_json(run / "config.json", to_dict(plan().recipe))
     assert "has no checkpoint yet" in problems(planned(), "model")
-    write_checkpoint(run / "checkpoints", 5, {})
+    checkpoint = write_checkpoint(run / "checkpoints", 5, {})
     (told,) = found(planned(), "model")
     assert told.level == "note" and "newest checkpoint is of step 5" in told.text
+    assert found(planned("export", run=checkpoint), "model")[0].text == f"{checkpoint} is a checkpoint of {run}"
     assert [one.level for one in found(planned("export"), "output")] == ["ok"]
     output.mkdir()
     (output / "model.safetensors").touch()
