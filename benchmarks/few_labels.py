@@ -2,9 +2,11 @@
 
     MEGAMM_DATA=… python -m benchmarks.few_labels [--quick] [--seeds N] [--work DIR]
 
-Every way has the same number of optimizer steps in all, of batches of the same size: what a way spends on filling in hidden cells or on a
-teacher it has less for the answers. Pictures are handwritten digits, sounds are spoken ones; the labelled samples are drawn by a keyed
-hash, another ten of each class for each seed, and all of the training split is there without its labels. The test split is the data's own.
+Every way has the same number of optimizer steps in all, of batches of the same size: what a way spends on filling in hidden cells, on
+next tokens or on a teacher it has less for the answers. Pictures are handwritten digits, sounds spoken ones, texts comments in one of
+four groups of emotions; the labelled samples are drawn by a keyed hash, another ten of each class for each seed, and all of the training
+split is there without its labels. The test split is the data's own (of
+the comments those that show one group).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,12 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from benchmarks.prepare_shared_data import DIGITS
+from benchmarks.prepare_shared_data import DIGITS, goemotions, run
+from benchmarks.reference.emotions import GROUPS, grouped
 from benchmarks.results import Row, write
+from benchmarks.shared_tables import jsonl
 from megamm.config import load_recipe
+from megamm.core.files import read_json, write_json
 from megamm.core.types import Sample
 from megamm.data.samples.mapping import OWN_FORM, read_sample
 from megamm.data.shards.index import load_index
@@ -35,6 +40,7 @@ from megamm.inference import heads
 from megamm.inference.load import load_model
 from megamm.labelling import pseudo_label
 from megamm.metrics.bootstrap import interval, mean_of
+from megamm.metrics.classes import majority_share
 from megamm.prepare.tokenizer import make_tokenizer
 from megamm.prepare.writer import ShardFile
 from megamm.tasks.reply import stored_reply
@@ -47,13 +53,6 @@ WAYS = ("labels alone", "self-supervised start", "pseudo-labels", "both")
 
 _RECIPE = """
 name = "few-labels"
-[tokenizer]
-text_size = 300
-location_bins = 0
-[model.text]
-type = "qwen3"
-trainable = false
-config = { hidden_size = 32, intermediate_size = 32, num_hidden_layers = 1, num_attention_heads = 2, num_key_value_heads = 1, head_dim = 16, tie_word_embeddings = true }
 [data]
 window = 1024
 [batch]
@@ -73,6 +72,16 @@ every = 0
 [telemetry]
 tensorboard = false
 every = 20
+"""
+# Nobody looks at the decoder where the head looks at a tower.
+_NO_TEXTS = """
+[tokenizer]
+text_size = 300
+location_bins = 0
+[model.text]
+type = "qwen3"
+trainable = false
+config = { hidden_size = 32, intermediate_size = 32, num_hidden_layers = 1, num_attention_heads = 2, num_key_value_heads = 1, head_dim = 16, tie_word_embeddings = true }
 """  # noqa: E501
 
 
@@ -82,21 +91,40 @@ class Medium:
 
     Attributes:
         name: For rows.
-        shards: The set of `benchmarks.prepare_shared_data`.
-        tower: Of the recipe.
+        shards: The set of `benchmarks.prepare_shared_data`, or what `make` makes.
+        states: What the head of the labels looks at.
         labels: Of the classes.
         augment: Random changes of labelled samples.
-        hidden: What is hidden from a self-supervised start.
-        recipe: Its tower, as TOML.
+        hidden: What is hidden from a self-supervised start; empty where that goes on with documents, token by token.
+        recipe: Its tokenizer and towers, as TOML.
+        unlabelled: What a self-supervised start learns from.
+        make: Makes the shards in a folder; None for a set of `benchmarks.prepare_shared_data`.
     """
 
     name: str
     shards: str
-    tower: str
+    states: str
     labels: tuple[str, ...]
     augment: str
     hidden: str
     recipe: str
+    unlabelled: str = "train-*.tar"
+    make: Callable[[Path], None] | None = None
+
+
+def comments(folder: Path) -> None:
+    """Comments that show one group of emotions, with the group as their label, and the same comments as documents below `texts`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        # Its rules of what may be held out hold here as well.
+        _, table, *_ = next(goemotions(Path(os.environ["MEGAMM_DATA"]) / "goemotions", Path(scratch)))
+        rows = [json.loads(line) for line in Path(str(table)).read_text(encoding="utf-8").splitlines()]
+        groups = [grouped(", ".join(row["label"])) for row in rows]
+        labelled = [{**row, "label": min(group)} for row, group in zip(rows, groups, strict=True) if len(group) == 1]
+        documents = [{key: row[key] for key in ("text", "key", "split")} for row in labelled if row["split"] == "train"]
+        run(["text", jsonl(Path(scratch) / "texts.jsonl", documents), "--output", folder / "texts"])
+        asked = ("--task", "sentiment", "--prompt", "How does the writer feel?")
+        # The last one: its report says that all is there.
+        run(["manifest", jsonl(Path(scratch) / "groups.jsonl", labelled), *asked, "--output", folder])
 
 
 MEDIA = (
@@ -107,7 +135,8 @@ MEDIA = (
         tuple(map(str, range(10))),
         "{image_shift=0.08,image_zoom=0.1,image_rotate_degrees=10.0}",
         "mask_share=0.5",
-        """
+        _NO_TEXTS
+        + """
 [model.vision]
 type = "siglip2_vision_model"
 config = { hidden_size = 128, intermediate_size = 384, num_hidden_layers = 4, num_attention_heads = 4, patch_size = 7, num_patches = 16, vision_use_head = false }
@@ -123,13 +152,32 @@ max_patches = 16
         DIGITS,
         "{audio_gain_db=6.0,audio_noise=0.05,audio_speeds=[0.9,1.0,1.1]}",
         "mask_share=0.5,mask_span=2",
-        """
+        _NO_TEXTS
+        + """
 [model.audio]
 type = "qwen3_asr_encoder"
 config = { d_model = 128, encoder_layers = 3, encoder_attention_heads = 4, encoder_ffn_dim = 384, downsample_hidden_size = 32, num_mel_bins = 40 }
 [model.audio_features]
 num_mel = 40
 """,  # noqa: E501
+    ),
+    Medium(
+        "texts",
+        "comments",
+        "decoder",
+        tuple(GROUPS),
+        "{}",
+        "",
+        """
+[tokenizer]
+text_size = 3000
+location_bins = 0
+[model.text]
+type = "qwen3"
+config = { hidden_size = 128, intermediate_size = 384, num_hidden_layers = 3, num_attention_heads = 4, num_key_value_heads = 2, head_dim = 32, max_position_embeddings = 1024, tie_word_embeddings = true }
+""",  # noqa: E501
+        unlabelled="texts/train-*.tar",
+        make=comments,
     ),
 )
 
@@ -162,29 +210,32 @@ class Experiment:
     folder: Path
     budget: Budget
 
-    def words(self, num_steps: int, datasets: Sequence[str], head: str) -> list[str]:
-        """The recipe over some datasets, given as overrides of `data.train`, with a head: as the commands take it."""
+    def words(self, num_steps: int, datasets: Sequence[str], head: str | None) -> list[str]:
+        """The recipe over some datasets, given as overrides of `data.train`, with a head or none: as the commands take it."""
         path = self.folder / "recipe.toml"
         path.write_text(_RECIPE + self.medium.recipe)
         train = [f"--data.train.{dataset}" for dataset in datasets]
         places = [f"--data.root={self.folder}", f"--tokenizer.folder={self.folder / 'tokenizer'}"]
         steps = [f"--train.steps={num_steps}", f"--schedule.warmup_steps={min(20, num_steps // 5)}"]
-        return [str(path), *places, *train, *steps, f"--model.head={head}"]
+        return [str(path), *places, *train, *steps, *([] if head is None else [f"--model.head={head}"])]
 
-    def train(self, run: str, num_steps: int, datasets: Sequence[str], *, head: str = "", source: str = "") -> str:
-        """Train a run unless it is there; with the labels' head unless another is given. Returns its name."""
+    def train(self, run: str, num_steps: int, datasets: Sequence[str], *, head: str | None, source: str = "") -> str:
+        """Train a run with a head or none, unless it is there. Returns its name."""
         path = self.folder / "runs" / run
         if not (path / "DONE").is_file():
             command = ["finetune", str(self.folder / "runs" / source)] if source else ["pretrain"]
-            words = [*command, *self.words(num_steps, datasets, head or self._labels_head), "--run", str(path)]
+            words = [*command, *self.words(num_steps, datasets, head), "--run", str(path)]
             if subprocess.run([sys.executable, "-m", "megamm.cli", *words], check=False, stdout=sys.stderr).returncode:
                 sys.exit(f"{path} could not be trained; the reason is above")
+            if not (path / "DONE").is_file():
+                sys.exit(f"{path} was stopped before its end; the same command with --work goes on with it")
         return run
 
     def hidden(self) -> str:
-        """The run that fills in what is hidden of all training samples; the same for all seeds."""
-        head = f'{{kind="masked",states="{self.medium.tower}",{self.medium.hidden}}}'
-        return self.train("hidden", self.budget.hidden, [f'all={{shards="{self._all}"}}'], head=head)
+        """The run that learns from all training samples without their labels; the same for all seeds."""
+        medium = self.medium
+        head = f'{{kind="masked",states="{medium.states}",{medium.hidden}}}' if medium.hidden else None
+        return self.train("hidden", self.budget.hidden, [f'all={{shards="{medium.unlabelled}"}}'], head=head)
 
     def labelled(self, seed: int) -> str:
         """The dataset of a seed's labelled samples."""
@@ -196,37 +247,38 @@ class Experiment:
 
     def way(self, way: str, seed: int) -> tuple[str, Path | None]:
         """Train one way. Returns the run, and the folder of its pseudo-labels."""
-        labelled, budget = self.labelled(seed), self.budget
+        labelled, budget, head = self.labelled(seed), self.budget, self._labels_head
         start = self.hidden() if way in ("self-supervised start", "both") else ""
         left = budget.all - (budget.hidden if start else 0)
         name = f"{way.replace(' ', '-')}-{seed}"
         if way in ("labels alone", "self-supervised start"):
-            return self.train(name, left, [labelled], source=start), None
-        teacher = self.train(f"{name}-teacher", budget.teacher, [labelled], source=start)
+            return self.train(name, left, [labelled], head=head, source=start), None
+        teacher = self.train(f"{name}-teacher", budget.teacher, [labelled], head=head, source=start)
         given = self.folder / f"given-{name}"
         if not (given / "pseudo-labels.json").is_file():
             # What a short run's teacher is sure of is nothing; its way is walked all the same.
             threshold = THRESHOLD if budget is FULL else 0.01
-            pseudo_label(self.folder / "runs" / teacher, [str(self.folder / self._all)], given, threshold=threshold)
+            pseudo_label(self.folder / "runs" / teacher, [str(self.folder / "train-*.tar")], given, threshold=threshold)
         datasets = [labelled, f'given={{shards="{given.name}/train-*.tar",weight=3.0,augment={self.medium.augment}}}']
-        return self.train(name, left - budget.teacher, datasets, source=start), given
+        return self.train(name, left - budget.teacher, datasets, head=head, source=start), given
 
     def correct(self, run: str) -> np.ndarray:
         """float64[N]: which test samples a run answers rightly."""
         path = self.folder / "runs" / run / "correct.json"
         if not path.is_file():
-            samples = list(test_samples(sorted(self.folder.glob("test-*.tar")), self.budget.num_test))
+            samples = list(test_samples(self.test_tars, self.budget.num_test))
             replies = heads.predict(load_model(self.folder / "runs" / run), samples, batch_size=64)
-            path.write_text(json.dumps([reply.text == answer_of(sample) for reply, sample in zip(replies, samples, strict=True)]))
-        return np.array(json.loads(path.read_text()), dtype=np.float64)
+            write_json(path, [reply.text == answer_of(sample) for reply, sample in zip(replies, samples, strict=True)])
+        return np.array(read_json(path), dtype=np.float64)
 
     @property
-    def _all(self) -> str:
-        return "train-*.tar"
+    def test_tars(self) -> list[Path]:
+        """Shards of the test split."""
+        return sorted(self.folder.glob("test-*.tar"))
 
     @property
     def _labels_head(self) -> str:
-        return f'{{kind="linear",labels={json.dumps(self.medium.labels)},states="{self.medium.tower}"}}'
+        return f'{{kind="linear",labels={json.dumps(self.medium.labels)},states="{self.medium.states}"}}'
 
 
 def main() -> None:
@@ -238,10 +290,14 @@ def main() -> None:
     if not os.environ.get("MEGAMM_DATA"):
         sys.exit("MEGAMM_DATA is not set; point it at the folder of the real test data")
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(
-            (arguments.work or Path(scratch)).resolve(), quick=arguments.quick, num_seeds=1 if arguments.quick else arguments.seeds
-        )
+        work = work_folder(arguments.work or Path(scratch), quick=arguments.quick)
+        rows = measure(work, quick=arguments.quick, num_seeds=1 if arguments.quick else arguments.seeds)
     print(write("few_labels", COMMAND, rows, quick=arguments.quick).with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def work_folder(folder: Path, *, quick: bool) -> Path:
+    """Where shards and runs lie: a quick run's, which learnt nothing, apart from those that are results."""
+    return (folder / "quick" if quick else folder).resolve()
 
 
 def measure(work: Path, *, quick: bool, num_seeds: int) -> list[Row]:
@@ -263,11 +319,13 @@ def medium_rows(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Row]:
     """Accuracy of each way, its gain over labels alone, and what became of pseudo-labels."""
     by_way: dict[str, np.ndarray] = {}
     name, budget = experiment.medium.name, experiment.budget
+    answers = list(map(answer_of, test_samples(experiment.test_tars, budget.num_test)))
+    most = majority_share(answers)
     for way in WAYS:
         runs = [experiment.way(way, seed) for seed in seeds]
         by_way[way] = np.stack([experiment.correct(run) for run, _ in runs])
         each = ", ".join(f"{one:.3f}" for one in by_way[way].mean(1))
-        peer = f"{_interval(by_way[way].mean(0))}; by draw of labels: {each}; {budget.all} steps in all"
+        peer = f"{_interval(by_way[way].mean(0))}; by draw of labels: {each}; {budget.all} steps in all; most frequent class {most:.3f}"
         yield Row(f"{name}: {way}", float(by_way[way].mean()), "accuracy", peer=peer)
         for seed, (_, given) in zip(seeds, runs, strict=True):
             if given is not None:
@@ -283,7 +341,9 @@ def medium_rows(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Row]:
 def prepare_set(medium: Medium, work: Path) -> Path:
     """Shards of a set through the ordinary command, and its tokenizer."""
     folder = work / medium.shards
-    if not (folder / "train-report.json").is_file():
+    if not (folder / "train-report.json").is_file() and medium.make is not None:
+        medium.make(folder)
+    elif not (folder / "train-report.json").is_file():
         words = ["-m", "benchmarks.prepare_shared_data", "--output", str(work), "--only", medium.shards]
         subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr)
     if not (folder / "tokenizer" / "tokenizer.json").is_file():

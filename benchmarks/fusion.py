@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ RECIPE = str(Path(__file__).with_suffix(".toml"))
 START_SETS = ("mnist12k", "fsdd")
 _STEPS = 240
 _TEST_SAMPLES = 1000
+_LONGEST_ANSWER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2, help="processes of a training run (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the table (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    # What is running here is told to stop, and commits a checkpoint.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     apply_defaults()
     try:
         if not os.environ.get("MEGAMM_DATA"):
@@ -121,7 +125,7 @@ def compare(work: Work, data: Path) -> Iterator[Row]:
     """
     questions = QUESTIONS[:1] if work.quick else QUESTIONS
     make_shards(work, data, [*START_SETS, *(question.set for question in questions)])
-    work.train("start", ["pretrain", RECIPE])
+    _train(work, "start", ["pretrain", RECIPE])
     work.evaluate("start", *_bounds(work))
     yield from _start_rows(work)
     for question in questions:
@@ -152,12 +156,17 @@ def head_of(question: Question, way: Way) -> dict[str, Any]:
 def _row(work: Work, question: Question, name: str, way: str, parts: tuple[str, ...], overrides: Mapping[str, Any]) -> Row:
     """Train and evaluate a way to answer a question, and say how well it does."""
     changes = tables({**overrides, "train.steps": _STEPS})
-    work.train(name, ["finetune", work.run_folder("start"), RECIPE], changes)
+    _train(work, name, ["finetune", work.run_folder("start"), RECIPE], changes)
     work.evaluate(name, *_bounds(work))
     found = _figure(work, name, "pairs", question.metric)
     is_alone = way.partition(" ")[0] in ALONE
     beside = f"chance {question.chance:g}; {_interval(found)}; {num_parameters(work.run_folder(name), parts) / 1e6:.2f} M parameters answer"
     return Row(f"{question.set}: {way}", found["value"], "", "<= 0.55" if is_alone else "", None, beside)
+
+
+def _train(work: Work, name: str, command: Sequence[object], overrides: Sequence[str] = ()) -> None:
+    if not work.train(name, command, overrides):
+        raise MegaMMError(f"{work.run_folder(name)} was stopped before its end; the same command goes on with it")
 
 
 def _start_rows(work: Work) -> Iterator[Row]:
@@ -180,7 +189,7 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 
 def _bounds(work: Work) -> tuple[str, ...]:
-    return () if work.quick else ("--max-samples", str(_TEST_SAMPLES))
+    return ("--max-new-tokens", str(_LONGEST_ANSWER), *(() if work.quick else ("--max-samples", str(_TEST_SAMPLES))))
 
 
 def num_parameters(run: Path, parts: tuple[str, ...]) -> int:

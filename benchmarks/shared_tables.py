@@ -52,11 +52,11 @@ def unpacked(path: Path) -> str:
     return gzip.decompress(path.read_bytes()).decode()
 
 
-def without_held_out(rows: Sequence[Any], step: int, content: Callable[[Any], object]) -> Iterator[tuple[int, Any, str]]:
-    """Number, row and split, `test` for every `step`-th row; rows of train that repeat one of those are dropped."""
-    held_out = {content(row) for number, row in enumerate(rows) if every(number, step) == "test"}
-    kept = [(number, row, every(number, step)) for number, row in enumerate(rows)]
-    yield from (one for one in kept if one[2] == "test" or content(one[1]) not in held_out)
+def without_held_out(rows: Sequence[Any], step: int, contents: Callable[[Any], Iterable[object]]) -> Iterator[tuple[int, Any, str]]:
+    """Number, row and split, `test` for every `step`-th row; rows of train that have any of their contents in one of those are dropped."""
+    numbered = [(number, row, every(number, step)) for number, row in enumerate(rows)]
+    held_out = {content for _, row, split in numbered if split == "test" for content in contents(row)}
+    yield from (one for one in numbered if one[2] == "test" or held_out.isdisjoint(contents(one[1])))
 
 
 def every(number: int, step: int) -> str:

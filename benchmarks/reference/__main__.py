@@ -1,6 +1,6 @@
 """The reference run, from raw data to the table.
 
-    MEGAMM_DATA=… python -m benchmarks.reference [--quick] [--parts main,detector,speakers,folds,single,table] [--minutes N]
+    MEGAMM_DATA=… python -m benchmarks.reference [--quick] [--parts main,detector,segmenter,speakers,folds,single,table] [--minutes N]
 
 Each part goes on where it stopped, so a run may be spread over as many commands as one likes. The table is made of what is there.
 """
@@ -50,11 +50,26 @@ def _run(arguments: argparse.Namespace) -> int:
     if TABLE in arguments.parts:
         rows = rows_of(setting)
         print(f"\n{show(rows)}")
-        command = f"python -m benchmarks.reference{' --quick' if arguments.quick else ''}"
-        print(f"\n{results.write(NAME, command, rows, quick=arguments.quick, folder=arguments.results)}")
+        path = results.write(_name(arguments.recipe), _command(arguments), rows, quick=arguments.quick, folder=arguments.results)
+        print(f"\n{path}")
     for name in [name for name, is_done in done.items() if not is_done]:
         print(f"{name} is not done; the same command goes on with it")
     return 0 if all(done.values()) else 1
+
+
+def _name(recipe: str) -> str:
+    """Of the table: another recipe's never takes the place of the reference's own."""
+    return NAME if recipe == NAME else f"{NAME}_{Path(recipe).stem}"
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What makes the table again: all options that change it and are not as they are by themselves."""
+    words = ["python", "-m", "benchmarks.reference", *(["--quick"] if arguments.quick else [])]
+    # A table of some parts goes by what the work folder holds of all.
+    given = {"recipe": arguments.recipe, "work": str(arguments.work), "ranks": str(arguments.ranks), "parts": ",".join(arguments.parts)}
+    usual = _parse([])
+    plain = {"recipe": usual.recipe, "work": str(usual.work), "ranks": str(usual.ranks), "parts": ",".join(usual.parts)}
+    return " ".join([*words, *(word for name, value in given.items() if value != plain[name] for word in (f"--{name}", value))])
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reference.detector import AUGMENT, detector_overrides
+from benchmarks.reference.picture_heads import PICTURE_HEADS, picture_head_overrides
 from benchmarks.reference.shares import make_shards, sets_of
 from benchmarks.reference.shop import Shop, model_figures
 from benchmarks.reference.work import Work
@@ -18,7 +18,11 @@ SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 FOLDS = ("fold1", "fold2", "fold3", "fold4", "fold5")
 SINGLE_SETS = ("mnist12k", "fsdd", "goemotions")
 SPEAKER_RECIPE, SOUNDS_RECIPE = "reference_speaker", "reference_sounds"
-SHOP, CELLS = "online_retail", "bccd_320"
+SHOP = "online_retail"
+LONGEST_ANSWER = 1792
+"""Tokens that the model of all tasks may answer with: the outlines of a picture full of nuclei, and a question fits beside them."""
+_FRAMES_A_TOKEN = 16
+"""More than a sound has to a token."""
 ONE_TASK = {"data.schedule": [], "loss.task_weights": {}}
 """What a recipe of all tasks loses where one is left."""
 
@@ -48,10 +52,10 @@ def main(setting: Setting) -> bool:
     make_shards(work, setting.data, sets_of(setting.load(setting.recipe)))
     if not work.train("main", ["pretrain", setting.recipe]):
         return False
-    work.evaluate("main")
+    work.evaluate("main", "--max-new-tokens", str(LONGEST_ANSWER))
     if SHOP in sets_of(setting.load(setting.recipe)):
         shop = Shop.read(setting.data / SHOP)
-        model_figures(work.run_folder("main"), work.shards / SHOP, shop, work.folder / "main" / "shop.json")
+        model_figures(work.run_folder("main"), work.shards / SHOP, shop, work.folder / "main" / "shop.json", share=work.quick)
     return True
 
 
@@ -83,21 +87,18 @@ def single(setting: Setting) -> bool:
 
 def detector(setting: Setting) -> bool:
     """A detector head on the main model's vision tower."""
-    work = setting.work
-    source = work.run_folder("main")
-    if not (source / "DONE").is_file():
-        print("the detector starts from the main model, which is not done", flush=True)
-        return False
-    recipe = setting.load(setting.recipe)
-    train = {name: {**dataset, "augment": AUGMENT} for name, dataset in only(recipe, "train", CELLS).items()}
-    data = {"data.train": train, "data.held_out": only(recipe, "held_out", CELLS)}
-    overrides = tables({**data, **ONE_TASK, **detector_overrides(recipe)})
-    return done_and_judged(setting, "detector", ["finetune", source, setting.recipe], overrides)
+    return _picture_head(setting, "detector")
+
+
+def segmenter(setting: Setting) -> bool:
+    """A segmenter head on the main model's vision tower."""
+    return _picture_head(setting, "segmenter")
 
 
 PARTS: Mapping[str, Callable[[Setting], bool]] = {
     "main": main,
     "detector": detector,
+    "segmenter": segmenter,
     "speakers": speakers,
     "folds": folds,
     "single": single,
@@ -111,6 +112,18 @@ def done_and_judged(setting: Setting, name: str, command: list[object], override
         return False
     setting.work.evaluate(name)
     return True
+
+
+def _picture_head(setting: Setting, name: str) -> bool:
+    source = setting.work.run_folder("main")
+    if not (source / "DONE").is_file():
+        print(f"the {name} starts from the main model, which is not done", flush=True)
+        return False
+    recipe, of = setting.load(setting.recipe), PICTURE_HEADS[name]
+    train = {dataset: {**table, "augment": dict(of.augment)} for dataset, table in only(recipe, "train", of.set).items()}
+    data = {"data.train": train, "data.held_out": only(recipe, "held_out", of.set)}
+    overrides = tables({**data, **ONE_TASK, **picture_head_overrides(recipe, name)})
+    return done_and_judged(setting, name, ["finetune", source, setting.recipe], overrides)
 
 
 def _left_out(setting: Setting, recipe: str, name: str, splits: tuple[str, ...]) -> bool:
@@ -129,8 +142,14 @@ def _trained_alone(setting: Setting, recipe: Recipe, name: str, share: float) ->
     warmup, decay = (min(steps // 4, round(share * one)) for one in (recipe.schedule.warmup_steps, recipe.schedule.decay_steps))
     data = {f"data.{part}": only(recipe, part, name) for part in ("train", "held_out")}
     length = {"train.steps": steps, "schedule.warmup_steps": warmup, "schedule.decay_steps": decay}
-    overrides = tables({**data, **ONE_TASK, **length})
+    overrides = tables({**data, **ONE_TASK, **room(recipe), **length})
     return done_and_judged(setting, f"single-{name}", ["pretrain", setting.recipe], overrides)
+
+
+def room(recipe: Recipe) -> dict[str, int]:
+    """Overrides that leave the tokens of a row its only bound: a row of one kind of media alone is else full long before its tokens are."""
+    tokens = recipe.batch.row_tokens
+    return {"data.row_patches": tokens * recipe.model.image_features.merge**2, "data.row_frames": tokens * _FRAMES_A_TOKEN}
 
 
 def set_of(recipe: Recipe, part: str, dataset: str) -> str:

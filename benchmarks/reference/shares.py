@@ -11,11 +11,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import prepare_shared_data
 from benchmarks.prepare_shared_data import SETS
+from benchmarks.reference.made_of import digest_of
 from benchmarks.reference.work import Work
 from megamm.config import Recipe
-from megamm.core.errors import ConfigError
-from megamm.core.files import write_json
+from megamm.core.errors import ConfigError, DataError
+from megamm.core.files import digest_file, read_json, write_json
 
 _QUICK_ROWS = 24
 _QUICK_CHARACTERS = 20_000
@@ -44,13 +46,17 @@ def make_shards(work: Work, data: Path, names: Iterable[str]) -> None:
         names: Of the sets.
 
     Raises:
-        ConfigError: The data lack the folder of a set.
+        ConfigError: The data lack the folder of a set, or shards are there that were made of other data or by other rules.
+        DataError: A sample stands in train and among those that are held out.
         MegaMMError: A command failed.
     """
     for name in names:
         folder, make = SETS[name]
         output, made = work.shards / name, work.shards / f".{name}.made"
-        if made.is_file():
+        made_of = {"from": str(data / folder), "quick": work.quick, "rules": _rules()}
+        if made.is_file() and output.is_dir():
+            if changed := [key for key, value in made_of.items() if read_json(made).get(key) != value]:
+                raise ConfigError(f"{output} was made otherwise ({', '.join(changed)}); remove {output} to make it anew")
             continue
         if not (data / folder).is_dir():
             raise ConfigError(f"{data} has no folder {folder}; set MEGAMM_DATA to the folder of the real test data")
@@ -61,7 +67,16 @@ def make_shards(work: Work, data: Path, names: Iterable[str]) -> None:
                 if work.quick:
                     thin(Path(str(given)), words)
                 work.run("prepare", source, given, *words, "--output", output)
-        write_json(made, {"from": folder, "quick": work.quick})
+        # The last but one column counts held-out samples that stand in train.
+        if shared := [row for row in prepare_shared_data.rows_of(output, 0.0) if row[-2]]:
+            raise DataError(f"{output}: {shared[0][-2]} samples of {shared[0][1]} are in train as well; they may not be learnt from")
+        write_json(made, made_of)
+
+
+def _rules() -> str:
+    """Digest of the code that makes shards of the data: which splits, which questions."""
+    folder = Path(prepare_shared_data.__file__).parent
+    return digest_of({path.name: digest_file(path) for path in (folder / "prepare_shared_data.py", *sorted(folder.glob("shared_*.py")))})
 
 
 def thin(given: Path, words: Sequence[object] = ()) -> None:

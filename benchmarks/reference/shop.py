@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.reference.made_of import figures_digest
+from megamm.core.errors import DataError
 from megamm.core.files import read_json, write_json
 from megamm.core.types import Sample
+from megamm.metrics.bootstrap import interval, mean_of
 from megamm.metrics.ranking import ranking_scores
 
 CUTOFF = 10
@@ -128,11 +131,15 @@ class Shop:
 
 def figures(rankings: Sequence[Sequence[int]], customers: Sequence[Customer]) -> dict[str, float]:
     """`recall`, `hit_rate` and `ndcg` at 10."""
+    return {name: float(values.mean()) for name, values in of_customers(rankings, customers).items()}
+
+
+def of_customers(rankings: Sequence[Sequence[int]], customers: Sequence[Customer]) -> dict[str, NDArray[np.float64]]:
+    """The same of each customer, float64[N]."""
     wanted = [customer.wanted for customer in customers]
     scores = ranking_scores(rankings, wanted, (CUTOFF,))[CUTOFF]
     sizes = np.array([len(one) for one in wanted])
-    recall = (scores.recalls * sizes / np.minimum(sizes, CUTOFF)).mean()
-    return {"recall": float(recall), "hit_rate": float(scores.hits.mean()), "ndcg": float(scores.gains.mean())}
+    return {"recall": scores.recalls * sizes / np.minimum(sizes, CUTOFF), "hit_rate": scores.hits, "ndcg": scores.gains}
 
 
 def baselines(shop: Shop) -> dict[str, dict[str, float]]:
@@ -145,29 +152,40 @@ def baselines(shop: Shop) -> dict[str, dict[str, float]]:
     return {name: figures(shop.ranked(scores, asked), asked) for name, scores in ways.items()}
 
 
-def model_figures(run: Path, shards: Path, shop: Shop, output: Path) -> dict[str, Any]:
-    """The figures of a trained run, from an exact ranking of all items for each test customer; made once for each step of the run.
+def model_figures(run: Path, shards: Path, shop: Shop, output: Path, *, share: bool = False) -> dict[str, Any]:
+    """The figures of a trained run, from an exact ranking of all items for each test customer; made once for its weights and shards.
 
     Args:
         run: The run.
         shards: The set's shards.
         shop: The raw baskets, which say what a customer had before what a sample shows.
         output: JSON that keeps the result.
+        share: The shards hold a share of the customers only.
 
     Returns:
-        As `figures`, with `step` and `customers`.
+        As `figures`, with `intervals` (95 %, over customers), `customers` and `made_of`.
 
     Raises:
+        DataError: Customers are missing among the shards, and no `share` of them was asked for.
         MegaMMError: The run or the shards cannot be read.
     """
-    step = read_json(run / "DONE")["step"]
-    if not output.is_file() or read_json(output)["step"] != step:
+    digest = figures_digest(run)
+    if not output.is_file() or read_json(output)["made_of"] != digest:
+        output.unlink(missing_ok=True)
         print("\nranking all items for each customer", flush=True)
         rankings = _rankings(run, shards, {customer.name: customer for customer in shop.asked}, shop.items)
         customers = [customer for customer in shop.asked if customer.name in rankings]
+        if not share and len(customers) < len(shop.asked):
+            raise DataError(
+                f"{shards}: {len(shop.asked) - len(customers)} of {len(shop.asked)} customers are missing; prepare the set anew"
+            )
         rows = {item: row for row, item in enumerate(shop.items)}
         found = [[rows[item] for item in rankings[customer.name]] for customer in customers]
-        write_json(output, {**figures(found, customers), "step": step, "customers": len(customers)})
+        values = of_customers(found, customers)
+        ends = {name: interval(mean_of(each), len(customers)) for name, each in values.items()}
+        kept = {name: float(each.mean()) for name, each in values.items()}
+        intervals = {name: [one.low, one.high] for name, one in ends.items()}
+        write_json(output, {**kept, "intervals": intervals, "customers": len(customers), "made_of": digest})
     return read_json(output)
 
 

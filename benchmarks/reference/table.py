@@ -10,14 +10,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.reference.emotions import grouped_macro_f1
-from benchmarks.reference.parts import CELLS, FOLDS, SHOP, SINGLE_SETS, SPEAKERS, Setting
+from benchmarks.reference.emotions import grouped, grouped_macro_f1
+from benchmarks.reference.parts import FOLDS, SHOP, SINGLE_SETS, SPEAKERS, Setting
 from benchmarks.reference.shop import Shop, baselines
+from benchmarks.reference.work import Work
 from benchmarks.results import Row
 from megamm.config import load_resolved
 from megamm.core.files import read_json
 from megamm.core.json_lines import read_json_lines
 from megamm.core.tables import aligned
+from megamm.metrics.bootstrap import interval
+from megamm.metrics.label_sets import macro_f1_statistic
 
 NOT_RUN = "not run"
 _MOST_PARAMETERS, _MOST_MINUTES = 30e6, 180
@@ -62,11 +65,12 @@ FIGURES = (
     Figure("fsdd official: accuracy", "fsdd", "accuracy", ">= 0.98", "0.983"),
     Figure("esc10 fold 5, by the model of all tasks: accuracy", "esc10_16k", "accuracy", "", "0.720 over 5 folds"),
     Figure("cmn_words: character error rate", "cmn_words", "character_error_rate"),
-    Figure("bccd by tokens: mAP50", CELLS, "map50", ">= 0.50", "YOLOv7 0.906 on another split"),
+    Figure("bccd by tokens: mAP50", "bccd_320", "map50", ">= 0.50", "YOLOv7 0.906 on another split"),
     Figure("bccd counting: exact", "bccd_320_counting", "exact_match"),
     Figure("bccd counting: mean absolute error", "bccd_320_counting", "mean_absolute_error"),
-    Figure("nuclei: foreground IoU", "nuclei256", "foreground_iou", ">= 0.75"),
-    Figure("nuclei: AP of instances", "nuclei256", "ap", "", "U-Net 0.31 mean IoU-AP on another test set"),
+    Figure("digits scattered over a canvas, by tokens: mAP50", "digit_places", "map50"),
+    Figure("nuclei by tokens: foreground IoU", "nuclei256", "foreground_iou", ">= 0.75"),
+    Figure("nuclei by tokens: AP of instances", "nuclei256", "ap", "", "U-Net 0.31 mean IoU-AP on another test set"),
     Figure("flowers: accuracy", "flowers96", "accuracy", ">= 0.85"),
     Figure("emoji names: CIDEr", "noto_emoji48", "cider"),
     Figure("emoji faces: macro F1", "noto_emoji48_faces", "macro_f1"),
@@ -85,7 +89,14 @@ FIGURES = (
     ),
     Figure("poetry: bits a byte", "chinese_poetry", "bits_per_byte"),
 )
-DETECTOR = Figure("bccd by the detector head: mAP50", CELLS, "map50", ">= 0.50")
+BY_HEADS = {
+    "detector": (Figure("bccd by the detector head: mAP50", "bccd_320", "map50", ">= 0.50"),),
+    "segmenter": (
+        Figure("nuclei by the segmenter head: foreground IoU", "nuclei256", "foreground_iou", ">= 0.75"),
+        Figure("nuclei by the segmenter head: AP of instances", "nuclei256", "ap"),
+    ),
+}
+"""Part -> what its head is judged by."""
 LEFT_OUT_SPEAKERS = LeftOut("fsdd, a speaker left out: mean accuracy", "fsdd_speakers", SPEAKERS, ">= 0.80", "0.632 (0.35 to 0.85)")
 LEFT_OUT_FOLDS = LeftOut("esc10, 5 folds: mean accuracy", "esc10_16k", FOLDS, ">= 0.75", "0.720; random forest 0.727")
 _SINGLE = tuple(figure for name in SINGLE_SETS for figure in FIGURES if figure.set == name)
@@ -102,6 +113,10 @@ class Evaluated:
         """The report; empty where there is none."""
         path = self.folder / "report.json"
         return read_json(path) if path.is_file() else {}
+
+    def unfinished(self, name: str) -> int:
+        """Answers of a set that the bound on their length cut off."""
+        return sum(count for place, count in self.report.get("unfinished", {}).items() if place.partition("/")[0] in self._datasets(name))
 
     def row(self, name: str, metric: str) -> dict[str, Any] | None:
         """The report's row of a set and a metric over all samples; None where there is none."""
@@ -134,7 +149,8 @@ def rows_of(setting: Setting) -> list[Row]:
     more: list[tuple[str, Sequence[Row]]] = [
         ("fsdd official: accuracy", _left_out_rows(setting, LEFT_OUT_SPEAKERS)),
         ("fsdd official: accuracy", _left_out_rows(setting, LEFT_OUT_FOLDS)),
-        ("bccd by tokens: mAP50", [_figure_row(Evaluated(work.report("detector").parent), DETECTOR)]),
+        ("bccd by tokens: mAP50", _head_rows(work, "detector")),
+        ("nuclei by tokens: AP of instances", _head_rows(work, "segmenter")),
         ("goemotions, 28 emotions: macro F1", [_grouped_row(main)]),
         ("tatoeba, both directions: chrF", list(_direction_rows(main))),
         ("goemotions, 28 emotions: macro F1", _shop_rows(setting)),
@@ -144,6 +160,11 @@ def rows_of(setting: Setting) -> list[Row]:
         inserted.setdefault(by_name[after], []).extend(added)
     ordered = [one for index, row in enumerate(rows) for one in (row, *inserted.get(index, ()))]
     return [*ordered, *_single_rows(setting)]
+
+
+def _head_rows(work: Work, part: str) -> list[Row]:
+    evaluated = Evaluated(work.report(part).parent)
+    return [_figure_row(evaluated, figure) for figure in BY_HEADS[part]]
 
 
 def show(rows: Sequence[Row]) -> str:
@@ -160,13 +181,15 @@ def _figure_row(evaluated: Evaluated, figure: Figure) -> Row:
         return Row(figure.row, NOT_RUN, "", figure.goal, None, _beside(figure.floor))
     value = found["value"] * figure.factor
     ends = [found[end] * figure.factor for end in ("low", "high") if found[end] is not None]
-    return Row(figure.row, value, figure.unit, figure.goal, None, _beside(figure.floor, ends, found["samples"]))
+    beside = _beside(figure.floor, ends, found["samples"], evaluated.unfinished(figure.set))
+    return Row(figure.row, value, figure.unit, figure.goal, None, beside)
 
 
-def _beside(floor: str, ends: Sequence[float] = (), num_samples: int | None = None) -> str:
+def _beside(floor: str, ends: Sequence[float] = (), num_samples: int | None = None, num_unfinished: int = 0) -> str:
     parts = [f"floor: {floor}"] if floor else []
     parts += [f"95 %: {ends[0]:.3g} to {ends[1]:.3g}"] if len(ends) == 2 else []
     parts += [f"{num_samples:,} samples"] if num_samples is not None else []
+    parts += [f"{num_unfinished:,} answers cut off"] if num_unfinished else []
     return "; ".join(parts)
 
 
@@ -180,11 +203,14 @@ def _cost_rows(setting: Setting) -> list[Row]:
     if not (run / "DONE").is_file():
         return [Row(size, NOT_RUN, "", goals[0]), Row(cost, NOT_RUN, "minutes", goals[1])]
     recipe = load_resolved(run / "config.json")
-    steps = [line for line in read_json_lines(run / "metrics.jsonl") if "tokens_total" in line]
-    # A line stands for all steps since the one before.
-    minutes = sum(line["seconds"] for line in steps) * recipe.telemetry.every / 60
-    peer = f"{steps[-1]['step']:,} steps, {steps[-1]['tokens_total']:,} tokens, {setting.work.num_ranks} processes"
+    step, tokens = _learnt(run)
+    minutes = setting.work.seconds("main") / 60
+    peer = f"{step:,} steps, {tokens:,} tokens, {_num_processes(run)} processes; wall time with starts"
     return [Row(size, recipe_parameters(recipe)["total"], "", goals[0]), Row(cost, minutes, "minutes", goals[1], None, peer)]
+
+
+def _num_processes(run: Path) -> int:
+    return int(read_json(run / "environment.json")["launcher"].get("WORLD_SIZE", 1))
 
 
 def _left_out_rows(setting: Setting, of: LeftOut) -> list[Row]:
@@ -201,16 +227,23 @@ def _grouped_row(main: Evaluated) -> Row:
     answers, references = main.texts("goemotions")
     if not answers:
         return Row(name, NOT_RUN, "", goal, None, _beside(floor))
-    return Row(name, grouped_macro_f1(answers, references), "", goal, None, _beside(floor, (), len(answers)))
+    statistic = macro_f1_statistic(list(map(grouped, answers)), list(map(grouped, references)))
+    ends = interval(statistic, len(answers))
+    beside = _beside(floor, (ends.low, ends.high), len(answers))
+    return Row(name, grouped_macro_f1(answers, references), "", goal, None, beside)
 
 
 def _direction_rows(main: Evaluated) -> Iterator[Row]:
-    from megamm.metrics.text import chrf
+    from megamm.metrics.text import chrf, chrf_statistic
 
     for keys, what in (("en-zh", "English to Chinese"), ("zh-en", "Chinese to English")):
         answers, references = main.texts("tatoeba_en_zh", keys)
-        value: float | str = chrf(answers, [[one] for one in references]) if answers else NOT_RUN
-        yield Row(f"tatoeba, {what}: chrF", value, "", "", None, _beside("", (), len(answers) or None))
+        if not answers:
+            yield Row(f"tatoeba, {what}: chrF", NOT_RUN)
+            continue
+        wanted = [[one] for one in references]
+        ends = interval(chrf_statistic(answers, wanted), len(answers))
+        yield Row(f"tatoeba, {what}: chrF", chrf(answers, wanted), "", "", None, _beside("", (ends.low, ends.high), len(answers)))
 
 
 def _shop_rows(setting: Setting) -> list[Row]:
@@ -221,7 +254,8 @@ def _shop_rows(setting: Setting) -> list[Row]:
     rows = []
     for metric, (what, goal) in goals.items():
         beside = "; ".join(f"{name} {figures[metric]:.4f}" for name, figures in others.items())
-        beside += f"; {ours['customers']:,} customers" if ours else ""
+        if ours:
+            beside += f"; {_beside('', ours['intervals'][metric])}; {ours['customers']:,} customers"
         rows.append(Row(f"online_retail, new items: {what}", ours[metric] if ours else NOT_RUN, "", goal, None, beside))
     return rows
 
@@ -237,6 +271,21 @@ def _single_rows(setting: Setting) -> Iterator[Row]:
     for what, name, row_of in ways:
         folder = setting.work.report(f"single-{name}").parent
         row, shared = row_of(Evaluated(folder)), row_of(main)
-        steps = f", {Evaluated(folder).report['step']:,} steps" if not isinstance(row.value, str) else ""
-        beside = f"model of all tasks: {shared.value if isinstance(shared.value, str) else f'{shared.value:.4g}'}{steps}"
+        trained = "" if isinstance(row.value, str) else f"; {_trained(setting.work, name)}"
+        beside = f"model of all tasks: {shared.value if isinstance(shared.value, str) else f'{shared.value:.4g}'}{trained}"
         yield Row(what, row.value, "", "", None, beside)
+
+
+def _trained(work: Work, name: str) -> str:
+    """What a model of one task learnt from, beside all that the model of all tasks did."""
+    step, tokens = _learnt(work.run_folder(f"single-{name}"))
+    _, all_tokens = _learnt(work.run_folder("main"))
+    share = f" ({tokens / all_tokens:.1%} of all tasks')" if all_tokens else ""
+    return f"{step:,} steps, {tokens:,} tokens{share}"
+
+
+def _learnt(run: Path) -> tuple[int, int]:
+    """Steps of a run and tokens that it took; zeros where it has not begun."""
+    path = run / "metrics.jsonl"
+    lines = [line for line in read_json_lines(path) if "tokens_total" in line] if path.is_file() else []
+    return (lines[-1]["step"], lines[-1]["tokens_total"]) if lines else (0, 0)

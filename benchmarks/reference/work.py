@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.reference.made_of import check_run, figures_digest
 from megamm.core.errors import MegaMMError
-from megamm.core.files import read_json
+from megamm.core.files import read_json, write_json
 
 LAUNCHER = Path(__file__).parents[2] / "launchers" / "local.sh"
 _PRELOADED = ["megamm.cli", "megamm.train.pretrain", "megamm.evaluation.evaluate", "megamm.prepare.run", "megamm.prepare.tokenizer"]
@@ -102,35 +103,60 @@ class Work:
             Whether it is done; False where the time was up.
 
         Raises:
+            ConfigError: What is there is a run of another recipe, or from other weights.
             MegaMMError: Training failed.
         """
         run, recipe = self.run_folder(name), str(command[-1])
+        changes = [*self.recipe_overrides(recipe), *overrides]
+        if self.quick:
+            changes += [word for key, value in _QUICK_TRAINING.items() for word in (f"--{key}", value)]
+        check_run(run, recipe, changes, Path(str(command[1])) if command[0] == "finetune" else None)
         if (run / "DONE").is_file():
             return True
         self.make_tokenizer(recipe)
-        words = [*command, "--run", run, *self.recipe_overrides(recipe), *overrides]
-        if self.quick:
-            words += [word for key, value in _QUICK_TRAINING.items() for word in (f"--{key}", value)]
+        words = [*command, "--run", run, *changes]
         seconds_left = self.end - time.monotonic()
         if seconds_left < 1:
             return False
         if seconds_left < float("inf"):
             words += ["--max-seconds", int(seconds_left)]
-        self.run(*words, num_ranks=self.num_ranks)
+        began = time.monotonic()
+        try:
+            self.run(*words, num_ranks=self.num_ranks)
+        finally:
+            # Also what was interrupted has cost its time.
+            write_json(self._seconds(name), {"seconds": self.seconds(name) + time.monotonic() - began})
         return (run / "DONE").is_file()
 
+    def seconds(self, name: str) -> float:
+        """Wall time of a part's training, all commands together, with what starting them took."""
+        path = self._seconds(name)
+        return read_json(path)["seconds"] if path.is_file() else 0.0
+
+    def _seconds(self, name: str) -> Path:
+        return self.folder / name / "seconds.json"
+
     def evaluate(self, name: str, *words: str) -> None:
-        """Evaluate a part's finished run, once for each of its ends.
+        """Evaluate a part's finished run, once for what its figures depend on: its weights, the held-out shards, the options.
+
+        Args:
+            name: Of the part.
+            words: Options of `megamm evaluate`.
 
         Raises:
             MegaMMError: The evaluation failed.
         """
         run, report = self.run_folder(name), self.report(name)
-        step = read_json(run / "DONE")["step"]
-        if report.is_file() and read_json(report)["step"] == step:
+        # Of an option that is given twice the last one counts.
+        options = [*words, *(_QUICK_EVALUATION if self.quick else ())]
+        # Beside the folder of the evaluation, which takes no files of others.
+        made_of, digest = self.folder / name / "evaluation_made_of.json", figures_digest(run, options)
+        if report.is_file() and made_of.is_file() and read_json(made_of)["digest"] == digest:
             return
-        bounds = _QUICK_EVALUATION if self.quick else ()
-        self.run("evaluate", run, "--output", report.parent, *bounds, *words, num_ranks=self.num_ranks)
+        # Until the new ones are there, the table is to say that there are none.
+        report.unlink(missing_ok=True)
+        self.run("evaluate", run, "--output", report.parent, *options, num_ranks=self.num_ranks)
+        write_json(made_of, {"digest": digest})
 
 
 def _forked(words: Sequence[str]) -> int:

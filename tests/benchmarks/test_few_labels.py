@@ -1,13 +1,17 @@
 """The short form of the benchmark of few labels, on a small set in the place of the real one: every way is walked, by the real commands."""
 
+import gzip
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import few_labels
-from benchmarks.few_labels import MEDIA, QUICK, WAYS, Experiment, answer_of, medium_rows, write_few
+from benchmarks.few_labels import MEDIA, QUICK, WAYS, Experiment, answer_of, medium_rows, prepare_set, write_few
+from benchmarks.reference.emotions import GROUPS
 from megamm.core.files import write_json
 from megamm.data.samples.mapping import OWN_FORM, read_sample
 from megamm.data.shards.index import load_index, write_index
@@ -46,23 +50,60 @@ def test_ten_of_each_class_are_drawn_the_same_way_again_and_others_by_another_se
     assert Counter(found[2].values()) == {str(digit): 10 for digit in range(10)}
 
 
-def test_ways_differ_in_how_they_spend_the_same_steps(monkeypatch, tmp_path):
+@pytest.mark.parametrize("medium", MEDIA, ids=lambda medium: medium.name)
+def test_ways_differ_in_how_they_spend_the_same_steps(monkeypatch, tmp_path, medium):
     """Of each run the steps, which add up along the way that leads to it."""
     steps, sources = {}, {}
 
-    def note(self, run, num_steps, datasets, *, head="", source=""):
+    def note(self, run, num_steps, datasets, *, head, source=""):
         steps[run], sources[run] = num_steps, source
         return run
 
     monkeypatch.setattr(Experiment, "train", note)
     monkeypatch.setattr(few_labels, "pseudo_label", lambda *_, **__: None)
     monkeypatch.setattr(few_labels, "write_few", lambda *_: None)
-    experiment = Experiment(MEDIA[0], tmp_path, few_labels.FULL)
+    experiment = Experiment(medium, tmp_path, few_labels.FULL)
     for way in WAYS:
         run, given = experiment.way(way, 0)
         teacher = steps[f"{run}-teacher"] if given is not None else 0
         assert steps[run] + teacher + (steps["hidden"] if sources[run] else 0) == few_labels.FULL.all
         assert sources[run] == ("hidden" if way in ("self-supervised start", "both") else "")
+
+
+def test_a_quick_run_leaves_results_alone(tmp_path):
+    assert few_labels.work_folder(tmp_path, quick=False) == tmp_path
+    assert few_labels.work_folder(tmp_path, quick=True) == tmp_path / "quick"
+
+
+def test_a_run_that_was_stopped_is_no_result(monkeypatch, tmp_path):
+    monkeypatch.setattr(few_labels.subprocess, "run", lambda words, **_: few_labels.subprocess.CompletedProcess(words, 0))
+    with pytest.raises(SystemExit, match="labels-alone-0 was stopped before its end"):
+        Experiment(MEDIA[0], tmp_path, QUICK).train("labels-alone-0", 8, [], head=None)
+
+
+def write_comments(data: Path) -> None:
+    """As goemotions lies in the shared data: four groups, of each enough to draw ten; one comment shows two groups."""
+    emotions = {"joy": "so happy and glad", "anger": "so angry and mad", "surprise": "oh what is that", "neutral": "the bus leaves at nine"}
+    (data / "goemotions").mkdir(parents=True)
+    (data / "goemotions" / "labels.txt").write_text("\n".join(emotions))
+    for name, num in (("train", 48), ("dev", 4), ("test", 12)):
+        lines = [f"{words} {name} {number}\t{id_}" for number in range(num // 4) for id_, words in enumerate(emotions.values())]
+        lines.append(f"both at once {name}\t0,1")
+        (data / "goemotions" / f"{name}.tsv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1200)
+def test_comments_are_learned_token_by_token_before_their_labels(monkeypatch, tmp_path):
+    write_comments(tmp_path / "data")
+    monkeypatch.setenv("MEGAMM_DATA", str(tmp_path / "data"))
+    texts = replace(MEDIA[2], recipe=MEDIA[2].recipe.replace("text_size = 3000", "text_size = 300"))
+    experiment = Experiment(texts, prepare_set(texts, tmp_path / "work"), replace(QUICK, num_test=0))
+    assert Counter(read(experiment.folder / "test-00000.tar").values()) == dict.fromkeys(GROUPS, 3), "of one group each"
+    rows = {row.row: row for row in medium_rows(experiment, [0])}
+    assert all(0 <= rows[f"texts: {way}"].value <= 1 and "most frequent class 0.250" in rows[f"texts: {way}"].peer for way in WAYS)
+    start = json.loads((experiment.folder / "runs" / "hidden" / "config.json").read_text())
+    assert start["model"]["head"] is None and list(start["data"]["train"]) == ["all"]
 
 
 @pytest.mark.integration

@@ -7,24 +7,35 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.reference import shares, table
+from benchmarks.reference import work as work_module
 from benchmarks.reference.__main__ import main
 from benchmarks.reference.emotions import GROUPS, grouped, grouped_macro_f1
-from benchmarks.reference.parts import Setting, only, tables, token_shares, toml
+from benchmarks.reference.made_of import check_run, newest_manifest
+from benchmarks.reference.parts import LONGEST_ANSWER, ONE_TASK, Setting, only, room, tables, token_shares, toml
 from benchmarks.reference.shop import Customer, Shop, baselines, figures
 from benchmarks.reference.work import Work
 from benchmarks.results import Row
-from megamm.config import Data, Dataset, load_recipe
+from megamm.checkpoint.manifest import MANIFEST, step_folder
+from megamm.config import Data, Dataset, load_recipe, to_dict
 from megamm.config.schema import WeightChange
-from megamm.core.errors import ConfigError, MegaMMError
+from megamm.core.errors import ConfigError, DataError, MegaMMError
+from megamm.core.files import digest_file, write_json
+from megamm.data.shards.index import write_index
+from megamm.tokenizers.text import TextTokenizer
+from tests.support.shards import as_files, chat, flac, jpeg, text_document, write_tar
 
 DATA = os.environ.get("MEGAMM_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="MEGAMM_DATA is not set, so there is no real data to train on")
+SPLITS = (("train", "train"), ("held_out", "test"))
 SETS = ("mnist12k", "fsdd", "bccd_320", "goemotions", "online_retail", "tiny_shakespeare")
 
 
@@ -33,8 +44,7 @@ def small_recipe(path: Path, sets: tuple[str, ...] = SETS) -> Path:
     recipe = (Path(__file__).parents[2] / "megamm" / "recipes" / "tiny.toml").read_text(encoding="utf-8")
     before, _, rest = recipe.partition("[data.train.digits]")
     after = rest[rest.index("[data]\n") :]
-    parts = (("train", "train"), ("held_out", "test"))
-    datasets = (f'[data.{part}.{name}]\nshards = "{name}/{split}-*.tar"\n' for name in sets for part, split in parts)
+    datasets = (f'[data.{part}.{name}]\nshards = "{name}/{split}-*.tar"\n' for name in sets for part, split in SPLITS)
     text = "\n".join([before, *datasets, after])
     changes = {"row_tokens = 192": "row_tokens = 1536", "row_frames = 1600": "row_frames = 3000", "item_codes = 32": "item_codes = 64"}
     for old, new in changes.items():
@@ -151,9 +161,7 @@ def test_datasets_must_be_of_known_sets(tmp_path):
 def test_shares_of_tokens_follow_weights_lengths_and_the_schedule(tmp_path):
     from megamm.data.media.features import MediaRules
     from megamm.data.samples.lengths import ensure_lengths
-    from megamm.data.shards.index import write_index
-    from megamm.tokenizers.text import TextTokenizer, train
-    from tests.support.shards import as_files, text_document, write_tar
+    from megamm.tokenizers.text import train
 
     recipe = load_recipe("tiny")
     train(["a b c d e f g h"] * 8, recipe.tokenizer, tmp_path / "tokenizer")
@@ -176,6 +184,172 @@ def test_shares_of_tokens_follow_weights_lengths_and_the_schedule(tmp_path):
     assert found == pytest.approx({"long": of_long * 400 / 600, "short": 1 - of_long * 400 / 600})
 
 
+@needs_data
+def test_the_longest_answer_of_the_nuclei_fits(tmp_path):
+    from megamm.core.types import MediaFacts, Message, Part, Sample
+    from megamm.data.media.features import MediaRules
+    from megamm.data.samples.encode import SampleEncoder
+    from megamm.tokenizers.text import train
+
+    names = sorted((Path(DATA) / "nuclei256" / "instances").iterdir())
+    masks = [np.asarray(Image.open(path)) for number, path in enumerate(names) if number % 5 == 4]
+    most = max(np.count_nonzero(np.unique(mask)) for mask in masks)
+    recipe = load_recipe("reference", ["--tokenizer.text_size=320"])
+    # Such a small tokenizer cuts words into more pieces than the recipe's own.
+    encoder = SampleEncoder(train(["nucleus"] * 8, recipe.tokenizer, tmp_path), MediaRules.of(recipe.model, recipe.data))
+    asked = Message("user", (Part("image", member="0.png"), Part("text", "Segment every nucleus.")))
+
+    def tokens(num_nuclei: int) -> int:
+        mask = Part("mask", member="1.png", data={"image": 0, "labels": ["nucleus"] * num_nuclei})
+        sample = Sample("a", "segmentation", (asked, Message("assistant", (mask,))))
+        return encoder.measure(sample, {"0.png": MediaFacts("image", 256, 256), "1.png": MediaFacts("image", 256, 256)})[0].tokens
+
+    one = tokens(2) - tokens(1)
+    prompt = tokens(1) - one
+    assert 1000 < most * one <= LONGEST_ANSWER
+    assert prompt + LONGEST_ANSWER <= recipe.model.text.config["max_position_embeddings"]
+
+
+def write_shard(path: Path, text: str) -> None:
+    write_index(write_tar(path, {"a": as_files(text_document(text))}))
+
+
+def finished_run(work: Work, name: str = "main", source: Path | None = None, weights: str = "1") -> list[str]:
+    """A run as `Work.train` leaves it, without the training: `weights` stand in its manifest. Returns its recipe's overrides."""
+    for split in ("train", "test"):
+        write_shard(work.shards / "mine" / f"{split}-00000.tar", split)
+    overrides = tables({f"data.{part}": {"mine": {"shards": f"mine/{split}-*.tar"}} for part, split in SPLITS})
+    run = work.run_folder(name)
+    changes = [*work.recipe_overrides("tiny"), *overrides]
+    check_run(run, "tiny", changes, source)
+    write_json(run / "config.json", to_dict(load_recipe("tiny", changes)))
+    write_json(run / "checkpoints" / step_folder(2) / MANIFEST, {"weights": weights})
+    if source is not None:
+        write_json(run / "origin.json", {"digest": digest_file(newest_manifest(source))})
+    write_json(run / "DONE", {"step": 2})
+    return overrides
+
+
+def test_a_run_that_is_done_is_kept_for_the_same_recipe_shards_and_source_alone(tmp_path):
+    work = Work(tmp_path)
+    overrides = finished_run(work)
+    finished_run(work, "tuned", work.run_folder("main"))
+    tuned = ["finetune", work.run_folder("main"), "tiny"]
+    assert work.train("main", ["pretrain", "tiny"], overrides) and work.train("tuned", tuned, overrides)
+    assert work.train("main", ["pretrain", "tiny"], [*overrides, "--telemetry.every", "7"])
+    with pytest.raises(ConfigError, match=r"main/run learns another recipe than tiny: data.train.mine.weight, optim.lr differ; remove "):
+        work.train("main", ["pretrain", "tiny"], [*overrides, "--optim.lr", "0.5", "--data.train.mine.weight", "3.0"])
+    write_json(newest_manifest(work.run_folder("main")), {"weights": "2"})
+    with pytest.raises(ConfigError, match=f"tuned/run started from other weights than .* has now; remove {tmp_path / 'tuned'} "):
+        work.train("tuned", tuned, overrides)
+    write_shard(work.shards / "mine" / "train-00000.tar", "something else")
+    with pytest.raises(ConfigError, match="main/run learns from other shards than"):
+        work.train("main", ["pretrain", "tiny"], overrides)
+
+
+def test_a_report_is_kept_for_the_same_weights_shards_and_options_alone(tmp_path, monkeypatch):
+    commands = []
+
+    def evaluate(self: Work, *words: object, num_ranks: int = 1) -> None:
+        assert not self.report("main").exists(), "figures of something else are gone before new ones are there"
+        commands.append([str(word) for word in words])
+        write_json(self.report("main"), {"rows": []})
+
+    monkeypatch.setattr(Work, "run", evaluate)
+    work = Work(tmp_path)
+    finished_run(work)
+
+    def num_commands(*words: str) -> int:
+        work.evaluate("main", *words)
+        return len(commands)
+
+    assert [num_commands(), num_commands()] == [1, 1]
+    assert [num_commands("--max-new-tokens", "1792"), num_commands("--max-new-tokens", "1792")] == [2, 2]
+    finished_run(work, weights="2")
+    assert num_commands("--max-new-tokens", "1792") == 3
+    write_shard(work.shards / "mine" / "test-00000.tar", "something else")
+    assert num_commands("--max-new-tokens", "1792") == 4
+    # Of an option that is given twice the last one counts: a quick run answers shortly.
+    replace(work, quick=True).evaluate("main", "--max-new-tokens", "1792")
+    assert [after for word, after in pairwise(commands[-1]) if word == "--max-new-tokens"] == ["1792", "4"]
+
+
+def test_training_is_timed_over_all_commands_and_what_fails_as_well(tmp_path, monkeypatch):
+    clock = iter([0.0, 0.0, 40.0, 100.0, 100.0, 102.0])
+    monkeypatch.setattr(work_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def train(self: Work, *words: object, num_ranks: int = 1) -> None:
+        if words[0] == "pretrain":
+            raise MegaMMError("no space left")
+
+    monkeypatch.setattr(Work, "run", train)
+    work = Work(tmp_path)
+    write_shard(work.shards / "mine" / "train-00000.tar", "train")
+    for seconds in (40.0, 42.0):
+        with pytest.raises(MegaMMError, match="no space left"):
+            work.train("main", ["pretrain", "tiny"], tables({"data.train": {"mine": {"shards": "mine/train-*.tar"}}}))
+        assert work.seconds("main") == seconds
+
+
+def test_rows_of_one_task_are_full_of_it(tmp_path):
+    from megamm.data.media.features import MediaRules
+    from megamm.data.samples.lengths import ensure_lengths
+    from megamm.prepare.stats import recipe_stats
+    from megamm.tokenizers.text import train
+
+    ask = {"type": "text", "text": "Which digit is this?"}
+    for name, task, part, members in (
+        ("pictures", "classification", "image", {"_0_png": jpeg(28, 28, format="PNG")}),
+        ("sounds", "speech_recognition", "audio", {"_0_flac": flac(4000)}),
+    ):
+        member = {"type": part, "member": next(iter(members))[1:].replace("_", ".")}
+        samples = {str(number): as_files(chat([member, ask], str(number % 10), task=task), **members) for number in range(600)}
+        tar = write_tar(tmp_path / f"{name}.tar", samples)
+        write_index(tar)
+        words = [f"--data.root={tmp_path}", f"--tokenizer.folder={tmp_path / 'tokenizer'}", "--tokenizer.text_size=320"]
+        words += tables({"data.train": {name: {"shards": f"{name}.tar"}}, "data.held_out": {}, **ONE_TASK})
+        recipe = load_recipe("reference", words)
+        if not (tmp_path / "tokenizer").is_dir():
+            train([ask["text"], "0 1 2 3 4 5 6 7 8 9"] * 8, recipe.tokenizer, tmp_path / "tokenizer")
+        tokenizer = TextTokenizer.load(tmp_path / "tokenizer")
+        ensure_lengths([tar], tokenizer, MediaRules.of(recipe.model, recipe.data))
+        recipe = load_recipe("reference", [*words, *tables(room(recipe))])
+        packing = recipe_stats(recipe, tokenizer).packing
+        assert packing is not None and np.mean(packing.fills["tokens"]) >= 0.95
+
+
+def test_shards_of_other_data_are_refused(tmp_path, monkeypatch):
+    def prepare(self: Work, *words: object, num_ranks: int = 1) -> None:
+        (self.shards / "tiny_shakespeare").mkdir(parents=True)
+
+    monkeypatch.setattr(Work, "run", prepare)
+    monkeypatch.setattr(shares, "SETS", {"tiny_shakespeare": ("plays", lambda data, scratch: [("text", data / "a.txt")])})
+    work = Work(tmp_path / "work")
+    for data in ("one", "other"):
+        (tmp_path / data / "plays").mkdir(parents=True)
+    shares.make_shards(work, tmp_path / "one", ["tiny_shakespeare"])
+    shares.make_shards(work, tmp_path / "one", ["tiny_shakespeare"])
+    folder = work.shards / "tiny_shakespeare"
+    with pytest.raises(ConfigError, match=rf"was made otherwise \(from\); remove {folder} to make it anew"):
+        shares.make_shards(work, tmp_path / "other", ["tiny_shakespeare"])
+    folder.rmdir()
+    shares.make_shards(work, tmp_path / "other", ["tiny_shakespeare"])
+
+
+def test_shards_that_hold_out_what_they_teach_are_refused(tmp_path, monkeypatch):
+    def prepare(self: Work, *words: object, num_ranks: int = 1) -> None:
+        for split in ("train", "test"):
+            write_shard(self.shards / "plays" / f"{split}-00000.tar", "the same")
+            write_json(self.shards / "plays" / f"{split}-report.json", {"shards": [], "num_samples": 1, "num_skipped": 0})
+
+    monkeypatch.setattr(Work, "run", prepare)
+    monkeypatch.setattr(shares, "SETS", {"plays": (".", lambda data, scratch: [("text", data / "a.txt")])})
+    work = Work(tmp_path / "work")
+    for _ in range(2):
+        with pytest.raises(DataError, match="1 samples of test are in train as well"):
+            shares.make_shards(work, tmp_path, ["plays"])
+
+
 def setting(tmp_path: Path, data: str = DATA) -> Setting:
     return Setting(Work(tmp_path / "work"), Path(data), str(small_recipe(tmp_path / "small.toml")))
 
@@ -196,12 +370,18 @@ def test_figures_are_found_by_the_set_that_an_evaluation_read(tmp_path):
         "rows": [{**row, "slice": "a=b", "value": 0.1}, row],
         "settings": {"datasets": {"cells": "/x/bccd_320/test-*.tar"}},
         "step": 4,
+        "unfinished": {"cells/detection": 3, "other/detection": 5},
     }
     (tmp_path / "report.json").write_text(json.dumps(report))
     found = table.Evaluated(tmp_path)
     figure = next(one for one in table.FIGURES if one.set == "bccd_320")
     assert table._figure_row(found, figure) == Row(
-        "bccd by tokens: mAP50", 0.61, "", ">= 0.50", None, "floor: YOLOv7 0.906 on another split; 95 %: 0.5 to 0.7; 72 samples"
+        "bccd by tokens: mAP50",
+        0.61,
+        "",
+        ">= 0.50",
+        None,
+        "floor: YOLOv7 0.906 on another split; 95 %: 0.5 to 0.7; 72 samples; 3 answers cut off",
     )
     assert found.row("fsdd", "map50") is None
 
@@ -234,9 +414,15 @@ def test_every_part_runs_on_a_share_of_the_data_and_goes_on_where_it_stopped(tmp
     environment = {**os.environ, "MEGAMM_DATA": DATA, "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    rows = {row["row"]: row for row in json.loads((tmp_path / "reference-quick.json").read_text())["rows"]}
+    rows = {row["row"]: row for row in json.loads((tmp_path / "reference_small-quick.json").read_text())["rows"]}
     run = [name for name, row in rows.items() if row["value"] != table.NOT_RUN]
-    for name in ("mnist: accuracy", "bccd by the detector head: mAP50", "goemotions, 4 groups: macro F1", "online_retail, new items: R@10"):
+    for name in (
+        "mnist: accuracy",
+        "bccd by the detector head: mAP50",
+        "nuclei by the segmenter head: AP of instances",
+        "goemotions, 4 groups: macro F1",
+        "online_retail, new items: R@10",
+    ):
         assert name in run
     assert "george 0." in rows["fsdd, a speaker left out: mean accuracy"]["peer"]
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

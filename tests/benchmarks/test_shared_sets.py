@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.shared_faces import base_emoji, feeling
+from benchmarks import shared_places
+from benchmarks.prepare_shared_data import plain
+from benchmarks.shared_emoji import base_emoji, feeling
+from benchmarks.shared_tables import without_held_out
 from tests.prepare.test_shared_data import run
 from tests.support.preparing import samples
 from tests.support.shards import flac
@@ -60,10 +63,41 @@ def test_neither_digit_tells_the_answer_and_nothing_stands_on_two_sides(tmp_path
     assert not media["train"] & media["test"]
 
 
+def test_scattered_digits_lie_in_their_boxes_and_nowhere_else(monkeypatch, tmp_path, digits):
+    monkeypatch.setattr(shared_places, "_CANVASES", {"train": 60, "test": 20})
+    commands = list(shared_places.digit_places(digits / "mnist12k", tmp_path))
+    assert [command[command.index("--split") + 1] for command in commands] == ["train", "test"]
+    for _, table, *_ in commands:
+        found = json.loads(table.read_text())
+        num_digits = Counter(one["image_id"] for one in found["annotations"])
+        assert num_digits.keys() == {image["id"] for image in found["images"]} and set(num_digits.values()) == {1, 2}
+        for image in found["images"]:
+            ink = np.asarray(Image.open(tmp_path / image["file_name"]))
+            assert ink.shape == (image["height"], image["width"])
+            for one in (one for one in found["annotations"] if one["image_id"] == image["id"]):
+                left, top, width, height = one["bbox"]
+                inside = ink[top : top + height, left : left + width]
+                assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any(), "boxes are tight"
+                ink = ink.copy()
+                ink[top : top + height, left : left + width] = 0
+            assert not ink.any()
+
+
 def test_pairs_without_sounds_are_refused(tmp_path):
     (tmp_path / "data" / "mnist12k").mkdir(parents=True)
     child = run(tmp_path / "out", "--only", "digit_sums", data=tmp_path / "data")
     assert (child.returncode, child.stderr.count("\n")) == (1, 1) and "has no folder fsdd" in child.stderr
+
+
+def test_what_shares_anything_with_held_out_rows_is_not_learnt_from():
+    rows = ["a1", "b2", "b3", "c2", "c4", "b2"]
+    kept = list(without_held_out(rows, 2, set))
+    assert kept == [(0, "a1", "train"), (1, "b2", "test"), (3, "c2", "test"), (5, "b2", "test")]
+
+
+def test_comments_are_told_apart_by_words_and_by_signs_where_they_have_none():
+    assert plain("So  COOL!!") == plain("so cool.") != plain("so cold")
+    assert plain("\U0001f602 ") == plain("\U0001f602") != plain("\U0001f44d")
 
 
 def test_faces_feel_what_their_names_say():
@@ -84,8 +118,13 @@ def test_faces_feel_what_their_names_say():
     assert {name: feeling(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(("name", "base"), [("1f926_1f3fd_200d_2642", "1f926"), ("1f6b6_200d_2642", "1f6b6"), ("1f600_1f3fb", "1f600")])
+def test_variants_of_an_emoji_stand_on_one_side(name, base):
+    assert base_emoji(name) == base
+
+
 @pytest.mark.integration
-def test_a_face_stands_on_one_side_in_all_skin_tones_and_genders(tmp_path):
+def test_a_face_stands_on_one_side_of_all_sets_in_all_skin_tones_and_genders(tmp_path):
     data = tmp_path / "data" / "noto_emoji48"
     (data / "png").mkdir(parents=True)
     tones = ["", *(f"_1f3f{tone}" for tone in "bcdef")]
@@ -99,8 +138,18 @@ def test_a_face_stands_on_one_side_in_all_skin_tones_and_genders(tmp_path):
     for number, entry in enumerate(entries):
         Image.new("RGB", (4, 4), (number % 256, number // 256, 7)).save(data / "png" / f"{entry['id']}.png")
     (data / "names.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    child = run(tmp_path / "out", "--only", "noto_emoji48_faces", data=tmp_path / "data")
+    turned = [(entry["id"], f"{entry['id'][:5]}_1f3fb{entry['id'][5:]}") for entry in entries if entry["id"][5:] in ("", "_200d_2640")]
+    (data / "edit_pairs.tsv").write_text("".join(f"{before}\t{after}\tmake it lighter\n" for before, after in turned))
+    names = ("noto_emoji48", "noto_emoji48_pictures", "noto_emoji48_edits", "noto_emoji48_faces")
+    child = run(tmp_path / "out", "--only", *names, data=tmp_path / "data")
     assert child.returncode == 0, child.stderr
+    seen = {
+        split: {name: {picture for key in samples(tmp_path / "out" / name, split) for picture in key.split("-")} for name in names}
+        for split in ("train", "test")
+    }
+    for held_out in names:
+        for learnt in names:
+            assert seen["test"][held_out] and not seen["test"][held_out] & seen["train"][learnt], (held_out, learnt)
     sides = {split: samples(tmp_path / "out" / "noto_emoji48_faces", split) for split in ("train", "test")}
     bases = {split: {base_emoji(key) for key in found} for split, found in sides.items()}
     assert bases["train"] and bases["test"] and not bases["train"] & bases["test"]

@@ -1,10 +1,13 @@
+import re
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
-from megamm.config.read import load_recipe
+from megamm.config.read import load_recipe, recipe_names
 from megamm.models.build import config_from_recipe, num_parameters
 from megamm.tokenizers.vocabulary import Vocabulary
+from megamm.train.recipes import recipe_table
 from tests.support.multimodal import CONTROL_IDS
 
 
@@ -47,3 +50,10 @@ def test_recipes_state_their_tokens(name):
 
 def _head(name: str) -> str:
     return resources.files("megamm.recipes").joinpath(f"{name}.toml").read_text().split("name =")[0]
+
+
+def test_the_table_of_the_readme_is_that_of_the_recipes():
+    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    told = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:8]] for line in lines if re.match(r"\| `\w+` \|", line)}
+    found = {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:7] for line in recipe_table().splitlines()[1:]}
+    assert told == found and set(recipe_names()) == told.keys()
