@@ -87,18 +87,22 @@ def write(
     Returns:
         The JSON.
     """
-    name = f"{name}-quick" if quick else name
+    path = path_of(name, quick=quick, folder=folder)
     result = {
-        "name": name,
+        "name": path.stem,
         "command": command,
         "versions": {**installed_versions(), **(versions or {})},
         "machine": machine(),
         "rows": [{**_rounded(asdict(row)), "holds": row.holds} for row in rows],
     }
-    path = folder / f"{name}.json"
     write_json(path, result)
     write_text(path.with_suffix(".md"), markdown(read_json(path)))
     return path
+
+
+def path_of(name: str, *, quick: bool = False, folder: Path = RESULTS) -> Path:
+    """The JSON that `write` makes; its table lies beside it."""
+    return folder / f"{name}-quick.json" if quick else folder / f"{name}.json"
 
 
 def markdown(result: Mapping[str, Any]) -> str:

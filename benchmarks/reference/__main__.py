@@ -1,6 +1,7 @@
 """The reference run, from raw data to the table.
 
-    MEGAMM_DATA=… python -m benchmarks.reference [--quick] [--parts main,detector,segmenter,speakers,folds,single,table] [--minutes N]
+    MEGAMM_DATA=… python -m benchmarks.reference [--quick] [--parts main,detector,segmenter,speakers,folds,single,table]
+        [--minutes N] [--keep]
 
 Each part goes on where it stopped, so a run may be spread over as many commands as one likes. The table is made of what is there.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.reference.parts import PARTS, Setting
-from benchmarks.reference.table import rows_of, show
+from benchmarks.reference.table import kept, rows_of, show
 from benchmarks.reference.work import Work
 from megamm.core.env import apply_defaults
 from megamm.core.errors import MegaMMError
@@ -49,6 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
     done = {name: PARTS[name](setting) for name in arguments.parts if name != TABLE}
     if TABLE in arguments.parts:
         rows = rows_of(setting)
+        if arguments.keep:
+            rows = kept(rows, results.path_of(_name(arguments.recipe), quick=arguments.quick, folder=arguments.results))
         print(f"\n{show(rows)}")
         path = results.write(_name(arguments.recipe), _command(arguments), rows, quick=arguments.quick, folder=arguments.results)
         print(f"\n{path}")
@@ -77,6 +80,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two steps of each kind of run on a share of the data, below WORK/quick")
     parser.add_argument("--parts", type=_parts, default=_ALL, metavar="A,B,…", help=f"some of: {', '.join(_ALL)} (default: all)")
     parser.add_argument("--minutes", type=float, default=0.0, metavar="N", help="train no longer than this; run again to go on")
+    parser.add_argument("--keep", action="store_true", help="what this work folder lacks stays in the table as it is, and says so")
     parser.add_argument("--work", type=Path, default=Path("runs/reference"), help="folder of all that is kept (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="processes of a training run (default: %(default)s)")
     parser.add_argument("--recipe", default=NAME, help="recipe of the main model: a name or a TOML file (default: %(default)s)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -24,6 +24,7 @@ from megamm.metrics.label_sets import macro_f1_statistic
 
 NOT_RUN = "not run"
 _MOST_PARAMETERS, _MOST_MINUTES = 30e6, 180
+_KEPT = "of an earlier work folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,28 @@ def rows_of(setting: Setting) -> list[Row]:
 def _head_rows(work: Work, part: str) -> list[Row]:
     evaluated = Evaluated(work.report(part).parent)
     return [_figure_row(evaluated, figure) for figure in BY_HEADS[part]]
+
+
+def kept(rows: Sequence[Row], table: Path) -> list[Row]:
+    """Rows, where those that are not run stand as an earlier table has them, and say so.
+
+    Args:
+        rows: Of this work folder.
+        table: JSON of the earlier table; where there is none, nothing is filled in.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    earlier = {row["row"]: row for row in read_json(table)["rows"]} if table.is_file() else {}
+    filled = []
+    for row in rows:
+        found = earlier.get(row.row)
+        if row.value != NOT_RUN or found is None or found["value"] == NOT_RUN:
+            filled.append(row)
+        else:
+            peer = found["peer"].removesuffix(_KEPT).removesuffix("; ")
+            filled.append(replace(row, value=found["value"], unit=found["unit"], peer="; ".join(filter(None, [peer, _KEPT]))))
+    return filled
 
 
 def show(rows: Sequence[Row]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import results
 from benchmarks.reference import shares, table
 from benchmarks.reference import work as work_module
 from benchmarks.reference.__main__ import main
@@ -359,9 +360,27 @@ def setting(tmp_path: Path, data: str = DATA) -> Setting:
 def test_what_is_missing_is_in_the_table_and_holds_no_goal(tmp_path):
     rows = {row.row: row for row in table.rows_of(setting(tmp_path))}
     wanted = [row for row in rows.values() if row.goal]
-    assert len(wanted) == 13 and all(row.value == table.NOT_RUN and row.holds is False for row in wanted)
+    assert len(wanted) == 14 and all(row.value == table.NOT_RUN and row.holds is False for row in wanted)
     assert rows["fsdd, a speaker left out: mean accuracy"].peer.endswith("not run: george, jackson, lucas, nicolas, theo, yweweler")
     assert rows["online_retail, new items: R@10"].peer == "popularity 0.0344; co-occurrence 0.0810"
+
+
+def test_what_is_missing_may_stay_as_an_earlier_table_has_it(tmp_path):
+    earlier = [Row("a", 0.5, "s", "", None, "ours"), Row("b", 1.0), Row("c", table.NOT_RUN), Row("gone", 1.0), Row("e", 0.2, goal=">= 0.1")]
+    path = results.write("some", "a command", earlier, folder=tmp_path)
+    rows = [Row(name, table.NOT_RUN) for name in "acd"] + [Row("b", 2.0, "", "", None, "new"), Row("e", table.NOT_RUN, goal=">= 0.3")]
+    kept = table.kept(rows, path)
+    mark = "of an earlier work folder"
+    assert [(row.row, row.value, row.unit, row.peer, row.holds) for row in kept] == [
+        ("a", 0.5, "s", f"ours; {mark}", None),
+        ("c", table.NOT_RUN, "", "", None),
+        ("d", table.NOT_RUN, "", "", None),
+        ("b", 2.0, "", "new", None),
+        ("e", 0.2, "", mark, False),
+    ]
+    results.write("some", "a command", kept, folder=tmp_path)
+    assert table.kept(rows, path) == kept
+    assert table.kept(rows, tmp_path / "absent.json") == rows
 
 
 def test_figures_are_found_by_the_set_that_an_evaluation_read(tmp_path):
