@@ -46,6 +46,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
     return _ByFile(config, log)
 
 
+@pytest.fixture(scope="module")
+def world() -> Generator[Any, None, None]:
+    """A world of one rank in this process; the environment is as before afterwards."""
+    # Most tests need no torch.
+    from megamm.engine import distributed
+
+    before = dict(os.environ)
+    yield distributed.start()
+    distributed.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

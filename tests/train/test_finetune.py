@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ from megamm.config import to_dict
 from megamm.core.errors import CheckpointError, ConfigError
 from megamm.core.files import read_json
 from megamm.core.json_lines import read_json_lines
-from megamm.engine import distributed
 from megamm.export import export
 from megamm.inference.load import load_model, run_config
 from megamm.models.adapters import is_adapter
@@ -67,16 +65,6 @@ def launch(folder: Path, num_ranks: int, *words: str, code: int = 0) -> str:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=580)
     assert (result.returncode == 0) == (code == 0), result.stderr[-4000:]
     return result.stderr
-
-
-@pytest.fixture(scope="module")
-def world():
-    """A world of one rank in this process; the environment is as before afterwards."""
-    before = dict(os.environ)
-    yield distributed.start()
-    distributed.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """A head of what a run starts from: it goes on where it answers the same, and begins anew where it answers something else."""
 
 import logging
-import os
 from dataclasses import replace
 
 import pytest
@@ -9,23 +8,12 @@ import torch
 
 from megamm.checkpoint.base import Base
 from megamm.config import Head
-from megamm.engine import distributed
 from megamm.models.heads.head import BackboneHead
 from megamm.train.origin import Origin, load_origin
 from tests.support.tiny_run import random_model, write_run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("world")]
 HEAD = Head("linear", ("left", "right"), states="vision")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    """A world of one rank in this process; the environment is as before afterwards."""
-    before = dict(os.environ)
-    yield distributed.start()
-    distributed.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

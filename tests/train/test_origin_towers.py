@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +16,6 @@ from megamm.config import Recipe, to_dict
 from megamm.config.schema import Adapter
 from megamm.core.errors import ConfigError
 from megamm.core.files import write_json
-from megamm.engine import distributed
 from megamm.inference.load import run_config
 from megamm.models.build import build_model
 from megamm.tokenizers.text import TextTokenizer
@@ -26,18 +24,8 @@ from megamm.train.origin import Origin, find_origin
 from megamm.train.run_folder import RunFolder
 from tests.support.tiny_run import recipe, write_run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("world")]
 VISION = "model.vision_tower."
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    """A world of one rank in this process; the environment is as before afterwards."""
-    before = dict(os.environ)
-    yield distributed.start()
-    distributed.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
