@@ -31,7 +31,7 @@ from benchmarks.reference.emotions import GROUPS, grouped
 from benchmarks.results import Row, write
 from benchmarks.shared_tables import jsonl
 from megamm.config import load_recipe
-from megamm.core.files import read_json, write_json
+from megamm.core.files import digest_file, digest_text, read_json, write_json
 from megamm.core.types import Sample
 from megamm.data.samples.mapping import OWN_FORM, read_sample
 from megamm.data.shards.index import load_index
@@ -308,11 +308,21 @@ def measure(work: Path, *, quick: bool, num_seeds: int) -> list[Row]:
         quick: Pictures alone, a few steps.
         num_seeds: Draws of the labelled samples.
     """
+    _check_made_by(work)
     rows: list[Row] = []
     for medium in MEDIA[:1] if quick else MEDIA:
         experiment = Experiment(medium, prepare_set(medium, work), QUICK if quick else FULL)
         rows += medium_rows(experiment, range(num_seeds))
     return rows
+
+
+def _check_made_by(work: Path) -> None:
+    """Shards, runs and answers of other settings are no part of these rows; settings are this file and what makes shards."""
+    files = [Path(__file__), Path(__file__).with_name("prepare_shared_data.py"), *sorted(Path(__file__).parent.glob("shared_*.py"))]
+    made_by, digest = work / "made_by.json", digest_text("".join(map(digest_file, files)))
+    if made_by.is_file() and read_json(made_by)["digest"] != digest:
+        sys.exit(f"{work} was made by another version of this benchmark; remove it, or name another --work")
+    write_json(made_by, {"digest": digest})
 
 
 def medium_rows(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.checkpoint.manifest import MANIFEST, committed
-from megamm.config import load_recipe, load_resolved, to_dict
+from megamm.config import Recipe, load_recipe, load_resolved, to_dict
 from megamm.core.errors import ConfigError
 from megamm.core.files import canonical_json, digest_file, digest_text, read_json, write_json
 from megamm.data.shards.index import read_shard_facts
@@ -16,7 +16,8 @@ from megamm.evaluation.held_out import held_out_patterns, list_places
 from megamm.train.run_folder import RunFolder, differences
 
 # What a recipe says of a run without changing what is learnt.
-_BESIDE = ("description", "checkpoint.", "evaluation.", "preflight.", "telemetry.")
+# Where shards and a tokenizer lie says nothing of what they hold: shards are compared by their contents, a tokenizer is in the run.
+_BESIDE = ("description", "checkpoint.", "data.root", "evaluation.", "preflight.", "telemetry.", "tokenizer.folder")
 
 
 def check_run(run: Path, recipe: str, overrides: Sequence[str], source: Path | None = None) -> None:
@@ -33,7 +34,7 @@ def check_run(run: Path, recipe: str, overrides: Sequence[str], source: Path | N
         DataError: A shard is missing or damaged.
     """
     folder, asked, shards = RunFolder(run), load_recipe(recipe, overrides), run.with_name("trained_on.json")
-    digest = digest_of(_shards({name: rooted(one.shards, Path(asked.data.root)) for name, one in asked.data.train.items()}))
+    digest = digest_of(_training_shards(asked))
     if not folder.has_checkpoints():
         write_json(shards, {"digest": digest})
         return
@@ -46,6 +47,16 @@ def check_run(run: Path, recipe: str, overrides: Sequence[str], source: Path | N
         raise ConfigError(f"{run} learns from other shards than {asked.data.root} has now; {fix}")
     if source is not None and read_json(folder.origin)["digest"] != digest_file(newest_manifest(source)):
         raise ConfigError(f"{run} started from other weights than {source} has now; {fix}")
+
+
+def learned_digest(recipe: Recipe) -> str:
+    """Digest of all that a recipe's tokenizer is learned from and by.
+
+    Raises:
+        DataError: A shard is missing or damaged.
+    """
+    settings = {key: value for key, value in to_dict(recipe)["tokenizer"].items() if key != "folder"}
+    return digest_of([settings, _training_shards(recipe)])
 
 
 def newest_manifest(run: Path) -> Path:
@@ -73,6 +84,10 @@ def figures_digest(run: Path, words: Sequence[str] = ()) -> str:
     """
     shards = _shards(held_out_patterns(load_resolved(run / "config.json")))
     return digest_of([digest_file(newest_manifest(run)), shards, list(words)])
+
+
+def _training_shards(recipe: Recipe) -> dict[str, dict[str, str]]:
+    return _shards({name: rooted(one.shards, Path(recipe.data.root)) for name, one in recipe.data.train.items()})
 
 
 def _shards(patterns: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -19,8 +19,8 @@ FOLDS = ("fold1", "fold2", "fold3", "fold4", "fold5")
 SINGLE_SETS = ("mnist12k", "fsdd", "goemotions")
 SPEAKER_RECIPE, SOUNDS_RECIPE = "reference_speaker", "reference_sounds"
 SHOP = "online_retail"
-LONGEST_ANSWER = 1792
-"""Tokens that the model of all tasks may answer with: the outlines of a picture full of nuclei, and a question fits beside them."""
+_LONGEST_ANSWER = 7 / 8
+"""Share of the decoder's positions that an answer may take: the outlines of a picture full of nuclei, and a question fits beside them."""
 _FRAMES_A_TOKEN = 16
 """More than a sound has to a token."""
 ONE_TASK = {"data.schedule": [], "loss.task_weights": {}}
@@ -52,11 +52,19 @@ def main(setting: Setting) -> bool:
     make_shards(work, setting.data, sets_of(setting.load(setting.recipe)))
     if not work.train("main", ["pretrain", setting.recipe]):
         return False
-    work.evaluate("main", "--max-new-tokens", str(LONGEST_ANSWER))
-    if SHOP in sets_of(setting.load(setting.recipe)):
+    recipe = setting.load(setting.recipe)
+    longest = longest_answer(recipe)
+    work.evaluate("main", *(("--max-new-tokens", str(longest)) if longest else ()))
+    if SHOP in sets_of(recipe):
         shop = Shop.read(setting.data / SHOP)
         model_figures(work.run_folder("main"), work.shards / SHOP, shop, work.folder / "main" / "shop.json", share=work.quick)
     return True
+
+
+def longest_answer(recipe: Recipe) -> int | None:
+    """Tokens that the model of all tasks may answer with; None where the recipe does not say how many positions it has."""
+    num_positions = recipe.model.text.config.get("max_position_embeddings")
+    return None if num_positions is None else int(_LONGEST_ANSWER * num_positions)
 
 
 def speakers(setting: Setting) -> bool:

@@ -119,6 +119,10 @@ class Evaluated:
         """Answers of a set that the bound on their length cut off."""
         return sum(count for place, count in self.report.get("unfinished", {}).items() if place.partition("/")[0] in self._datasets(name))
 
+    def num_skipped(self, name: str) -> int:
+        """Samples of a set that could not be judged."""
+        return sum(one["dataset"] in self._datasets(name) for one in self.report.get("skipped", ()))
+
     def row(self, name: str, metric: str) -> dict[str, Any] | None:
         """The report's row of a set and a metric over all samples; None where there is none."""
         for row in self.report.get("rows", ()):
@@ -204,15 +208,16 @@ def _figure_row(evaluated: Evaluated, figure: Figure) -> Row:
         return Row(figure.row, NOT_RUN, "", figure.goal, None, _beside(figure.floor))
     value = found["value"] * figure.factor
     ends = [found[end] * figure.factor for end in ("low", "high") if found[end] is not None]
-    beside = _beside(figure.floor, ends, found["samples"], evaluated.unfinished(figure.set))
+    beside = _beside(figure.floor, ends, found["samples"], evaluated.unfinished(figure.set), evaluated.num_skipped(figure.set))
     return Row(figure.row, value, figure.unit, figure.goal, None, beside)
 
 
-def _beside(floor: str, ends: Sequence[float] = (), num_samples: int | None = None, num_unfinished: int = 0) -> str:
+def _beside(floor: str, ends: Sequence[float] = (), num_samples: int | None = None, num_unfinished: int = 0, num_skipped: int = 0) -> str:
     parts = [f"floor: {floor}"] if floor else []
     parts += [f"95 %: {ends[0]:.3g} to {ends[1]:.3g}"] if len(ends) == 2 else []
     parts += [f"{num_samples:,} samples"] if num_samples is not None else []
     parts += [f"{num_unfinished:,} answers cut off"] if num_unfinished else []
+    parts += [f"{num_skipped:,} samples skipped"] if num_skipped else []
     return "; ".join(parts)
 
 
@@ -227,8 +232,10 @@ def _cost_rows(setting: Setting) -> list[Row]:
         return [Row(size, NOT_RUN, "", goals[0]), Row(cost, NOT_RUN, "minutes", goals[1])]
     recipe = load_resolved(run / "config.json")
     step, tokens = _learnt(run)
-    minutes = setting.work.seconds("main") / 60
-    peer = f"{step:,} steps, {tokens:,} tokens, {_num_processes(run)} processes; wall time with starts"
+    seconds = setting.work.seconds("main")
+    minutes = NOT_RUN if seconds is None else seconds / 60
+    peer = f"{step:,} steps, {tokens:,} tokens, {_num_processes(run)} processes; "
+    peer += "trained elsewhere" if seconds is None else "wall time with starts"
     return [Row(size, recipe_parameters(recipe)["total"], "", goals[0]), Row(cost, minutes, "minutes", goals[1], None, peer)]
 
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reference.made_of import check_run, figures_digest
-from megamm.core.errors import MegaMMError
+from benchmarks.reference.made_of import check_run, figures_digest, learned_digest
+from megamm.config import load_recipe
+from megamm.core.errors import ConfigError, MegaMMError
 from megamm.core.files import read_json, write_json
 
 LAUNCHER = Path(__file__).parents[2] / "launchers" / "local.sh"
@@ -87,9 +88,18 @@ class Work:
             raise MegaMMError(f"`megamm {texts[0]}` ended with code {code}; its output above says why")
 
     def make_tokenizer(self, recipe: str) -> None:
-        """Make a recipe's tokenizer, once."""
-        if not (self.tokenizer(recipe) / _LAST_TOKENIZER_FILE).is_file():
+        """Make a recipe's tokenizer, once.
+
+        Raises:
+            ConfigError: It was learned by other settings or from other shards than the recipe has now.
+        """
+        folder, learned = self.tokenizer(recipe), self.tokenizer(recipe).with_suffix(".made_of.json")
+        digest = learned_digest(load_recipe(recipe, self.recipe_overrides(recipe)))
+        if not (folder / _LAST_TOKENIZER_FILE).is_file():
             self.run("tokenizer", recipe, *self.recipe_overrides(recipe))
+            write_json(learned, {"digest": digest})
+        elif not learned.is_file() or read_json(learned)["digest"] != digest:
+            raise ConfigError(f"{folder} was learned from other shards or by other settings; remove {folder} to make it anew")
 
     def train(self, name: str, command: Sequence[object], overrides: Sequence[str] = ()) -> bool:
         """Train a part's run, or go on with it.
@@ -125,13 +135,13 @@ class Work:
             self.run(*words, num_ranks=self.num_ranks)
         finally:
             # Also what was interrupted has cost its time.
-            write_json(self._seconds(name), {"seconds": self.seconds(name) + time.monotonic() - began})
+            write_json(self._seconds(name), {"seconds": (self.seconds(name) or 0.0) + time.monotonic() - began})
         return (run / "DONE").is_file()
 
-    def seconds(self, name: str) -> float:
-        """Wall time of a part's training, all commands together, with what starting them took."""
+    def seconds(self, name: str) -> float | None:
+        """Wall time of a part's training, all commands together, with what starting them took; None where none ran here."""
         path = self._seconds(name)
-        return read_json(path)["seconds"] if path.is_file() else 0.0
+        return read_json(path)["seconds"] if path.is_file() else None
 
     def _seconds(self, name: str) -> Path:
         return self.folder / name / "seconds.json"

@@ -257,8 +257,8 @@ class Augment:
         image_zoom: Largest change of scale: sizes are multiplied by 1 - zoom to 1 + zoom.
         image_rotate_degrees: Largest turn to either side.
         image_flip: Mirror half of the pictures left to right.
-        image_turns: Turn pictures by none, one, two or three quarters, each as likely; pictures that are not square by none or two. With
-            `image_flip` these are all symmetries of a square, or of a rectangle.
+        image_turns: Turn pictures by none, one, two or three quarters, each as likely; those whose grid of patches is not square by none or
+            two. With `image_flip` these are all symmetries of a square, or of a rectangle.
         image_brightness: Largest change of brightness, as a share.
         image_contrast: Largest change of contrast, as a share.
         image_saturation: Largest change of saturation, as a share.

@@ -24,7 +24,7 @@ from megamm.evaluation.pictures import shown, write_pictures
 from megamm.evaluation.progress import Progress
 from megamm.evaluation.ranks import Ranks
 from megamm.evaluation.records import Identity, Record, Result, SkippedSample
-from megamm.evaluation.report import LABEL, Report, check_output, make_report
+from megamm.evaluation.report import LABEL, Report, check_output, label_of, make_report
 from megamm.evaluation.robustness import change_rows, shown_media
 from megamm.inference.load import Loaded, load_model
 from megamm.inference.replies import check_beams
@@ -91,7 +91,7 @@ def evaluate(
     ranks = Ranks.join()
     _check_meeting(output, ranks)
     began = time.monotonic()
-    loaded = load_model(source, device=device)
+    loaded = load_model(ranks.one_checkpoint(source), device=device)
     max_new_tokens = max_new_tokens or min(_LONGEST_ANSWER, loaded.config.text_config.max_position_embeddings // 2)
     check_head(None if loaded.model.head is None else loaded.model.head.settings)
     patterns = dict(datasets) if datasets else held_out_patterns(loaded.recipe)
@@ -238,7 +238,7 @@ def _unmatched(tasks: Sequence[str], slices: Sequence[str], records: Sequence[Re
         *(
             f"no sample has the metadata field {name!r} of slices; the fields are {', '.join(fields) or 'none'}{did_you_mean(name, fields)}"
             for name in slices
-            if name not in (*fields, LABEL)
+            if name not in fields and not (name == LABEL and any(label_of(record) is not None for record in records))
         ),
     ]
 

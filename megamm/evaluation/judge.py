@@ -242,10 +242,11 @@ class Judge:
                     raise DataError(f"item {part.data['id']!r} cannot be recommended: the model's tokenizer knows no items")
                 items.row_of(part.data["id"])
 
-    def _check(self, num_asked: int, num_more: int, what: str) -> None:
+    def _check(self, num_asked: int, num_more: int = 0, what: str = "") -> None:
         limit = self._loaded.config.text_config.max_position_embeddings
         if num_asked + num_more > limit:
-            raise DataError(f"the question takes {num_asked} tokens and {what} {num_more}; the decoder has {limit} positions")
+            more = f" and {what} {num_more}" if num_more else ""
+            raise DataError(f"what is asked takes {num_asked} tokens{more}; the decoder has {limit} positions")
 
 
 def _answered(questions: Sequence[_Question], said: Sequence[Reply]) -> Iterator[Result]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megamm.core.env import rank_info
+from megamm.inference.load import CHECKPOINTS, newest_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,20 @@ class Ranks:
         from megamm.engine.distributed import broadcast_json
 
         return broadcast_json(value)
+
+    def one_checkpoint(self, source: Path) -> Path:
+        """What all ranks load of a source: a run that still trains may commit between one rank's look for the newest and another's.
+
+        Raises:
+            CheckpointError: The run has no good checkpoint (on every rank).
+        """
+        if self.size == 1 or not (source / CHECKPOINTS).is_dir():
+            return source
+        from megamm.engine.distributed import fail_together
+
+        with fail_together():
+            newest = str(newest_checkpoint(source)) if self.is_main else ""
+        return Path(self.first(newest))
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -152,8 +153,9 @@ class Report:
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file of that name is a picture of an evaluation (`megamm.evaluation.pictures`)."""
-    return name.endswith(".png") and name.startswith(PICTURE_KINDS)
+    """Whether a file of that name is a picture of an evaluation (`megamm.evaluation.pictures`), or what a killed one left of it."""
+    is_temporary = name.startswith(".") and name.endswith(".tmp")
+    return name.removeprefix(".").startswith(PICTURE_KINDS) and (name.endswith(".png") or is_temporary)
 
 
 def check_output(folder: Path) -> None:
@@ -273,12 +275,12 @@ def _slices(group: Sequence[Record], names: Sequence[str]) -> Iterator[tuple[str
     """Name of a slice and which samples are in it, int64[n]; samples without the field are in none."""
     yield ALL, np.arange(len(group))
     for name in names:
-        values = _sliced([record.metadata.get(name, _label_of(record) if name == LABEL else None) for record in group])
+        values = _sliced([record.metadata.get(name, label_of(record) if name == LABEL else None) for record in group])
         for value in sorted({value for value in values if value is not None}):
             yield f"{name}={value}", np.array([index for index, one in enumerate(values) if one == value])
 
 
-def _label_of(record: Record) -> str | None:
+def label_of(record: Record) -> str | None:
     """The one label of a reference; None of other answers."""
     label = TASKS[record.task].label if isinstance(record, Answered) else None
     return None if label is None else label(TASKS[record.task].parse(record.reference))
@@ -286,14 +288,23 @@ def _label_of(record: Record) -> str | None:
 
 def _sliced(values: Sequence[Any]) -> list[str | None]:
     """The name of each value's slice: itself, or of many different measurements the quarter of them that it is in."""
-    numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if not any(isinstance(value, float) for value in values) or len(set(numbers)) <= _MOST_NUMBERS:
+    numbers = np.array([float(value) if _is_measured(value) else math.nan for value in values])
+    finite_ones = numbers[np.isfinite(numbers)]
+    if not any(isinstance(value, float) for value in values) or len(set(finite_ones.tolist())) <= _MOST_NUMBERS:
         return [None if value is None else str(value) for value in values]
-    edges = np.quantile(numbers, [0, 0.25, 0.5, 0.75, 1])
-    quarters = [f"{low:.4g} to {high:.4g}" for low, high in pairwise(edges)]
-    place = np.searchsorted(edges[1:-1], numbers, side="right")
-    left = iter(place.tolist())
-    return [quarters[next(left)] if isinstance(value, int | float) and not isinstance(value, bool) else None for value in values]
+    edges = np.quantile(finite_ones, [0, 0.25, 0.5, 0.75, 1])
+    # As many digits as tell the quarters apart.
+    digits = next((digits for digits in range(4, 17) if len({f"{edge:.{digits}g}" for edge in edges}) == len(set(edges.tolist()))), 17)
+    quarters = [f"{low:.{digits}g} to {high:.{digits}g}" for low, high in pairwise(edges)]
+    places = np.searchsorted(edges[1:-1], numbers, side="right").tolist()
+    return [
+        quarters[place] if math.isfinite(number) else None if value is None else str(value)
+        for value, number, place in zip(values, numbers.tolist(), places, strict=True)
+    ]
+
+
+def _is_measured(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

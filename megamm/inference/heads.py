@@ -90,9 +90,9 @@ def answers(loaded: Loaded, questions: Sequence[TokenSequence]) -> list[Reply]:
     views = [one.images[0].view if one.images else None for one in questions]
     if not questions:
         return []
+    typed = [_typed(head.settings, said) for said in head.decode(logits, views)]
     # What is made of logits, such as the likeliest character, may not show that they are no numbers.
     is_finite = [all(bool(values[row].isfinite().all()) for values in logits.values()) for row in range(len(questions))]
-    typed = [_typed(head.settings, said) for said in head.decode(logits, views)]
     return [replace(reply, is_finite=known) for reply, known in zip(typed, is_finite, strict=True)]
 
 

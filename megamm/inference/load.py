@@ -27,7 +27,7 @@ from megamm.tokenizers.text import TextTokenizer
 from megamm.tokenizers.vocabulary import CONTROL_NAMES, Vocabulary
 
 _log = get_logger("inference")
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
 _FIX = "name a run folder, one of its checkpoints or a folder that `megamm export` wrote"
 
 TRAINED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -88,7 +88,7 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         CheckpointError: The run has none.
     """
-    folder = run / _CHECKPOINTS
+    folder = run / CHECKPOINTS
     problems = []
     for _, path in reversed(committed(folder)):
         try:
@@ -106,7 +106,7 @@ def newest_checkpoint(run: Path) -> Path:
 def is_checkpoint(source: Path) -> bool:
     """Whether a folder is a checkpoint, or should be one by its place, whatever became of it."""
     is_other = (source / "config.json").is_file()
-    return not is_other and ((source / MANIFEST).is_file() or source.resolve().parent.name == _CHECKPOINTS)
+    return not is_other and ((source / MANIFEST).is_file() or source.resolve().parent.name == CHECKPOINTS)
 
 
 def run_config(recipe: Recipe, vocabulary: Vocabulary) -> MegaMMConfig:
@@ -148,8 +148,8 @@ def _from_checkpoint(source: Path, dtype: torch.dtype | None) -> Loaded:
     # Also of `latest`, which leads to one.
     checkpoint = source.resolve()
     run = checkpoint.parent.parent
-    if checkpoint.parent.name != _CHECKPOINTS or not (run / "config.json").is_file():
-        raise ConfigError(f"{source} lies outside its run, which holds the recipe and the tokenizer; put it back into RUN/{_CHECKPOINTS}")
+    if checkpoint.parent.name != CHECKPOINTS or not (run / "config.json").is_file():
+        raise ConfigError(f"{source} lies outside its run, which holds the recipe and the tokenizer; put it back into RUN/{CHECKPOINTS}")
     verify(checkpoint)
     return _from_run(run, dtype, checkpoint)
 

@@ -139,6 +139,8 @@ def _question(loaded: Loaded, place: Place, sample: Sample, max_new_tokens: int)
     alone = replace(sample, messages=messages)
     if loaded.model.head is not None:
         return _Question(place, alone, answer, heads.question(loaded, alone))
+    if sample.task in TASKS and not {"text", "label"} & set(TASKS[sample.task].kinds):
+        raise DataError(f"answers of {sample.task} are {' or '.join(TASKS[sample.task].kinds)}, and no labels")
     prompt = make_prompt(loaded, messages, sample.media)
     limit = loaded.config.text_config.max_position_embeddings
     if len(prompt.input_ids) + max_new_tokens > limit:
@@ -154,6 +156,8 @@ def _answered(loaded: Loaded, questions: Sequence[_Question], max_new_tokens: in
     else:
         said = _of_tokens(loaded, questions, max_new_tokens)
     for question, (label, confidence, reason) in zip(questions, said, strict=True):
+        if not math.isfinite(confidence):
+            label, confidence, reason = "", 0.0, "the model gives no finite score; its weights or activations overflow"
         place, sample = question.place, question.sample
         is_right = _agrees(sample.task, label, question.answer) if label else None
         yield Labelled(

@@ -66,7 +66,7 @@ def pseudo_label(
     """
     _check(threshold, batch_size=batch_size, max_new_tokens=max_new_tokens)
     ranks = Ranks.join()
-    loaded = load_model(source, device=device)
+    loaded = load_model(ranks.one_checkpoint(source), device=device)
     check_asked(loaded)
     places = list_places({pattern: pattern for pattern in patterns})
     originals, job = Originals.of(places), Job(output, Splitting(default=split))

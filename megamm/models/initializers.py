@@ -24,11 +24,19 @@ _POSITION_STD = 0.3
 def initializers(model: MegaMMForConditionalGeneration) -> Iterator[tuple[str, nn.Parameter, Callable[[torch.Tensor], object]]]:
     """What is initialised otherwise than its class would: names, parameters, and what writes into the whole float32 parameter.
 
-    In a `qwen3_asr_encoder` convolutions keep the variance (He et al. 2015), and what they lead to keeps it as well. In a SigLIP 2 tower
-    layers add little to what they are given (De and Smith 2020), and positions show beside the patches. Everything else stays, towers of
-    other classes included.
+    In a `qwen3_asr_encoder` convolutions keep the variance (He et al. 2015), and what they lead to keeps it as well. In a SigLIP tower, of
+    the first kind or the second, layers add little to what they are given (De and Smith 2020), and positions show beside the patches.
+    Everything else stays, towers of other classes included.
     """
+    towers = {"vision": ("siglip_vision_model", "siglip2_vision_model"), "audio": ("qwen3_asr_encoder",)}
+    known = tuple(
+        f"model.{name}_tower."
+        for name, types in towers.items()
+        if getattr(getattr(model.config, f"{name}_config"), "model_type", "") in types
+    )
     for name, parameter in model.named_parameters():
+        if not name.startswith(known):
+            continue
         if name.startswith("model.audio_tower.conv2d") and name.endswith(".weight"):
             yield name, parameter, lambda whole: nn.init.kaiming_normal_(whole, nonlinearity="relu")
         elif name == "model.audio_tower.conv_out.weight":

@@ -172,6 +172,8 @@ def row_layout(
             raise ConfigError("samples without answers do not say their task; name it with --task")
         columns = {field: filling for field, filling in columns.items() if field not in (*_ANSWER, "mask_label")}
     if "document" in columns:
+        if answers == "drop":
+            raise ConfigError("a document is all answer, so --answers drop would leave nothing of it; leave that out, or map no document")
         if others := sorted(columns.keys() & {*_QUESTION, *_ANSWER, "system"}):
             raise ConfigError(f"a document stands alone, and {', '.join(others)} are filled as well; map their columns to metadata")
         task = task or "text"

@@ -241,7 +241,7 @@ def _replaced_towers(folder: Path, recipe: Recipe) -> tuple[str, ...]:
             "keeps none of its own; leave it out, or set adapter.train_base=true"
         )
     for name in replaced:
-        _log.info("the %s tower starts from %s, all else from %s", name, named[name], folder)
+        _log.warning("the %s tower starts from %s, all else from %s", name, named[name], folder)
     return replaced
 
 
@@ -278,7 +278,7 @@ def _is_same_head(model: nn.Module, shapes: Mapping[str, Sequence[int]], folder:
     if theirs != _head_shapes(own):
         other.append("form")
     if other:
-        _log.info("the head of %s has another %s than the recipe's, which begins anew", folder, other[0])
+        _log.warning("the head of %s has another %s than the recipe's, which begins anew", folder, other[0])
     return not other
 
 

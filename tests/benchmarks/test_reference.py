@@ -21,7 +21,7 @@ from benchmarks.reference import work as work_module
 from benchmarks.reference.__main__ import main
 from benchmarks.reference.emotions import GROUPS, grouped, grouped_macro_f1
 from benchmarks.reference.made_of import check_run, newest_manifest
-from benchmarks.reference.parts import LONGEST_ANSWER, ONE_TASK, Setting, only, room, tables, token_shares, toml
+from benchmarks.reference.parts import ONE_TASK, Setting, longest_answer, only, room, tables, token_shares, toml
 from benchmarks.reference.shop import Customer, Shop, baselines, figures
 from benchmarks.reference.work import Work
 from benchmarks.results import Row
@@ -37,7 +37,7 @@ from tests.support.shards import as_files, chat, flac, jpeg, text_document, writ
 DATA = os.environ.get("MEGAMM_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="MEGAMM_DATA is not set, so there is no real data to train on")
 SPLITS = (("train", "train"), ("held_out", "test"))
-SETS = ("mnist12k", "fsdd", "bccd_320", "goemotions", "online_retail", "tiny_shakespeare")
+SETS = ("mnist12k", "fsdd", "bccd_320", "nuclei256", "goemotions", "online_retail", "tiny_shakespeare")
 
 
 def small_recipe(path: Path, sets: tuple[str, ...] = SETS) -> Path:
@@ -207,8 +207,9 @@ def test_the_longest_answer_of_the_nuclei_fits(tmp_path):
 
     one = tokens(2) - tokens(1)
     prompt = tokens(1) - one
-    assert 1000 < most * one <= LONGEST_ANSWER
-    assert prompt + LONGEST_ANSWER <= recipe.model.text.config["max_position_embeddings"]
+    longest = longest_answer(recipe)
+    assert longest is not None and 1000 < most * one <= longest
+    assert prompt + longest <= recipe.model.text.config["max_position_embeddings"]
 
 
 def write_shard(path: Path, text: str) -> None:
@@ -275,6 +276,34 @@ def test_a_report_is_kept_for_the_same_weights_shards_and_options_alone(tmp_path
     assert [after for word, after in pairwise(commands[-1]) if word == "--max-new-tokens"] == ["1792", "4"]
 
 
+def test_a_tokenizer_of_other_shards_or_settings_is_refused(tmp_path, monkeypatch):
+    work = Work(tmp_path)
+    recipe = small_recipe(tmp_path / "small.toml", ("mnist12k",))
+    for split in ("train", "test"):
+        write_shard(work.shards / "mnist12k" / f"{split}-0.tar", split)
+    commands = []
+
+    def learn(self, *words, num_ranks=1):
+        commands.append(words)
+        write_json(self.tokenizer(str(recipe)) / "vocabulary.json", {})
+
+    monkeypatch.setattr(Work, "run", learn)
+    work.make_tokenizer(str(recipe))
+    work.make_tokenizer(str(recipe))
+    assert len(commands) == 1
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("text_size = ", "text_size = 1"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="was learned from other shards or by other settings; remove"):
+        work.make_tokenizer(str(recipe))
+    recipe.write_text(text, encoding="utf-8")
+    write_shard(work.shards / "mnist12k" / "test-0.tar", "what is held out teaches no piece")
+    work.make_tokenizer(str(recipe))
+    write_shard(work.shards / "mnist12k" / "train-0.tar", "another")
+    with pytest.raises(ConfigError, match="was learned from other shards"):
+        work.make_tokenizer(str(recipe))
+    assert len(commands) == 1
+
+
 def test_training_is_timed_over_all_commands_and_what_fails_as_well(tmp_path, monkeypatch):
     clock = iter([0.0, 0.0, 40.0, 100.0, 100.0, 102.0])
     monkeypatch.setattr(work_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -285,7 +314,9 @@ def test_training_is_timed_over_all_commands_and_what_fails_as_well(tmp_path, mo
 
     monkeypatch.setattr(Work, "run", train)
     work = Work(tmp_path)
-    write_shard(work.shards / "mine" / "train-00000.tar", "train")
+    # The recipe's own, which its tokenizer is learned from, and what it trains on here.
+    for name in ("digits", "words", "text", "mine"):
+        write_shard(work.shards / name / "train-00000.tar", "train")
     for seconds in (40.0, 42.0):
         with pytest.raises(MegaMMError, match="no space left"):
             work.train("main", ["pretrain", "tiny"], tables({"data.train": {"mine": {"shards": "mine/train-*.tar"}}}))

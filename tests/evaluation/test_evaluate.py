@@ -427,10 +427,11 @@ def test_an_exported_folder_with_other_weights_is_another_model(tmp_path):
 
 
 def test_tasks_and_slices_that_match_nothing_are_named(run, datasets):
-    report = evaluate(run, datasets={"texts": datasets["texts"]}, tasks=["text", "detection"], slices=["voice"], **SETTINGS)
+    report = evaluate(run, datasets={"texts": datasets["texts"]}, tasks=["text", "detection"], slices=["voice", "label"], **SETTINGS)
     assert report.unmatched == (
         "no sample of task 'detection' could be evaluated; the tasks of the samples are text",
         "no sample has the metadata field 'voice' of slices; the fields are none",
+        "no sample has the metadata field 'label' of slices; the fields are none",
     )
     assert all(words in report.to_markdown() for words in report.unmatched)
 
@@ -457,3 +458,19 @@ def test_slices_are_labels_values_or_quarters_of_measurements():
     assert [name for name in found if name.startswith("voice")] == ["voice=0", "voice=1", "voice=2"]
     assert sorted(size for name, (size, _) in found.items() if name.startswith("loudness")) == [10, 10, 10, 10]
     assert "loudness=0 to 1.393" in found
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ([1.7e9 + number for number in range(40)], [10, 10, 10, 10]),
+        ([*(number / 7 for number in range(40)), "unknown", "unknown"], [2, 10, 10, 10, 10]),
+        ([*(number / 7 for number in range(40)), math.nan], [1, 10, 10, 10, 10]),
+        ([*([0.5] * 30), *(number / 7 for number in range(10, 20))], [10, 30]),
+    ],
+    ids=["alike in four digits", "beside words", "one is none", "most are the same"],
+)
+def test_each_measurement_is_in_one_slice(values, sizes):
+    records = [answered("digits", number, f"d{number}", "a", "a", at=value) for number, value in enumerate(values)]
+    report = make_report(records, [], source="here", step=1, settings={}, slices=["at"])
+    assert sorted(row.samples for row in report.rows if row.metric == "accuracy" and row.slice) == sizes

@@ -156,6 +156,24 @@ def test_several_labels_stand_in_the_order_of_the_head(tmp_path):
         assert answer.text == ", ".join(label for label in head.labels if {one.label: one.score for one in answer.labels}[label] >= 0.5)
 
 
+@pytest.mark.parametrize("head", [None, Head("linear", ("one", "two"))], ids=["tokens", "head"])
+def test_what_is_longer_than_the_decoder_is_skipped_with_its_length(tmp_path, head):
+    write = write_run(tmp_path / "run", head=head)
+    limit = write.config.text_config.max_position_embeddings
+    long, short = "1 + 2 = 3, " * limit, "how many?"
+    samples = {
+        name: as_files(asked("question_answering", [said(text)], [said("two")])) for name, text in (("long", long), ("short", short))
+    }
+    if head is None:
+        samples |= {
+            f"{name} text": as_files({"task": "text", "messages": [{"role": "assistant", "content": [said(text)]}]})
+            for name, text in (("long", long), ("short", short))
+        }
+    found = {result.key: getattr(result, "reason", "") for result in results(write, tmp_path, samples)}
+    assert {key for key, reason in found.items() if reason} == {key for key in samples if key.startswith("long")}
+    assert all(f"the decoder has {limit} positions" in found[key] for key in found if key.startswith("long"))
+
+
 def test_weights_that_overflow_give_no_answers(loaded, tmp_path):
     broken = random_model(tmp_path / "broken", pieces=loaded.tokenizer)
     with torch.no_grad():

@@ -60,6 +60,7 @@ def test_what_there_is_to_draw_is_drawn(tmp_path, places):
     folder = tmp_path / "report"
     report.write(folder)
     (folder / "samples-old.png").write_bytes(b"of an earlier report")
+    (folder / ".samples-x-detection.png.77.tmp").write_bytes(b"of one that was killed")
     check_output(folder)
     written = write_pictures(report, folder, samples(chosen))
     names = {
@@ -67,7 +68,8 @@ def test_what_there_is_to_draw_is_drawn(tmp_path, places):
         "confusion-x-classification.png",
         *(f"precision-x-{task}.png" for task in ("detection", "segmentation")),
     }
-    assert {path.name for path in written} == {path.name for path in folder.glob("*.png")} == names
+    assert {path.name for path in written} == names
+    assert {path.name for path in folder.iterdir()} == names | {"report.json", "report.md", "predictions.jsonl"}
     check_output(folder)
     for path in written:
         with Image.open(io.BytesIO(path.read_bytes())) as picture:

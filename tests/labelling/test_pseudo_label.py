@@ -203,6 +203,23 @@ def test_several_labels_are_as_likely_as_all_yeses_and_noes_together():
     assert _of_head(Reply("joy", labels=labels), False) == ("joy", 0.9, "")
 
 
+def test_weights_that_overflow_label_nothing(data, tmp_path):
+    loaded = write_run(tmp_path / "run", head=Head("linear", LABELS, states="vision"))
+    with torch.no_grad():
+        loaded.model.head.kind.classify.weight.fill_(torch.nan)
+    said = list(ask(loaded, read_samples(list_places({"x": str(data / "x-*.tar")}))))
+    pictures = [one for one in said if one.key.startswith("p")]
+    assert pictures and {(one.label, one.confidence, one.reason.partition(";")[0]) for one in pictures} == {
+        ("", 0.0, "the model gives no finite score")
+    }
+
+
+def test_a_task_whose_answers_are_no_words_is_not_labelled(tmp_path):
+    write_index(write_tar(tmp_path / "x-0.tar", {"a": as_files({**unanswered(ASK), "task": "detection"})}))
+    (said,) = ask(random_model(tmp_path), read_samples(list_places({"x": str(tmp_path / "x-*.tar")})))
+    assert said.reason == "answers of detection are boxes, and no labels"
+
+
 def test_answers_in_tokens_are_as_likely_as_all_of_their_tokens_and_the_end(data, tmp_path):
     loaded = random_model(tmp_path)
     encoder = SampleEncoder(loaded.tokenizer, loaded.media)

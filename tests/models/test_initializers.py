@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +90,14 @@ def test_pictures_differ_by_what_they_show_and_where(models):
     (stock, stock_place), (ours, our_place) = (shares(seen(model)) for model in models)
     print(f"\nbetween pictures: {stock:.4f}, {ours:.4f}; between places: {stock_place:.4f}, {our_place:.4f}")
     assert ours > 2 * stock and our_place > 10 * stock_place
+
+
+def test_only_the_towers_that_are_named_begin_otherwise(models):
+    _, ours = models
+    config = copy.deepcopy(ours.config)
+    config.vision_config.model_type = "clip_vision_model"
+    found = {name.split(".")[1] for name, _, _ in initializers(SimpleNamespace(config=config, named_parameters=ours.named_parameters))}
+    assert found == {"audio_tower"}
 
 
 def test_the_same_seed_begins_the_same_and_only_the_towers_change(models):

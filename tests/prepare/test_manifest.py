@@ -180,6 +180,8 @@ def test_samples_without_answers_need_none_and_keep_none(root):
     assert [reason for _, _, reason in omitted(root / "out")] == ["column label is not used"]
     with pytest.raises(ConfigError, match="samples without answers do not say their task; name it with --task"):
         prepare(root, table, answers="drop")
+    with pytest.raises(ConfigError, match="a document is all answer"):
+        prepare(root, write_csv(root / "b.csv", ["text"], ["a"]), ("text", "document"), answers="drop", task="text")
 
 
 def test_rows_that_are_no_samples_are_named(root):
@@ -264,7 +266,7 @@ def test_absolute_paths_need_the_root(root):
         ({"map": (("image", "metadata"),), "task": "sentiment"}, ConfigError, "no column of .* is asked about"),
         ({"prompt": "What is {that}?"}, ConfigError, r"--prompt holds \{that\}, and .* its columns are image, label"),
         ({"root": "absent"}, ConfigError, "the input .*absent does not exist"),
-        ({"prompts": "x"}, ConfigError, "the source manifest takes no prompts; it takes map, columns, task, prompt, root, input"),
+        ({"prompts": "x"}, ConfigError, "the source manifest takes no prompts; it takes map, columns, task, prompt, answers, root, input"),
         ({"input": "absent.csv"}, ConfigError, r"the input .*absent\.csv does not exist"),
         ({"input": "."}, ConfigError, "is a folder, wanted is a file"),
         ({"input": "0.jpg"}, ConfigError, r"0\.jpg ends in \.jpg; name a \.csv, \.tsv or \.jsonl file"),

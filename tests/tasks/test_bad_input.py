@@ -115,6 +115,12 @@ def test_each_bad_sample_is_left_out_with_its_reason_and_good_ones_stay(tmp_path
     good = {
         "good": asked("recommendation", [PICTURE], [{"type": "item", "id": "cup"}], _0_jpg=JPEG),
         "a face": asked("sentiment", [PICTURE], said("joy"), _0_jpg=JPEG),
+        "a word beside boxes": asked("detection", [PICTURE], [*boxes([0, 0, 4, 4]), *said("one")], _0_jpg=JPEG),
+        "a text with a picture": (
+            as_files(
+                {"task": "text", "messages": [{"role": "assistant", "content": [PICTURE, {"type": "text", "text": "a"}]}]}, _0_jpg=JPEG
+            )
+        ),
         "a voice": asked("sentiment", [SOUND], said("joy, relief"), _0_flac=flac(9000)),
     }
     found = reasons(tmp_path, {**{name: files for name, (files, _) in BAD.items()}, **good}, with_items)

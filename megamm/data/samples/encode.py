@@ -139,8 +139,10 @@ class SampleEncoder:
         """The messages that are laid out in tokens, and the answer that a head gives to them (nothing without a head)."""
         if self.rules.head is not None:
             return question_and_answer(self.rules.head, sample)
-        if sample.task in TASKS and sample.messages[-1].role == "assistant":
-            TASKS[sample.task].check_answer(sample.messages[-1].content)
+        if sample.task in TASKS and sample.messages[-1].role == "assistant" and not template.is_document(sample.messages):
+            task, parts = TASKS[sample.task], sample.messages[-1].content
+            # Other parts may stand beside those that the task asks for: a sentence beside boxes can be learnt, if not judged.
+            task.check_answer([part for part in parts if part.type in task.kinds] or parts)
         return sample.messages, ()
 
     def _laid_out(self, messages: Sequence[Message], **lengths: Any) -> tuple[np.ndarray, np.ndarray]:

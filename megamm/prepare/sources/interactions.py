@@ -238,7 +238,11 @@ SOURCE = Source(
             "WHAT",
         ),
         Option(
-            "max_answer", "most items of a basket that is asked for, drawn; those of --hold-out stay whole (default all)", count, None, "N"
+            "max_answer",
+            "most items of a basket that is asked for, drawn; those of --hold-out stay whole, those of --test-share do not (default all)",
+            count,
+            None,
+            "N",
         ),
         Option("items", "table with the columns item and text, which describes items", Path, None, "FILE"),
         Option(
