@@ -68,9 +68,11 @@ def _name(recipe: str) -> str:
 def _command(arguments: argparse.Namespace) -> str:
     """What makes the table again: all options that change it and are not as they are by themselves."""
     words = ["python", "-m", "benchmarks.reference", *(["--quick"] if arguments.quick else [])]
-    # A table of some parts goes by what the work folder holds of all.
+    # A table of some parts goes by what the work folder holds of all; one that keeps rows of others is made anew by all parts alone.
     given = {"recipe": arguments.recipe, "work": str(arguments.work), "ranks": str(arguments.ranks), "parts": ",".join(arguments.parts)}
     usual = _parse([])
+    if arguments.keep:
+        del given["parts"]
     plain = {"recipe": usual.recipe, "work": str(usual.work), "ranks": str(usual.ranks), "parts": ",".join(usual.parts)}
     return " ".join([*words, *(word for name, value in given.items() if value != plain[name] for word in (f"--{name}", value))])
 

@@ -185,8 +185,8 @@ def _known_task(loaded: Loaded, name: str, ranking: Ranking) -> Task:
         raise ConfigError(f"task {name!r} is not known; the tasks are {', '.join(TASKS)}")
     if name == "text":
         raise ConfigError("task 'text' continues documents and answers nothing; use `megamm generate`")
-    if name != recommendation.TASK.name and (ranking.num_beams is not None or ranking.leaves_out_known):
-        raise ConfigError(f"task {name!r} ranks no items, so that there is nothing to search with beams or to exclude; drop these options")
+    if name != recommendation.TASK.name and ranking != Ranking():
+        raise ConfigError(f"task {name!r} ranks no items, so that there is nothing to show, search, count or exclude; drop these options")
     if loaded.model.head is not None:
         _check_head(loaded.model.head.settings, TASKS[name])
     return TASKS[name]

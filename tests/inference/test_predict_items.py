@@ -128,7 +128,7 @@ def test_what_cannot_be_recommended_is_named(root):
         asked = predict(loaded, "recommendation", [Question(baskets=(("cup",), ("htas",)))], ranking=Ranking(shows_texts=shows_texts))
         with pytest.raises(DataError, match=f"item 'htas' is not among the tokenizer's {len(loaded.tokenizer.items)} items"):
             list(asked)
-    for ranking in (Ranking(num_beams=10), Ranking(leaves_out_known=True)):
+    for ranking in (Ranking(num_beams=10), Ranking(leaves_out_known=True), Ranking(num_items=3), Ranking(shows_texts=False)):
         with pytest.raises(ConfigError, match=re.escape("task 'captioning' ranks no items")):
             list(predict(loaded, "captioning", [Question(baskets=(("cup",),))], ranking=ranking))
 
