@@ -466,7 +466,7 @@ def test_slices_are_labels_values_or_quarters_of_measurements():
         ([1.7e9 + number for number in range(40)], [10, 10, 10, 10]),
         ([*(number / 7 for number in range(40)), "unknown", "unknown"], [2, 10, 10, 10, 10]),
         ([*(number / 7 for number in range(40)), math.nan], [1, 10, 10, 10, 10]),
-        ([*([0.5] * 30), *(number / 7 for number in range(10, 20))], [10, 30]),
+        ([*([0.5] * 60), *(number / 7 for number in range(10, 30))], [20, 60]),
     ],
     ids=["alike in four digits", "beside words", "one is none", "most are the same"],
 )
