@@ -55,6 +55,7 @@ class Job:
             "SLURM_SUBMIT_DIR": str(self.folder),
             "SLURM_JOB_ID": "77",
             "SLURM_JOB_NODELIST": "node0",
+            "SLURM_JOB_NUM_NODES": "1",
             **variables,
         }
         words = [str(CHECKOUT / "slurm" / "evaluate.sh"), "runs/a"]

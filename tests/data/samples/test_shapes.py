@@ -45,7 +45,8 @@ def encoder(tmp_path_factory):
 
 def sample(part, **media):
     messages = (Message("user", (Part("image", member="0.png"),)), Message("assistant", (part,)))
-    return Sample("k", "detection", messages, {"0.png": jpeg(WIDTH, HEIGHT, format="PNG"), **media})
+    task = "detection" if part.type == "boxes" else "segmentation"
+    return Sample("k", task, messages, {"0.png": jpeg(WIDTH, HEIGHT, format="PNG"), **media})
 
 
 def boxes(*found):
