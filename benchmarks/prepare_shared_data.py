@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from PIL import Image, ImageOps
 
 from benchmarks.shared_emoji import noto_emoji48, noto_emoji48_edits, noto_emoji48_faces, noto_emoji48_pictures
 from benchmarks.shared_pairs import digit_matching, digit_sums
@@ -41,6 +42,9 @@ from benchmarks.shared_tables import (
 )
 from megamm.data.shards.index import load_index
 
+_FEW_DIGITS = 50
+"""Of each kind, where a task is to have few samples."""
+
 
 def mnist12k(data: Path, scratch: Path) -> Iterator[Command]:
     """Handwritten digits, split as given."""
@@ -50,6 +54,20 @@ def mnist12k(data: Path, scratch: Path) -> Iterator[Command]:
         for name, digit in pictures
     ]
     yield "manifest", jsonl(scratch / "digits.jsonl", rows), "--prompt", "Which digit is this?"
+
+
+def mnist12k_on_paper(data: Path, scratch: Path) -> Iterator[Command]:
+    """Fifty handwritten digits of each kind to learn from, dark on light and named in words, and all test digits so."""
+    rows = []
+    for split, pictures in digit_pictures(data, scratch).items():
+        num_left = dict.fromkeys(range(10), _FEW_DIGITS if split == "train" else len(pictures))
+        for name, digit in pictures:
+            if num_left[digit]:
+                num_left[digit] -= 1
+                with Image.open(scratch / name) as picture:
+                    ImageOps.invert(picture).save(scratch / name)
+                rows.append({"image": name, "label": DIGITS[digit], "split": split, "key": name.removesuffix(".png")})
+    yield "manifest", jsonl(scratch / "digits.jsonl", rows), "--prompt", "Name the number in a word."
 
 
 def fsdd(data: Path, scratch: Path) -> Iterator[Command]:
@@ -256,6 +274,7 @@ SETS: dict[str, tuple[str, Callable[[Path, Path], Iterator[Command]]]] = {
     make.__name__: (folder, make)
     for folder, make in (
         ("mnist12k", mnist12k),
+        ("mnist12k", mnist12k_on_paper),
         ("fsdd", fsdd),
         ("fsdd", fsdd_speakers),
         ("mnist12k", digit_matching),
