@@ -1,8 +1,9 @@
 """One base, tuned to a task that it has not seen, by every method: `python -m benchmarks.tuning [--quick]`.
 
-With `MEGAMM_DATA` naming the folder of real data, the base learns to read handwritten digits (mnist12k), and is tuned to name digits in words that stand dark on light, of which it gets fifty each (mnist12k_on_paper). All methods take the same samples in the
-same order, for the same number of steps, through the ordinary commands on two ranks of ZeRO-3; only the learning rate is each method's own.
-Quality is that of the answers to the whole test split. A quick run takes the quick start's digits and texts in their place, and one method.
+With `MEGAMM_DATA` naming the folder of real data, the base learns to read handwritten digits (mnist12k), and is tuned to name digits in
+words that stand dark on light, of which it gets fifty each (mnist12k_on_paper). All methods take the same samples in the same order, for
+the same number of steps, through the ordinary commands on two ranks of ZeRO-3; only the learning rate is each method's own. Quality is
+that of the answers to the whole test split. A quick run takes the quick start's digits and texts in their place, and one method.
 """
 
 from __future__ import annotations
