@@ -301,17 +301,16 @@ def _single_rows(setting: Setting) -> Iterator[Row]:
     for what, name, row_of in ways:
         folder = setting.work.report(f"single-{name}").parent
         row, shared = row_of(Evaluated(folder)), row_of(main)
-        trained = "" if isinstance(row.value, str) else f"; {_trained(setting.work, name)}"
-        beside = f"model of all tasks: {shared.value if isinstance(shared.value, str) else f'{shared.value:.4g}'}{trained}"
-        yield Row(what, row.value, "", "", None, beside)
+        # Where the model of all tasks lies in another work folder, its own row says how well it does.
+        beside = [] if isinstance(shared.value, str) else [f"model of all tasks: {shared.value:.4g}"]
+        beside += [] if isinstance(row.value, str) else [_trained(setting, name)]
+        yield Row(what, row.value, "", "", None, "; ".join(beside))
 
 
-def _trained(work: Work, name: str) -> str:
-    """What a model of one task learnt from, beside all that the model of all tasks did."""
-    step, tokens = _learnt(work.run_folder(f"single-{name}"))
-    _, all_tokens = _learnt(work.run_folder("main"))
-    share = f" ({tokens / all_tokens:.1%} of all tasks')" if all_tokens else ""
-    return f"{step:,} steps, {tokens:,} tokens{share}"
+def _trained(setting: Setting, name: str) -> str:
+    """What a model of one task learnt from, beside what the model of all tasks takes."""
+    step, tokens = _learnt(setting.work.run_folder(f"single-{name}"))
+    return f"{step:,} steps ({step / setting.load(setting.recipe).train.steps:.1%} of the model of all tasks), {tokens:,} tokens"
 
 
 def _learnt(run: Path) -> tuple[int, int]:

@@ -151,9 +151,9 @@ def _cut(text: str, width: int) -> str:
 
 
 def _precisions(group: Sequence[Answered], classes: Sequence[ClassPrecision], name: str) -> bytes:
-    """Curves of a task whose answers have scores: places, or labels of a head; nothing for others."""
+    """Curves of a task whose answers have scores: places, labels of a head, or classes named in tokens; nothing for others."""
     if not classes:
-        return _label_precisions(group, name) if any(one.answer.labels for one in group) else b""
+        return _label_precisions(group, name) if any(_label_scores(one) for one in group) else b""
     curves = [Curve(f"{one.label}  (AP50 {one.ap50:.3f}, n = {one.num_references})", RECALLS, one.precisions) for one in classes]
     return precision_chart(curves, name, what=" at an IoU of 0.5")
 
@@ -161,8 +161,17 @@ def _precisions(group: Sequence[Answered], classes: Sequence[ClassPrecision], na
 def _label_precisions(group: Sequence[Answered], name: str) -> bytes:
     wanted = [TASKS[one.task].parse(one.reference) for one in group]
     labels = [{one} if isinstance(one, str) else frozenset(one) for one in wanted]
-    found = label_precisions([{label.label: label.score for label in one.answer.labels} for one in group], labels)
+    found = label_precisions([_label_scores(one) for one in group], labels)
     curves = [
         Curve(f"{one.label}  (AP {one.average_precision:.3f}, n = {one.num_references})", one.recalls, one.precisions) for one in found
     ]
     return precision_chart(curves, name, what="")
+
+
+def _label_scores(record: Answered) -> dict[str, float]:
+    """Label -> score: all labels of a head; of an answer in tokens the classes that it names, each as likely as the answer."""
+    task, answer = TASKS[record.task], record.answer
+    if answer.labels or answer.probability is None or task.classes is None:
+        return {one.label: one.score for one in answer.labels}
+    named = task.parse(answer)
+    return dict.fromkeys([named] if isinstance(named, str) else named, answer.probability)

@@ -39,6 +39,8 @@ class Reply:
         is_finished: False where it was cut off.
         is_finite: False where the model gave a token no finite probability, because its weights or activations overflow.
         labels: Every label that a head chose among with its score, the likeliest first; empty where tokens answered.
+        probability: That the model chooses exactly these tokens, one after another, whatever follows them; None where the answer is
+            not text alone, or was not chosen token by token.
     """
 
     text: str = ""
@@ -49,6 +51,7 @@ class Reply:
     is_finished: bool = True
     labels: tuple[LabelScore, ...] = ()
     is_finite: bool = True
+    probability: float | None = None
 
     @property
     def has_finite_scores(self) -> bool:
@@ -61,13 +64,15 @@ class Reply:
         lists = {name: [one.to_json() for one in getattr(self, name)] for name in _LISTS}
         counts = {"num_malformed": self.num_malformed} if self.num_malformed else {}
         ending = {} if self.is_finished else {"is_finished": False}
-        return {"text": self.text} | {name: value for name, value in lists.items() if value} | counts | ending
+        sureness = {} if self.probability is None else {"probability": self.probability}
+        return {"text": self.text} | {name: value for name, value in lists.items() if value} | counts | ending | sureness
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Reply:
         """Read what `to_json` wrote."""
         lists = {name: tuple(kind.from_json(one) for one in value.get(name, ())) for name, kind in _LISTS.items()}
-        return cls(value["text"], **lists, num_malformed=value.get("num_malformed", 0), is_finished=value.get("is_finished", True))
+        ending = {"is_finished": value.get("is_finished", True), "probability": value.get("probability")}
+        return cls(value["text"], **lists, num_malformed=value.get("num_malformed", 0), **ending)
 
 
 _LISTS = {"boxes": Box, "instances": Instance, "items": RankedItem, "labels": LabelScore}
@@ -131,7 +136,9 @@ def read_reply(
     covering = [instance for instance in instances if sum(instance.counts[1::2])]
     num_malformed += len(boxes) - len(whole) + len(instances) - len(covering)
     is_finite = all(map(math.isfinite, chances))
-    return Reply("".join(texts), tuple(whole), tuple(covering), tuple(items), num_malformed, is_finished, is_finite=is_finite)
+    found = (tuple(whole), tuple(covering), tuple(items))
+    probability = math.prod(chances) if probabilities and is_finite and not any(found) else None
+    return Reply("".join(texts), *found, num_malformed, is_finished, is_finite=is_finite, probability=probability)
 
 
 def _items(ids: Sequence[int], chances: Sequence[float], tokenizer: TextTokenizer) -> tuple[list[RankedItem], int]:

@@ -110,6 +110,25 @@ def test_each_class_of_places_and_of_label_sets_has_figures():
     assert report.to_dict()["precisions"]["x/detection"][0]["label"] == "cell"
 
 
+def test_classes_named_in_tokens_have_curves_where_the_answer_has_a_probability(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("megamm.evaluation.pictures.precision_chart", lambda curves, name, *, what: drawn.append((name, curves)) or b"png")
+    answers = (("a", "a", 0.9), ("a", "b", 0.6), ("b", "b", 0.7), ("b", "a", 0.2))
+    one_of_many = [
+        record("classification", number, Reply(wanted), Reply(given, probability=sureness))
+        for number, (wanted, given, sureness) in enumerate(answers)
+    ]
+    several = [record("sentiment", 9, Reply("joy, fear"), Reply("joy, anger", probability=0.5))]
+    without_classes = [record("captioning", 10, Reply("a"), Reply("a", probability=0.5))]
+    report = make_report([*one_of_many, *several, *without_classes], [], source="here", step=1, settings={})
+    write_pictures(report, tmp_path, [])
+    assert [name for name, _ in drawn] == ["x/classification", "x/sentiment"]
+    first, second = ([(curve.legend, curve.recalls, curve.precisions) for curve in curves] for _, curves in drawn)
+    # From the least sure sample on: of "a" 0.9 is one, 0.2 is none, and the samples that do not name it include its other one.
+    assert first[0] == ("a  (AP 0.750, n = 2)", (1.0, 0.5, 0.5, 0.0), (0.5, 0.5, 1.0, 1.0))
+    assert [name for name, *_ in second] == ["fear  (AP 1.000, n = 1)", "joy  (AP 1.000, n = 1)"]
+
+
 def test_labels_may_hold_any_characters(tmp_path):
     names = ("$5", "a$b$\\frac", "c")
     records = [record("classification", number, Reply(name), Reply(name)) for number, name in enumerate(names)]

@@ -120,3 +120,16 @@ def test_items_come_back_with_how_likely_they_were(with_items):
         text = with_items.encode("and")
         found = read_reply([*wrong, *text, *ids], with_items)
         assert ([item.id for item in found.items], found.num_malformed, found.text) == (["lamp", "cup"], 1, "and")
+
+
+def test_an_answer_in_words_has_the_probability_of_its_tokens(tokenizer):
+    ids = tokenizer.encode("one two")
+    chances = [0.5] * len(ids)
+    reply = read_reply(ids, tokenizer, probabilities=chances)
+    assert reply.probability == 0.5 ** len(ids)
+    assert Reply.from_json(reply.to_json()) == reply
+    assert read_reply(ids, tokenizer).probability is None
+    assert read_reply(ids, tokenizer, probabilities=[float("nan")] * len(ids)).probability is None
+    shapes = [seen_box(box["label"], box["xyxy"], VIEW) for box in BOXES.data["boxes"]]
+    boxed = answer_ids([BOXES], [shapes], tokenizer)
+    assert read_reply(boxed, tokenizer, VIEW, probabilities=[0.5] * len(boxed)).probability is None
