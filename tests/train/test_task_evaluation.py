@@ -201,7 +201,7 @@ def test_answers_are_those_of_an_evaluation_of_the_checkpoint(asked, leg):
 
 def without_scores(value: dict[str, Any]) -> dict[str, Any]:
     """Probabilities and likelihoods are rounded otherwise in other batches."""
-    value = {**value, "answer": {**value.get("answer", {}), "labels": []}}
+    value = {**value, "answer": {**value.get("answer", {}), "labels": [], "probability": None}}
     return {name: round(content, 2) if name == "nats" else content for name, content in value.items()}
 
 
