@@ -49,7 +49,7 @@ PICTURE_HEADS: Mapping[str, PictureHead] = {
         "nuclei256",
         {"kind": "segmenter", "labels": ["nucleus"], "num_layers": 3, "hidden_size": 64, "lr_scale": 2.0},
         {"image_flip": True, "image_turns": True, "image_crop": 0.4, "image_brightness": 0.2, "image_contrast": 0.2},
-        steps=600,
+        steps=1100,
     ),
 }
 """Name of the part -> its head."""
