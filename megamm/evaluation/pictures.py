@@ -153,15 +153,18 @@ def _cut(text: str, width: int) -> str:
 def _precisions(group: Sequence[Answered], classes: Sequence[ClassPrecision], name: str) -> bytes:
     """Curves of a task whose answers have scores: places, labels of a head, or classes named in tokens; nothing for others."""
     if not classes:
-        return _label_precisions(group, name) if any(_label_scores(one) for one in group) else b""
+        return _label_precisions(group, name)
     curves = [Curve(f"{one.label}  (AP50 {one.ap50:.3f}, n = {one.num_references})", RECALLS, one.precisions) for one in classes]
     return precision_chart(curves, name, what=" at an IoU of 0.5")
 
 
 def _label_precisions(group: Sequence[Answered], name: str) -> bytes:
+    scores = [_label_scores(one) for one in group]
+    if not any(scores):
+        return b""
     wanted = [TASKS[one.task].parse(one.reference) for one in group]
     labels = [{one} if isinstance(one, str) else frozenset(one) for one in wanted]
-    found = label_precisions([_label_scores(one) for one in group], labels)
+    found = label_precisions(scores, labels)
     curves = [
         Curve(f"{one.label}  (AP {one.average_precision:.3f}, n = {one.num_references})", one.recalls, one.precisions) for one in found
     ]

@@ -71,8 +71,8 @@ class Reply:
     def from_json(cls, value: Mapping[str, Any]) -> Reply:
         """Read what `to_json` wrote."""
         lists = {name: tuple(kind.from_json(one) for one in value.get(name, ())) for name, kind in _LISTS.items()}
-        ending = {"is_finished": value.get("is_finished", True), "probability": value.get("probability")}
-        return cls(value["text"], **lists, num_malformed=value.get("num_malformed", 0), **ending)
+        plain = {"num_malformed": 0, "is_finished": True, "probability": None}
+        return cls(value["text"], **lists, **{name: value.get(name, usual) for name, usual in plain.items()})
 
 
 _LISTS = {"boxes": Box, "instances": Instance, "items": RankedItem, "labels": LabelScore}

@@ -118,7 +118,10 @@ def test_classes_named_in_tokens_have_curves_where_the_answer_has_a_probability(
         record("classification", number, Reply(wanted), Reply(given, probability=sureness))
         for number, (wanted, given, sureness) in enumerate(answers)
     ]
-    several = [record("sentiment", 9, Reply("joy, fear"), Reply("joy, anger", probability=0.5))]
+    several = [
+        record("sentiment", 8, Reply("joy, fear"), Reply("joy, anger", probability=0.5)),
+        record("sentiment", 9, Reply("anger"), Reply("joy", probability=0.9)),
+    ]
     without_classes = [record("captioning", 10, Reply("a"), Reply("a", probability=0.5))]
     report = make_report([*one_of_many, *several, *without_classes], [], source="here", step=1, settings={})
     write_pictures(report, tmp_path, [])
@@ -126,7 +129,8 @@ def test_classes_named_in_tokens_have_curves_where_the_answer_has_a_probability(
     first, second = ([(curve.legend, curve.recalls, curve.precisions) for curve in curves] for _, curves in drawn)
     # From the least sure sample on: of "a" 0.9 is one, 0.2 is none, and the samples that do not name it include its other one.
     assert first[0] == ("a  (AP 0.750, n = 2)", (1.0, 0.5, 0.5, 0.0), (0.5, 0.5, 1.0, 1.0))
-    assert [name for name, *_ in second] == ["fear  (AP 1.000, n = 1)", "joy  (AP 1.000, n = 1)"]
+    # Anger and joy are each named where they are not; joy more surely than where it is.
+    assert [name for name, *_ in second] == ["anger  (AP 0.500, n = 1)", "fear  (AP 0.500, n = 1)", "joy  (AP 0.500, n = 1)"]
 
 
 def test_labels_may_hold_any_characters(tmp_path):
