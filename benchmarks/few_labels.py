@@ -2,7 +2,7 @@
 
     MEGAMM_DATA=… python -m benchmarks.few_labels [--quick] [--seeds N] [--work DIR]
 
-Every way has the same number of optimizer steps in all, of batches of the same size: what a way spends on filling in hidden cells, on
+Every way has the same number of optimizer steps in all, of rows of the same capacity: what a way spends on filling in hidden cells, on
 next tokens or on a teacher it has less for the answers. Pictures are handwritten digits, sounds spoken ones, texts comments in one of
 four groups of emotions; the labelled samples are drawn by a keyed hash, another ten of each class for each seed, and all of the training
 split is there without its labels. The test split is the data's own (of
@@ -238,12 +238,16 @@ class Experiment:
         return self.train("hidden", self.budget.hidden, [f'all={{shards="{medium.unlabelled}"}}'], head=head)
 
     def labelled(self, seed: int) -> str:
-        """The dataset of a seed's labelled samples."""
+        """The dataset of a seed's labelled samples; `rest` is then there as well."""
         name = f"few-{seed}"
         path = self.folder / f"{name}-00000.tar"
         if not path.is_file():
-            write_few(sorted(self.folder.glob("train-*.tar")), path, seed)
+            write_few(sorted(self.folder.glob("train-*.tar")), path, self.rest(seed), seed)
         return f'labelled={{shards="{name}-*.tar",augment={self.medium.augment}}}'
+
+    def rest(self, seed: int) -> Path:
+        """The shard of the training samples that a seed leaves without their labels."""
+        return self.folder / f"rest-{seed}-00000.tar"
 
     def way(self, way: str, seed: int) -> tuple[str, Path | None]:
         """Train one way. Returns the run, and the folder of its pseudo-labels."""
@@ -258,7 +262,7 @@ class Experiment:
         if not (given / "pseudo-labels.json").is_file():
             # What a short run's teacher is sure of is nothing; its way is walked all the same.
             threshold = THRESHOLD if budget is FULL else 0.01
-            pseudo_label(self.folder / "runs" / teacher, [str(self.folder / "train-*.tar")], given, threshold=threshold)
+            pseudo_label(self.folder / "runs" / teacher, [str(self.rest(seed))], given, threshold=threshold)
         datasets = [labelled, f'given={{shards="{given.name}/train-*.tar",weight=3.0,augment={self.medium.augment}}}']
         return self.train(name, left - budget.teacher, datasets, head=head, source=start), given
 
@@ -345,7 +349,7 @@ def medium_rows(experiment: Experiment, seeds: Sequence[int]) -> Iterator[Row]:
                 yield Row(f"{name}: {way}, kept, draw {seed}", share, "of the unlabelled", peer=f"{kept}; all: {report['accuracy']:.3f}")
     for way in WAYS[1:]:
         gain = (by_way[way] - by_way["labels alone"]).mean(0)
-        yield Row(f"{name}: {way} - labels alone", float(gain.mean()), "accuracy", goal="> 0", peer=_interval(gain))
+        yield Row(f"{name}: {way} - labels alone", float(gain.mean()), "accuracy", peer=_interval(gain))
 
 
 def prepare_set(medium: Medium, work: Path) -> Path:
@@ -362,8 +366,8 @@ def prepare_set(medium: Medium, work: Path) -> Path:
     return folder
 
 
-def write_few(tars: Sequence[Path], path: Path, seed: int) -> None:
-    """Copy the first samples of each class in an order that the seed and their keys decide."""
+def write_few(tars: Sequence[Path], few: Path, rest: Path, seed: int) -> None:
+    """Copy the first samples of each class, in an order that the seed and their keys decide, to `few`, and all others to `rest`."""
     found: dict[str, list[tuple[int, str, dict[str, bytes]]]] = defaultdict(list)
     with closing(LocalReader()) as reader:
         for tar in tars:
@@ -372,10 +376,12 @@ def write_few(tars: Sequence[Path], path: Path, seed: int) -> None:
                 key = shard.index.key(number)
                 answer = answer_of(read_sample(shard, number, OWN_FORM, media=False))
                 found[answer].append((xxhash.xxh3_64_intdigest(key.encode(), seed), key, shard.sample(number)))
-    chosen = [one for of_class in found.values() for one in sorted(of_class, key=lambda one: one[:2])[:NUM_A_CLASS]]
-    with ShardFile(path) as file:
-        for _, key, files in sorted(chosen, key=lambda one: one[:2]):
-            file.add(key, files)
+    ordered = [sorted(of_class, key=lambda one: one[:2]) for of_class in found.values()]
+    # The few last: that they are there says that both are.
+    for path, part in ((rest, slice(NUM_A_CLASS, None)), (few, slice(NUM_A_CLASS))):
+        with ShardFile(path) as file:
+            for _, key, files in sorted((one for of_class in ordered for one in of_class[part]), key=lambda one: one[:2]):
+                file.add(key, files)
 
 
 def test_samples(tars: Sequence[Path], num_wanted: int) -> Iterator[Sample]:

@@ -190,8 +190,8 @@ def _costs(method: Method, run: Path, start_mib: float, seconds: float) -> list[
         Row(f"{method.name}: trained parameters", float(num_trained), peer=f"of {sum(size for _, size in sizes):,}"),
         Row(f"{method.name}: memory a rank", peak_mib, "MiB", peer="peak resident, above a rank without a model"),
         Row(f"{method.name}: state a rank", state_bytes / NUM_RANKS / _MIB, "MiB", peer="weights, masters, gradients, moments"),
-        measured(f"{method.name}: step", step_seconds, "s", peer=f"learning rate {method.lr:g}"),
-        Row(f"{method.name}: training", seconds, "s", peer=f"{len(steps)} steps, start and end of the command included"),
+        measured(f"{method.name}: step", step_seconds, "s", peer=f"wall, median; learning rate {method.lr:g}"),
+        Row(f"{method.name}: training", seconds, "s", peer=f"wall, {len(steps)} steps, start and end of the command included"),
         Row(f"{method.name}: checkpoint", sum(one.num_bytes for one in manifest.files.values()) / _MIB, "MiB"),
     ]
 

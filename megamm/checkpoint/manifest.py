@@ -276,6 +276,8 @@ def check_base(base: Base) -> None:
         CheckpointError: They are missing, damaged, or others than those.
     """
     path = Path(base.path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}, whose weights this checkpoint stands on, is not there; put it back, or train from another start")
     try:
         if (path / MANIFEST).is_file():
             verify(path)

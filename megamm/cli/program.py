@@ -86,6 +86,7 @@ def parse(words: Sequence[str]) -> tuple[Command, Arguments]:
     parser = _Parser(prog="megamm", description="Train vision-audio-language models at scale.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"megamm {__version__}")
     groups: dict[tuple[str, ...], Any] = {(): parser.add_subparsers(metavar="COMMAND", required=True)}
+    parsers: dict[tuple[str, ...], _Parser] = {}
     for command in COMMANDS:
         *group, name = command.words
         if tuple(group) not in groups:
@@ -98,8 +99,12 @@ def parse(words: Sequence[str]) -> tuple[Command, Arguments]:
             command.arguments(one)
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         one.set_defaults(command=command)
+        parsers[command.words] = one
     arguments, rest = parser.parse_known_args(words)
     command = arguments.command
+    if rest and not (command.takes_overrides or command.takes_words):
+        # Files behind options: an argument of any number has taken none of them by then.
+        arguments, rest = parsers[command.words].parse_known_intermixed_args(words[len(command.words) :])
     if rest and not (command.takes_overrides or command.takes_words):
         raise ConfigError(f"{rest[0]!r} is not an argument of `megamm {' '.join(command.words)}`; see its --help")
     if command.takes_overrides:

@@ -111,7 +111,7 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-items", type=count, default=10, help="items of a recommendation (default: 10)")
     parser.add_argument("--exclude-known", action="store_true", help="recommend none of --items")
     _beams_argument(parser)
-    drawn = "draw boxes and instances over pictures, and write maps of instances, as PNG"
+    drawn = "draw boxes and instances over pictures (of a head's those of a score of 0.5 or more), and write maps of instances, as PNG"
     parser.add_argument("--draw", type=Path, default=None, metavar="DIR", help=drawn)
     parser.add_argument("--batch-size", type=count, default=16)
     parser.add_argument("--max-new-tokens", type=count, default=512, help="bound on an answer (default: 512)")
@@ -119,6 +119,7 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def predict(arguments: Arguments) -> None:
     from megamm.inference import predict
+    from megamm.inference.drawing import least_drawn
     from megamm.inference.load import load_model
 
     found = (tuple(filter(None, words.split(","))) for words in arguments.items.split(";"))
@@ -126,11 +127,12 @@ def predict(arguments: Arguments) -> None:
     ranking = predict.Ranking(arguments.num_items, arguments.num_beams, arguments.show == "text", arguments.exclude_known)
     sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens, "ranking": ranking}
     loaded = load_model(arguments.source)
+    drawing = {"limits": loaded.media.limits, "least_score": least_drawn(loaded.model.head and loaded.model.head.settings), "colours": {}}
     for number, prediction in enumerate(predict.predict(loaded, arguments.task, questions, **sizes)):
         print(predict.line(prediction), flush=True)
         if arguments.draw is not None and prediction.question.files:
             path = arguments.draw / f"{number:04}-{prediction.question.files[0].stem}.png"
-            predict.draw(prediction, path, limits=loaded.media.limits)
+            predict.draw(prediction, path, **drawing)
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,20 +37,23 @@ class Box:
         label: What it holds.
         xyxy: Left, top, right, bottom in source pixels.
         score: Confidence in [0, 1]; 1 for a reference.
+        is_crowd: Of a reference: it lies around many objects, and what is found in it is neither right nor wrong.
     """
 
     label: str
     xyxy: tuple[float, float, float, float]
     score: float = 1.0
+    is_crowd: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"label": self.label, "xyxy": list(self.xyxy), "score": self.score}
+        crowd = {"is_crowd": True} if self.is_crowd else {}
+        return {"label": self.label, "xyxy": list(self.xyxy), "score": self.score} | crowd
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Box:
         """Read what `to_json` wrote."""
-        return cls(value["label"], tuple(value["xyxy"]), value["score"])
+        return cls(value["label"], tuple(value["xyxy"]), value["score"], value.get("is_crowd", False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a table in Markdown; numbers as `aligned` writes them."""
+    """Lines of a table in Markdown; numbers as `aligned` writes them, texts on one line."""
     return [
         f"| {' | '.join(header)} |",
         f"|{'|'.join('---:' if is_number else '---' for is_number in _are_numbers(header, rows))}|",
-        *(f"| {' | '.join(_text(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
+        *(f"| {' | '.join(' '.join(_text(cell).split()).replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
     ]
 
 

@@ -15,11 +15,13 @@ from megamm.metrics.classes import Confusion
 MAX_CLASSES = 40
 """More of them are not legible."""
 _PANELS_A_ROW = 3
+_LEGENDS_A_COLUMN = 20
+_DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Precision over recall of one class, both float[n], and what the legend says of it."""
+    """Precision over recall of one class, both float[n], from the highest recall down, and what the legend says of it."""
 
     legend: str
     recalls: Sequence[float]
@@ -30,11 +32,16 @@ def precision_chart(curves: Sequence[Curve], name: str, *, what: str) -> bytes:
     """Precision-recall curves as PNG; `what` says what counts as found."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.5), dpi=120, layout="constrained")
-    for one in curves[:MAX_CLASSES]:
-        axes.plot(one.recalls, one.precisions, label=one.legend, linewidth=1.6)
+    shown = curves[:MAX_CLASSES]
+    num_columns = -(-len(shown) // _LEGENDS_A_COLUMN)
+    figure, axes = pyplot.subplots(figsize=(5.5 + 3.0 * num_columns, 4.5), dpi=120, layout="constrained")
+    for number, one in enumerate(shown):
+        # Ten colours in a round: what would share one differs in its dashes.
+        dashes = _DASHES[number // 10 % len(_DASHES)]
+        # Steps, whose area is the average precision: a line to the next point would promise what no threshold gives.
+        axes.plot(one.recalls, one.precisions, label=one.legend, linewidth=1.6, linestyle=dashes, drawstyle="steps-post")
     axes.set(xlabel=f"recall{what}", ylabel="precision", title=name, xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, ncols=num_columns)
     axes.grid(alpha=0.3)
     return _png(figure)
 

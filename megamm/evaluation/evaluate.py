@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from megamm.evaluation.ranks import Ranks
 from megamm.evaluation.records import Identity, Record, Result, SkippedSample
 from megamm.evaluation.report import LABEL, Report, check_output, label_of, make_report
 from megamm.evaluation.robustness import change_rows, shown_media
+from megamm.inference.drawing import least_drawn
 from megamm.inference.load import Loaded, load_model
 from megamm.inference.replies import check_beams
 from megamm.metrics.libraries import library
@@ -82,7 +84,7 @@ def evaluate(
         ConfigError: No such source, task or change, fewer beams than items are looked at, a head that answers nothing, no sample to
             evaluate, an output folder that holds other files, or several ranks without one.
         CheckpointError: The run has no good checkpoint.
-        DataError: Shards are missing, or changed since they were indexed.
+        DataError: Shards are missing, or changed since they were indexed; or another evaluation writes into `output`.
         MegaMMError: A library that judges answers is not installed.
     """
     _check(tasks, max_samples=max_samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
@@ -107,23 +109,28 @@ def evaluate(
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": loaded.device.type,
     }
-    start = 0
-    if output is not None:
-        start = ranks.first(progress.begin(output, _identity(loaded, places, settings)) if ranks.is_main else None)
-    judged = partial(judge, loaded, tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens, num_beams=num_beams)
-    found = _Evaluation(read, judged, ranks, output, start).results(places, chosen)
-    report = None
-    # What rank 0 does alone may take longer than ranks wait for each other; it clears away what all have read by now.
-    ranks.wait()
-    ranks.leave()
-    if ranks.is_main:
+    with ExitStack() as held:
+        start = 0
+        if output is not None:
+            with ranks.fail_together():
+                if ranks.is_main:
+                    held.enter_context(progress.alone(output))
+            start = ranks.first(progress.begin(output, _identity(loaded, places, settings)) if ranks.is_main else None)
+        judged = partial(judge, loaded, tasks=tasks, batch_size=batch_size, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        found = _Evaluation(read, judged, ranks, output, start).results(places, chosen)
+        # What rank 0 does alone may take longer than ranks wait for each other; it clears away what all have read by now.
+        ranks.wait()
+        ranks.leave()
+        if not ranks.is_main:
+            return None
         settings |= {"batch_size": batch_size, "num_ranks": ranks.size, "seconds": round(time.monotonic() - began, 3)}
         report = _report(found, len(places), tasks, slices, chosen, loaded, settings)
         if output is not None:
             report.write(output)
-            write_pictures(report, output, read(shown(report, places)), limits=loaded.media.limits)
+            least_score = least_drawn(loaded.model.head and loaded.model.head.settings)
+            write_pictures(report, output, read(shown(report, places)), limits=loaded.media.limits, least_score=least_score)
             progress.end(output)
-    return report
+        return report
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,15 @@ def _report(
             f"none of {num_places} held-out samples could be evaluated ({len(skipped)} skipped, the rest of other tasks than "
             f"{', '.join(sorted(tasks or TASKS))}); name other tasks or shards"
         )
-    unmatched = _unmatched(tasks, slices, records)
+    robustness = change_rows(results, changes)
+    unmatched = [
+        *_unmatched(tasks, slices, records),
+        *(
+            f"no sample has {change.medium} that {change.name} could change, or none with figures"
+            for change in changes
+            if all(row.change != change.name for row in robustness)
+        ),
+    ]
     for words in unmatched:
         _log.warning("%s", words)
     return make_report(
@@ -221,7 +236,7 @@ def _report(
         settings=settings,
         slices=slices,
         unmatched=unmatched,
-        robustness=change_rows(results, changes),
+        robustness=robustness,
     )
 
 

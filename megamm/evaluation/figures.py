@@ -65,8 +65,8 @@ def interval_of(figure: Figure, chosen: np.ndarray) -> tuple[float | None, float
         return None, None
     try:
         found = interval(lambda drawn: figure.statistic(chosen[drawn]), len(chosen), num_resamples=figure.num_resamples)
-    except DataError:
-        # Undefined in every resample.
+    except (DataError, OverflowError):
+        # Undefined in every resample, or beyond any number in one.
         return None, None
     return finite(found.low), finite(found.high)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,7 @@ from megamm.inference.item_trie import ItemTrie
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import Prompt, make_prompt
 from megamm.inference.score import token_losses
-from megamm.tasks import TASKS, recommendation, template
+from megamm.tasks import TASKS, detection, recommendation, template
 from megamm.tasks.reply import Reply, stored_reply
 
 WAYS = ("answer", "rank", "score", "ask_head")
@@ -153,6 +153,7 @@ class Judge:
             self._check(len(sequence.input_ids))
             return "score", _Document(place, sample, sequence)
         messages, parts = template.split_answer(sample.messages)
+        TASKS[sample.task].check_question(messages)
         self._check_kinds(sample.task, parts)
         prompt = make_prompt(self._loaded, messages, sample.media)
         reference = self._reference(sample, parts, prompt.images)
@@ -227,6 +228,8 @@ class Judge:
         views = [image.view for image in images]
         check_boxes(parts, views)
         reference = stored_reply(parts, read_masks(parts, sample.media, views, self._loaded.media))
+        if sample.task == detection.TASK.name:
+            reference = replace(reference, boxes=(*reference.boxes, *detection.crowds_of(sample.metadata)))
         # A picture may have no box and no instance, which `parse` gives as an empty tuple.
         if TASKS[sample.task].parse(reference) in ("", frozenset()):
             raise DataError("the stored answer is blank or names nothing, so nothing can be compared with it")

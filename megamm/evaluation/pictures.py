@@ -16,7 +16,7 @@ from megamm.evaluation.charts import MAX_CLASSES, Curve, confusion_chart, precis
 from megamm.evaluation.held_out import Place
 from megamm.evaluation.records import Answered, SkippedSample
 from megamm.evaluation.report import Report, is_picture
-from megamm.inference.drawing import draw_reply
+from megamm.inference.drawing import Colour, draw_reply
 from megamm.metrics.coco import RECALLS, ClassPrecision
 from megamm.metrics.label_precisions import label_precisions
 from megamm.tasks import TASKS
@@ -28,10 +28,16 @@ _NUM_COLUMNS = 6
 _SIDE = 192
 _CAPTION = 44
 _NUM_ITEMS = 3
+_BLACK, _GREEN, _RED = (0, 0, 0), (0, 110, 60), (190, 40, 0)
 
 
 def write_pictures(
-    report: Report, folder: Path, samples: Iterable[tuple[Place, Sample | SkippedSample]], *, limits: Limits = DEFAULT_LIMITS
+    report: Report,
+    folder: Path,
+    samples: Iterable[tuple[Place, Sample | SkippedSample]],
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    least_score: float = 0.0,
 ) -> list[Path]:
     """Draw what there is to draw beside a report; a task without figures has no curves.
 
@@ -40,6 +46,7 @@ def write_pictures(
         folder: Of the report.
         samples: The samples that `shown` names, with their media.
         limits: Of the recipe: what is too large to be drawn.
+        least_score: Of the boxes and instances that are drawn.
 
     Returns:
         The files, each whole or not at all. Without matplotlib the contact sheets alone, and a warning.
@@ -48,7 +55,7 @@ def write_pictures(
         if is_picture(path.name):
             path.unlink()
     written = []
-    for name, picture in _pictures(report, samples, limits):
+    for name, picture in _pictures(report, samples, limits, least_score):
         path = folder / f"{name.replace('/', '-')}.png"
         with atomic_file(path) as file:
             file.write(picture)
@@ -77,12 +84,14 @@ def _spread(group: Sequence[Answered]) -> list[Answered]:
     return [group[index * len(group) // count] for index in range(count)]
 
 
-def _pictures(report: Report, samples: Iterable[tuple[Place, Sample | SkippedSample]], limits: Limits) -> Iterator[tuple[str, bytes]]:
+def _pictures(
+    report: Report, samples: Iterable[tuple[Place, Sample | SkippedSample]], limits: Limits, least_score: float
+) -> Iterator[tuple[str, bytes]]:
     known = {place.identity: picture for place, sample in samples if (picture := picture_of(sample, limits)) is not None}
     for name, group in _groups(report).items():
         if cells := [(one, known[one.identity]) for one in _spread(group) if one.identity in known]:
             file = io.BytesIO()
-            contact_sheet(cells).save(file, "PNG")
+            contact_sheet(cells, least_score=least_score).save(file, "PNG")
             yield f"samples-{name}", file.getvalue()
     try:
         import matplotlib
@@ -116,33 +125,45 @@ def picture_of(sample: Sample | SkippedSample | None, limits: Limits) -> Any:
         return None
 
 
-def contact_sheet(cells: Sequence[tuple[Answered, Any]]) -> Any:
-    """A grid of answers and their pictures as `PIL.Image`, where there are places what was asked for beside what was answered."""
+def contact_sheet(cells: Sequence[tuple[Answered, Any]], *, least_score: float = 0.0) -> Any:
+    """A grid of answers and their pictures as `PIL.Image`, where there are places what was asked for beside what was answered.
+
+    Args:
+        cells: Records and pictures.
+        least_score: Of the boxes and instances that are drawn and counted.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     has_places = any(record.reference.boxes or record.reference.instances for record, _ in cells)
     width, rows = _SIDE * (2 if has_places else 1), -(-len(cells) // _NUM_COLUMNS)
     sheet = Image.new("RGB", (width * min(_NUM_COLUMNS, len(cells)), (_SIDE + _CAPTION) * rows), (255, 255, 255))
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    # One colour a label in all of the sheet.
+    colours: dict[str, Colour] = {}
     for number, (record, picture) in enumerate(cells):
         left, top = number % _NUM_COLUMNS * width, number // _NUM_COLUMNS * (_SIDE + _CAPTION)
-        replies = [record.reference, record.answer] if has_places else [Reply()]
+        answer = record.answer.surer_than(least_score)
+        replies = [record.reference, answer] if has_places else [Reply()]
         for place, reply in enumerate(replies):
-            sheet.paste(draw_reply(picture, reply, longest_side=_SIDE - 8), (left + place * _SIDE + 4, top + 4))
-        wanted, given = (words_of(record, reply) for reply in (record.reference, record.answer))
-        canvas.text((left + 4, top + _SIDE), _cut(f"is: {wanted}", width), fill=(0, 0, 0), font=font)
-        colour = (0, 110, 60) if wanted == given else (190, 40, 0)
+            drawn = draw_reply(picture, reply, longest_side=_SIDE - 8, colours=colours)
+            sheet.paste(drawn, (left + place * _SIDE + 4, top + 4))
+        wanted, given = (words_of(record, reply) for reply in (record.reference, answer))
+        canvas.text((left + 4, top + _SIDE), _cut(f"is: {wanted}", width), fill=_BLACK, font=font)
+        # As many places may be other places, so that counts are neither right nor wrong.
+        colour = _BLACK if has_places else _GREEN if wanted == given else _RED
         canvas.text((left + 4, top + _SIDE + 18), _cut(f"said: {given}", width), fill=colour, font=font)
     return sheet
 
 
 def words_of(record: Answered, reply: Reply) -> str:
-    """What the reference or the answer of a record says, in a few words."""
+    """What the reference or the answer of a record says, in a few words on one line."""
     if reply.boxes or reply.instances or record.reference.boxes or record.reference.instances:
-        return f"{len(reply.boxes) + len(reply.instances)} found"
+        return f"{sum(not box.is_crowd for box in reply.boxes) + len(reply.instances)} found"
     if reply.items or record.reference.items:
         return ", ".join(item.id for item in reply.items[:_NUM_ITEMS]) or "–"
-    return str(TASKS[record.task].parse(reply)) if reply.text else "–"
+    said = TASKS[record.task].parse(reply) if reply.text else ""
+    words = ", ".join(sorted(said)) if isinstance(said, frozenset) else str(said)
+    return " ".join(words.split()) or "–"
 
 
 def _cut(text: str, width: int) -> str:
@@ -154,7 +175,9 @@ def _precisions(group: Sequence[Answered], classes: Sequence[ClassPrecision], na
     """Curves of a task whose answers have scores: places, labels of a head, or classes named in tokens; nothing for others."""
     if not classes:
         return _label_precisions(group, name)
-    curves = [Curve(f"{one.label}  (AP50 {one.ap50:.3f}, n = {one.num_references})", RECALLS, one.precisions) for one in classes]
+    curves = [
+        Curve(f"{one.label}  (AP50 {one.ap50:.3f}, n = {one.num_references})", RECALLS[::-1], one.precisions[::-1]) for one in classes
+    ]
     return precision_chart(curves, name, what=" at an IoU of 0.5")
 
 

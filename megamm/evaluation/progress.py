@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from megamm.checkpoint.manifest import MANIFEST
+from megamm.core import locks
 from megamm.core.files import canonical_json, digest_file, digest_text, read_json, write_json
 from megamm.core.json_lines import JsonLines, read_json_lines
 from megamm.core.logging import get_logger
@@ -46,6 +48,16 @@ class Progress:
         """Close this rank's file."""
         if self._file is not None:
             self._file.close()
+
+
+def alone(output: Path) -> AbstractContextManager[None]:
+    """Hold the folder of an evaluation, made where it is missing: two in one would take each other's results for their own.
+
+    Raises:
+        DataError: Another evaluation holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    return locks.alone(output, f"another evaluation writes into {output} at this moment; wait for it, or name another --output")
 
 
 def contents_of(loaded: Loaded) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ class Ranks:
 
         return broadcast_json(value)
 
+    def fail_together(self) -> AbstractContextManager[Any]:
+        """A block that fails on every rank where it fails on one; every rank enters it."""
+        if self.size == 1:
+            return nullcontext()
+        from megamm.engine.distributed import fail_together
+
+        return fail_together()
+
     def one_checkpoint(self, source: Path) -> Path:
         """What all ranks load of a source: a run that still trains may commit between one rank's look for the newest and another's.
 
@@ -53,9 +62,7 @@ class Ranks:
         """
         if self.size == 1 or not (source / CHECKPOINTS).is_dir():
             return source
-        from megamm.engine.distributed import fail_together
-
-        with fail_together():
+        with self.fail_together():
             newest = str(newest_checkpoint(source)) if self.is_main else ""
         return Path(self.first(newest))
 

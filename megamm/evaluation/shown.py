@@ -14,6 +14,7 @@ from megamm.evaluation.figures import grouped
 from megamm.evaluation.held_out import Place
 from megamm.evaluation.pictures import contact_sheet, picture_of, words_of
 from megamm.evaluation.records import Answered, Identity, Record, SkippedSample
+from megamm.inference.drawing import least_drawn
 from megamm.telemetry.metrics import Picture, Shown, Sound
 
 _NUM_ANSWERS = 12
@@ -40,7 +41,7 @@ def shown_answers(
     for name, group in _chosen(records).items():
         pictures = [(one, picture) for one in group if (picture := picture_of(known.get(one.identity), rules.limits)) is not None]
         if pictures:
-            yield f"evaluation/{name}", Picture(np.asarray(contact_sheet(pictures)))
+            yield f"evaluation/{name}", Picture(np.asarray(contact_sheet(pictures, least_score=least_drawn(rules.head))))
         sounds = [(one.key, sound) for one in group if (sound := _sound(one, known, rules)) is not None]
         for key, sound in sounds[:_NUM_SOUNDS]:
             yield f"evaluation/{name}/{key}", sound

@@ -34,12 +34,15 @@ def write_peft_folder(loaded: Loaded, folder: Path) -> None:
         folder: Gets the two files.
 
     Raises:
-        ExportError: peft is not installed, the model has no changes of low rank, its base trained as well, or peft's model differs.
+        ExportError: peft is not installed, the model has no changes of low rank, its base trained as well, it has a head, or peft's model
+            differs.
     """
     assert loaded.recipe is not None, "only a run's model is exported"
     require_low_rank(loaded, "a peft folder")
     if loaded.recipe.adapter.train_base:
         raise ExportError("adapter.train_base=true changed the base as well, which a peft folder does not hold; export with --merge")
+    if loaded.model.head is not None:
+        raise ExportError(f"a peft folder holds no {loaded.model.head.settings.kind} head; export with --merge, which keeps it")
     base = read_manifest(loaded.source).base
     kept = {name: (layer.lora_E != 0).flatten() for name, layer in triplet_layers(loaded.model)}
     _config_class(loaded.recipe.adapter)(

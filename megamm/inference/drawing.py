@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megamm.config import Head
 from megamm.core.errors import DataError
 from megamm.core.masks import pixels_of
-from megamm.core.predictions import Instance
+from megamm.core.predictions import LIKELY, Instance
 from megamm.tasks.reply import Reply
 
 if TYPE_CHECKING:
@@ -18,19 +19,25 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind people tell apart.
 _COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66))
 _MASK_SHARE = 0.45
+Colour = tuple[int, int, int]
 
 
-def draw_reply(picture: Image.Image, reply: Reply, *, longest_side: int | None = None) -> Image.Image:
+def draw_reply(
+    picture: Image.Image, reply: Reply, *, longest_side: int | None = None, colours: dict[str, Colour] | None = None
+) -> Image.Image:
     """A copy of a picture with the boxes and instances of an answer, a colour a label, scores below 1 beside the label.
 
     Args:
         picture: RGB, in source pixels.
         reply: Of the same picture.
         longest_side: Of the copy in pixels; None for the picture's own.
+        colours: Of the labels of a series of pictures; labels that it lacks are added. None where the picture stands alone.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    colours = colours_of(reply)
+    colours = {} if colours is None else colours
+    for label in sorted({one.label for one in (*reply.boxes, *reply.instances)} - colours.keys()):
+        colours[label] = _COLOURS[len(colours) % len(_COLOURS)]
     scale = 1.0 if longest_side is None else longest_side / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     values = np.asarray(picture.convert("RGB").resize(size)).astype(np.float32)
@@ -44,12 +51,18 @@ def draw_reply(picture: Image.Image, reply: Reply, *, longest_side: int | None =
     width = max(1, size[1] // 200)
     for box in reply.boxes:
         x1, y1, x2, y2 = (scale * edge for edge in box.xyxy)
-        canvas.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colours[box.label], width=width)
+        # Half-open, and at least one pixel wide and high.
+        canvas.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colours[box.label], width=width)
         words = box.label if box.score >= 1 else f"{box.label} {box.score:.2f}"
         place = (x1 + width + 1, y1 + width)
         canvas.rectangle(canvas.textbbox(place, words, font=font), fill=colours[box.label])
         canvas.text(place, words, fill=(255, 255, 255), font=font)
     return drawn
+
+
+def least_drawn(head: Head | None) -> float:
+    """Least score of what is drawn of a model's answers: a head finds something at every query, tokens name what the model chose to say."""
+    return 0.0 if head is None else LIKELY
 
 
 def instance_map(instances: Sequence[Instance]) -> Image.Image:
@@ -70,9 +83,3 @@ def instance_map(instances: Sequence[Instance]) -> Image.Image:
     for number, one in enumerate(instances, 1):
         numbers[pixels_of(one.counts, one.size)] = number
     return Image.fromarray(numbers)
-
-
-def colours_of(reply: Reply) -> dict[str, tuple[int, int, int]]:
-    """Label -> its colour; the same for equal sets of labels."""
-    labels = sorted({one.label for one in (*reply.boxes, *reply.instances)})
-    return {label: _COLOURS[number % len(_COLOURS)] for number, label in enumerate(labels)}

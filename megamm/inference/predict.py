@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megamm.config import Head, Limits
-from megamm.core.errors import ConfigError, MegaMMError
+from megamm.core.errors import ConfigError, DataError, MegaMMError
 from megamm.core.types import Message, Part, Sample
 from megamm.data.media.files import DEFAULT_LIMITS, decode_picture, media_type
 from megamm.data.samples.targets import ANSWERS
 from megamm.inference import heads, replies
-from megamm.inference.drawing import draw_reply, instance_map
+from megamm.inference.drawing import Colour, draw_reply, instance_map
 from megamm.inference.item_trie import ItemTrie
 from megamm.inference.load import Loaded
 from megamm.inference.prompt import make_prompt
@@ -23,6 +23,10 @@ from megamm.tasks.reply import Reply
 
 _Chat = tuple[tuple[Message, ...], dict[str, bytes]]
 """Messages, and the bytes of the members that they name."""
+
+
+_LISTS = {"boxes": "boxes", "mask": "instances", "item": "items"}
+"""Type of a part -> the name of such parts in a reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +51,23 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of a question, which holds the words that were asked."""
+    """What the model says of a question, which holds the words that were asked.
+
+    Attributes:
+        question: What was asked.
+        reply: The answer.
+        kinds: Types of the parts that answers of the task hold.
+    """
 
     question: Question
     reply: Reply
+    kinds: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what was not shown is left out."""
+        """Plain JSON values; what was not shown is left out, and what was asked for stands there also where nothing was found."""
         shown = {"files": [str(path) for path in self.question.files], "history": [list(basket) for basket in self.question.baskets]}
-        return {name: value for name, value in shown.items() if value} | {"question": self.question.text} | self.reply.to_json()
+        asked = {_LISTS[kind]: [] for kind in self.kinds if kind in _LISTS}
+        return {name: value for name, value in shown.items() if value} | {"question": self.question.text} | asked | self.reply.to_json()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,8 @@ def predict(
     for start in range(0, len(questions), batch_size):
         batch = [replace(question, text=question.text or asked.prompt) for question in questions[start : start + batch_size]]
         chats = [_chat(loaded, question, ranking) for question in batch]
+        for question, (messages, _) in zip(batch, chats, strict=True):
+            _check_question(asked, question, messages)
         if loaded.model.head is not None:
             said = heads.predict(loaded, [Sample("", task, messages, media) for messages, media in chats], batch_size=batch_size)
         elif trie is not None:
@@ -125,7 +139,7 @@ def predict(
                     f"{loaded.source} gives no finite score in answer {number} of {len(questions)}; its weights or activations overflow: "
                     "take an earlier checkpoint, or train in bf16 or fp32"
                 )
-            yield Prediction(question, reply)
+            yield Prediction(question, reply, asked.kinds)
 
 
 def questions_of(files: Sequence[Path], baskets: Sequence[Sequence[str]], text: str, *, together: bool = False) -> list[Question]:
@@ -152,22 +166,32 @@ def questions_of(files: Sequence[Path], baskets: Sequence[Sequence[str]], text: 
     return [Question(group, history, text) for group in groups or [()]]
 
 
-def draw(prediction: Prediction, path: Path, *, limits: Limits = DEFAULT_LIMITS) -> bool:
+def draw(
+    prediction: Prediction,
+    path: Path,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    least_score: float = 0.0,
+    colours: dict[str, Colour] | None = None,
+) -> bool:
     """Write a question's picture with the answer drawn over it, and a map of its instances; False where it is about no picture.
 
     Args:
         prediction: Of a question.
         path: A PNG; its folder is made where it is missing. The map of `a.png` is `a.instances.png`, where there are instances.
         limits: What of a picture is refused.
+        least_score: Of the boxes and instances that are drawn.
+        colours: Of labels in all pictures of a series, as `draw_reply` takes them.
     """
     pictures = [path for path in prediction.question.files if media_type(path.name) == "image"]
     if not pictures:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_reply(decode_picture(pictures[0].read_bytes(), limits), prediction.reply).save(path)
+    reply = prediction.reply.surer_than(least_score)
+    draw_reply(decode_picture(pictures[0].read_bytes(), limits), reply, colours=colours).save(path)
     numbered = path.with_suffix(".instances.png")
-    if prediction.reply.instances:
-        instance_map(prediction.reply.instances).save(numbered)
+    if reply.instances:
+        instance_map(reply.instances).save(numbered)
     else:
         # One of an earlier answer would be taken for this one's.
         numbered.unlink(missing_ok=True)
@@ -190,6 +214,13 @@ def _known_task(loaded: Loaded, name: str, ranking: Ranking) -> Task:
     if loaded.model.head is not None:
         _check_head(loaded.model.head.settings, TASKS[name])
     return TASKS[name]
+
+
+def _check_question(task: Task, question: Question, messages: Sequence[Message]) -> None:
+    try:
+        task.check_question(messages)
+    except DataError as error:
+        raise ConfigError(f"{', '.join(map(str, question.files)) or 'the text alone'}: {error}") from None
 
 
 def _check_head(head: Head, task: Task) -> None:

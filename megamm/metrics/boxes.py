@@ -13,7 +13,6 @@ from megamm.metrics.coco import DetectionScores, Matches, Region, match
 def match_boxes(
     predictions: Sequence[Sequence[Box]],
     references: Sequence[Sequence[Box]],
-    crowds: Sequence[Sequence[Box]] | None = None,
     *,
     max_predictions: int = 100,
 ) -> Matches:
@@ -21,8 +20,7 @@ def match_boxes(
 
     Args:
         predictions: Of each picture; at the edge of what a model says a box may have no area, and finds nothing then.
-        references: Of each picture.
-        crowds: Of each picture, boxes around many objects of a class; what lies in one does not count. None for none.
+        references: Of each picture, crowds among them.
         max_predictions: How many count in a picture and class, those with the highest scores.
 
     Raises:
@@ -30,10 +28,11 @@ def match_boxes(
             numbers or change places.
         MegaMMError: pycocotools is not installed.
     """
+    objects, crowds = ([[box for box in boxes if box.is_crowd == is_crowd] for boxes in references] for is_crowd in (False, True))
     return match(
         _regions(predictions, "prediction", least=0.0),
-        _regions(references, "reference"),
-        None if crowds is None else _regions(crowds, "crowd"),
+        _regions(objects, "reference"),
+        _regions(crowds, "crowd"),
         iou_type="bbox",
         max_predictions=max_predictions,
     )

@@ -92,7 +92,11 @@ def attach(model: nn.Module, adapter: dict[str, Any] | None) -> None:
             names = dict.fromkeys(f"{one}.{name.rpartition('.')[2]}" for one in _TOWERS for name in find(model, one))
             raise ValueError(f"{target!r} is nothing that {adapter['method']} adapts in this model; it has {', '.join(names) or 'nothing'}")
         for name in found:
-            _attach_bottleneck(model, name, adapter) if adapter["method"] == "bottleneck" else _attach_low_rank(model, name, adapter)
+            if adapter["method"] == "bottleneck":
+                width = model.config.text_config.hidden_size if tower == "text" else None
+                _attach_bottleneck(model, name, adapter["bottleneck_size"], width)
+            else:
+                _attach_low_rank(model, name, adapter)
 
 
 def is_adapter(name: str) -> bool:
@@ -148,13 +152,14 @@ def _attach_low_rank(model: nn.Module, name: str, adapter: dict[str, Any]) -> No
     setattr(model.get_submodule(parent), last, layer)
 
 
-def _attach_bottleneck(model: nn.Module, name: str, adapter: dict[str, Any]) -> None:
+def _attach_bottleneck(model: nn.Module, name: str, size: int, width: int | None) -> None:
     block = model.get_submodule(name)
     if hasattr(block, "bottleneck"):
         return
-    # Every block of our towers ends on its way back to the width that it came from.
-    width = next(module.out_features for module in reversed(list(block.modules())) if isinstance(module, nn.Linear))
-    block.bottleneck = Bottleneck(width, adapter["bottleneck_size"])
+    if width is None:
+        # Blocks of vision and audio towers end on their way back to the width that they came from, which may differ from block to block.
+        width = next(module.out_features for module in reversed(list(block.modules())) if isinstance(module, nn.Linear))
+    block.bottleneck = Bottleneck(width, size)
     # Inside what activation checkpointing recomputes.
     block.register_forward_hook(_through_bottleneck)
 

@@ -38,6 +38,7 @@ FIELDS = {
 REPEATED = ("image", "audio", "answer_image", "answer_audio", "metadata")
 MEDIA = ("image", "audio", "answer_image", "answer_audio", "mask")
 _QUESTION = ("image", "audio", "text", "prompt")
+_ASKED_ABOUT = ("image", "audio", "text")
 _ANSWER = ("label", "answer", "answer_image", "answer_audio", "mask")
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -111,6 +112,10 @@ class RowLayout:
     def _question(self, values: Mapping[str, Any], row: _RowParts) -> list[dict[str, Any]]:
         parts = [row.medium(type_, value) for type_ in ("image", "audio") for value in self.media(values, type_)]
         text = self._text(values, "text", "")
+        asked = [field for field in _ASKED_ABOUT if field in self.columns]
+        # Of several a row may hold one; a row without any would be a question about nothing.
+        if asked and not parts and not text:
+            raise DataError(f"nothing is asked about: {self._named(asked)} is empty")
         prompt = self._text(values, "prompt", "") or _PLACEHOLDER.sub(lambda found: as_text(values.get(found[1])), self.prompt)
         if text:
             parts.append({"type": "text", "text": f"{text}\n" if prompt else text})

@@ -7,8 +7,6 @@ its own file and reads all of them.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +16,7 @@ from typing import Any
 
 from megamm.core.errors import DataError
 from megamm.core.files import read_json, sync_folder, write_json
+from megamm.core.locks import alone
 from megamm.prepare.shard import Finished
 
 _CONSEQUENCES = ("inputs", "records")
@@ -47,18 +46,14 @@ class Journal:
             DataError: Another command holds it.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"another command writes part {self._part} of {self._output} ({self._split}) at this moment; wait for it, or let each "
-                    "write its own --part"
-                ) from None
-            except OSError as error:
-                # A file system without locks: the journal still keeps two commands with other words apart.
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
+        lock = self._path.with_suffix(".lock")
+        lock.touch()
+        busy = (
+            f"another command writes part {self._part} of {self._output} ({self._split}) at this moment; wait for it, or let each "
+            "write its own --part"
+        )
+        # Without locks the journal still keeps two commands with other words apart.
+        with alone(lock, busy):
             yield
 
     def claim(self, facts: Mapping[str, Any]) -> None:

@@ -25,4 +25,4 @@ def _figures(predictions: Sequence[str], references: Sequence[str]) -> list[Figu
     ]
 
 
-TASK = Task("captioning", "What does this show?", _parse, _figures)
+TASK = Task("captioning", "What does this show?", _parse, _figures, media=("image", "audio"))

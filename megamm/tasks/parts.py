@@ -14,7 +14,6 @@ A picture may have no box and no instance. `image` counts the chat's pictures fr
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 from megamm.core.errors import DataError
 from megamm.core.types import Part
 
+_MOST_PIXELS = 2**53
+"""Whole numbers beyond it are no coordinates, and no float is exact there."""
 _MEMBER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -114,12 +115,19 @@ def _box(value: Any, what: str, where: str) -> dict[str, Any]:
     x1, y1, x2, y2 = corners
     if x1 >= x2 or y1 >= y2:
         raise DataError(f"{where}: xyxy of {what} is {corners}, which has no area; write [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
-    return {"label": string(fields, "label", what, where), "xyxy": corners}
+    return {"label": _label(fields, what, where), "xyxy": corners}
+
+
+def _label(fields: Mapping[str, Any], what: str, where: str) -> str:
+    label = string(fields, "label", what, where)
+    if not label.strip():
+        raise DataError(f"{where}: label of {what} is blank; give it a name")
+    return label
 
 
 def _mask(type_name: str, fields: Mapping[str, Any], what: str, where: str) -> Part:
     labels = _any_list(fields, "labels", what, where)
-    read = [string({"label": label}, "label", f"instance {index} of {what}", where) for index, label in enumerate(labels, 1)]
+    read = [_label({"label": label}, f"instance {index} of {what}", where) for index, label in enumerate(labels, 1)]
     member = _member(fields, what, where)
     if not member.endswith(".png"):
         raise DataError(f"{where}: {what} names member {member!r}; a mask is a PNG")
@@ -146,7 +154,7 @@ def _image(fields: Mapping[str, Any], what: str, where: str) -> int:
 
 
 def _is_coordinate(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return type(value) in (int, float) and 0 <= value < _MOST_PIXELS
 
 
 _Read = Callable[[str, Mapping[str, Any], str, str], Part]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,11 @@ class Reply:
         scores = [one.score for one in (*self.boxes, *self.instances, *self.labels)]
         return self.is_finite and all(map(math.isfinite, [*scores, *(one.log_probability for one in self.items)]))
 
+    def surer_than(self, least_score: float) -> Reply:
+        """The same without boxes and instances of a lower score."""
+        boxes, instances = (tuple(one for one in found if one.score >= least_score) for found in (self.boxes, self.instances))
+        return replace(self, boxes=boxes, instances=instances)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is empty is left out."""
         lists = {name: [one.to_json() for one in getattr(self, name)] for name in _LISTS}
@@ -88,7 +93,8 @@ def stored_reply(parts: Sequence[Part], masks: Mapping[str, np.ndarray]) -> Repl
     Raises:
         DataError: A mask is not there, or has an instance without a label.
     """
-    boxes = [Box(box["label"], tuple(box["xyxy"])) for part in parts if part.type == "boxes" for box in part.data["boxes"]]
+    # What stands around a label is lost where it is written in tokens, so that it tells nothing apart.
+    boxes = [Box(box["label"].strip(), tuple(box["xyxy"])) for part in parts if part.type == "boxes" for box in part.data["boxes"]]
     instances = [one for part in parts if part.type == "mask" for one in _instances(part, masks)]
     items = tuple(RankedItem(part.data["id"]) for part in parts if part.type == "item")
     return Reply("".join(part.text for part in parts if part.type in ("text", "label")), tuple(boxes), tuple(instances), items)
@@ -203,5 +209,5 @@ def _instances(part: Part, masks: Mapping[str, np.ndarray]) -> list[Instance]:
     if values.max(initial=0) > len(labels):
         raise DataError(f"mask {part.member} holds instance {values.max()}, and {len(labels)} labels; label every instance")
     # An instance that others hide wholly has no pixel, and is none.
-    found = [(label, values == number) for number, label in enumerate(labels, 1)]
+    found = [(label.strip(), values == number) for number, label in enumerate(labels, 1)]
     return [Instance(label, values.shape, run_lengths(pixels)) for label, pixels in found if pixels.any()]

@@ -35,4 +35,4 @@ def _figures(predictions: Sequence[Sequence[Instance]], references: Sequence[Seq
     ]
 
 
-TASK = Task("segmentation", "Outline every object.", _parse, _figures, kinds=("mask",), match=_match)
+TASK = Task("segmentation", "Outline every object.", _parse, _figures, media=("image",), kinds=("mask",), match=_match)

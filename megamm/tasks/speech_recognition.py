@@ -24,4 +24,4 @@ def _figures(predictions: Sequence[str], references: Sequence[str]) -> list[Figu
     ]
 
 
-TASK = Task("speech_recognition", "Write down what is said.", _parse, _figures)
+TASK = Task("speech_recognition", "Write down what is said.", _parse, _figures, media=("audio",))

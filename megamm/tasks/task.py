@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megamm.core.errors import DataError
-from megamm.core.types import Part
+from megamm.core.types import Message, Part
 from megamm.metrics.bootstrap import Statistic
 from megamm.metrics.classes import ClassScore
 from megamm.metrics.coco import Matches
@@ -40,6 +40,7 @@ class Task:
         prompt: An instruction to ask it with, where the data brings none.
         parse: Takes of a model's or a stored answer what the task asks for.
         figures: Judges predictions against references, both as `parse` gives them; the first figure is the task's own.
+        media: Of which a question holds at least one, such as `image`; empty where texts alone can ask.
         kinds: Types of the parts that its stored answers hold; with a model's head, the head says what they are.
         label: Of what `parse` gives the one label of few that it is, None where it is none or several: where every reference is one, a
             confusion matrix means something. None where answers are no labels.
@@ -51,10 +52,25 @@ class Task:
     prompt: str
     parse: Callable[[Reply], Any]
     figures: Callable[[Sequence[Any], Sequence[Any]], list[Figure]]
+    media: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ("text", "label")
     label: Callable[[Any], str | None] | None = None
     classes: Callable[[Sequence[Any], Sequence[Any]], Sequence[ClassScore]] | None = None
     match: Callable[[Sequence[Any], Sequence[Any]], Matches] | None = None
+
+    def check_question(self, messages: Sequence[Message]) -> None:
+        """Refuse a question without what the task is about.
+
+        Args:
+            messages: Of the question; a stored answer may follow.
+
+        Raises:
+            DataError: It shows none of `media`.
+        """
+        if self.media and not any(part.type in self.media for message in messages for part in message.content):
+            raise DataError(
+                f"the question shows no {' and no '.join(self.media)}, which {self.name} is about; add one, or name another task"
+            )
 
     def check_answer(self, parts: Sequence[Part]) -> None:
         """Refuse a stored answer that is none of this task.

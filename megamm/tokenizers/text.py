@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from megamm.config.schema import Tokenizer
-from megamm.core.errors import ConfigError
+from megamm.core.errors import ConfigError, DataError
 from megamm.core.files import atomic_file, canonical_json, digest_text
 from megamm.tokenizers.adopted import read_adopted, text_size
 from megamm.tokenizers.chat_template import CHAT_TEMPLATE, TEMPLATE_VERSION
@@ -76,8 +76,15 @@ class TextTokenizer:
         return cls(tokenizer_json, Vocabulary.from_json(vocabulary_json), chat_template, items)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text block; control strings in `text` are plain characters."""
-        return self._pieces.encode(text, add_special_tokens=False).ids
+        """Ids of the text block; control strings in `text` are plain characters.
+
+        Raises:
+            DataError: It is no whole Unicode, as words of a command line in another encoding are.
+        """
+        try:
+            return self._pieces.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise DataError(f"the text {text[:40]!r} is no whole Unicode; write it as UTF-8") from None
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """First character and the one behind the last of each token of `encode(text)`; pieces of one character share its span."""

@@ -80,6 +80,19 @@ def pretrain(recipe: Recipe, path: Path, *, resume: str, changes: DataChanges, s
     distributed.stop()
 
 
+def _warn_of_random_weights(recipe: Recipe) -> None:
+    """An adapter over weights that were drawn at random is legal, and hardly ever what was meant."""
+    towers = {name: tower for name in ("text", "vision", "audio") if (tower := getattr(recipe.model, name)) is not None}
+    drawn = [name for name, tower in towers.items() if not tower.pretrained] + (["projectors"] if len(towers) > 1 else [])
+    if drawn:
+        _log.warning(
+            "adapter.method=%r freezes what was drawn at random (%s); start from a trained model with `megamm finetune`, or set "
+            "adapter.train_base=true",
+            recipe.adapter.method,
+            ", ".join(drawn),
+        )
+
+
 def _train(
     recipe: Recipe,
     folder: RunFolder,
@@ -96,6 +109,8 @@ def _train(
         tokenizer = load_tokenizer(recipe, folder.tokenizer)
     origin = find_origin(source, folder, recipe, tokenizer, world)
     base = origin.base if origin is not None and recipe.adapter.freezes_base else None
+    if recipe.adapter.freezes_base and origin is None:
+        _warn_of_random_weights(recipe)
     data = TrainingData.open(recipe, tokenizer, world)
     tasks = TaskEvaluation.open(recipe, folder, tokenizer, world)
     trainer = build_trainer(recipe, tokenizer, world, origin)

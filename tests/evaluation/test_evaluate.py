@@ -14,7 +14,7 @@ from megamm.data.shards.index import write_index
 from megamm.evaluation import evaluate, progress
 from megamm.evaluation.held_out import list_places, read_samples
 from megamm.evaluation.judge import judge
-from megamm.evaluation.progress import FOLDER
+from megamm.evaluation.progress import FOLDER, alone
 from megamm.evaluation.records import Answered, Scored, SkippedSample, result_from_json
 from megamm.evaluation.report import make_report
 from megamm.export import export
@@ -279,6 +279,12 @@ def test_a_part_of_another_evaluation_is_not_taken_over(run, datasets, tmp_path,
     assert len(again.records) == 4
 
 
+def test_two_evaluations_do_not_share_a_folder(run, datasets, tmp_path):
+    with alone(tmp_path), pytest.raises(DataError, match=r"another evaluation writes into .* at this moment"):
+        evaluate(run, datasets={"texts": datasets["texts"]}, output=tmp_path, **SETTINGS)
+    assert evaluate(run, datasets={"texts": datasets["texts"]}, output=tmp_path, **SETTINGS) is not None
+
+
 @pytest.fixture(scope="module")
 def changed_report(run, datasets, tmp_path_factory):
     """Killed while pictures are blurred, and gone on with."""
@@ -429,11 +435,13 @@ def test_an_exported_folder_with_other_weights_is_another_model(tmp_path):
 
 
 def test_tasks_and_slices_that_match_nothing_are_named(run, datasets):
-    report = evaluate(run, datasets={"texts": datasets["texts"]}, tasks=["text", "detection"], slices=["voice", "label"], **SETTINGS)
+    asked = {"tasks": ["text", "detection"], "slices": ["voice", "label"], "changes": ["blur"]}
+    report = evaluate(run, datasets={"texts": datasets["texts"]}, **asked, **SETTINGS)
     assert report.unmatched == (
         "no sample of task 'detection' could be evaluated; the tasks of the samples are text",
         "no sample has the metadata field 'voice' of slices; the fields are none",
         "no sample has the metadata field 'label' of slices; the fields are none",
+        "no sample has image that blur could change, or none with figures",
     )
     assert all(words in report.to_markdown() for words in report.unmatched)
 

@@ -8,8 +8,9 @@ from PIL import Image
 from megamm.core.masks import run_lengths
 from megamm.core.predictions import Box, Instance
 from megamm.core.types import Message, Part, Sample
+from megamm.evaluation.charts import Curve, precision_chart
 from megamm.evaluation.held_out import Place
-from megamm.evaluation.pictures import shown, write_pictures
+from megamm.evaluation.pictures import contact_sheet, shown, words_of, write_pictures
 from megamm.evaluation.records import Answered, SkippedSample
 from megamm.evaluation.report import check_output, make_report
 from megamm.tasks.reply import Reply
@@ -74,6 +75,26 @@ def test_what_there_is_to_draw_is_drawn(tmp_path, places):
     for path in written:
         with Image.open(io.BytesIO(path.read_bytes())) as picture:
             assert np.asarray(picture.convert("L")).std() > 1
+
+
+def test_a_sheet_says_labels_in_their_order_and_counts_what_is_drawn(places):
+    several = record("sentiment", 0, Reply("joy, love"), Reply("love, anger\nfear"))
+    assert [words_of(several, one) for one in (several.reference, several.answer)] == ["joy, love", "anger fear, love"]
+    crowd, unsure = Box("cell", (0, 0, 9, 9), is_crowd=True), Box("cell", (0, 0, 9, 9), 0.2)
+    found = record("detection", 1, Reply(boxes=(CELL, crowd)), Reply(boxes=(CELL, unsure)))
+    assert words_of(found, found.reference) == words_of(found, found.answer.surer_than(0.5)) == "1 found"
+    picture = Image.new("RGB", (40, 30))
+    plain, sure = (np.asarray(contact_sheet([(found, picture)], least_score=least)) for least in (0.0, 0.5))
+    assert (plain != sure).any()
+
+
+def test_curves_of_many_classes_leave_room_for_themselves():
+    curves = [Curve(f"class {number}  (AP 0.500, n = {number})", (1.0, 0.5, 0.0), (0.2, 0.8, 1.0)) for number in range(28)]
+    sizes = {}
+    for count in (3, 28):
+        with Image.open(io.BytesIO(precision_chart(curves[:count], "x", what=""))) as picture:
+            sizes[count] = picture.size
+    assert sizes[3][1] == sizes[28][1] and sizes[28][0] > sizes[3][0]
 
 
 def test_a_task_without_figures_keeps_the_others(tmp_path):

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megamm.config import Adapter, to_dict
+from megamm.config import Adapter, Head, to_dict
 from megamm.config.schema import RankBudget
 from megamm.core.errors import ExportError
 from megamm.core.files import read_json, write_json
 from megamm.export import export, export_peft
 from megamm.export.merge import MAX_SHARE
+from megamm.export.peft_folder import write_peft_folder
 from megamm.export.probes import make_probes
 from megamm.inference import load_model
 from megamm.inference.load import run_config
@@ -25,7 +26,7 @@ from megamm.inference.prompt import left_padded, make_prompt
 from megamm.models.adapters import is_adapter, low_rank_layers, triplet_layers
 from megamm.models.modeling_megamm import MegaMMForConditionalGeneration
 from tests.support.checkpoints import write_checkpoint
-from tests.support.tiny_run import recipe, tokenizer
+from tests.support.tiny_run import recipe, tokenizer, write_run
 
 ADAPTERS = {
     "lora": Adapter(method="lora", targets=("text.*", "vision.fc?", "audio.*_proj", "projector.linear_2"), rank=2, alpha=3.0),
@@ -142,6 +143,11 @@ def test_what_cannot_be_merged_or_kept_by_peft_is_refused(tmp_path):
         export(tmp_path / "run", tmp_path / "merged", merge=True)
     with pytest.raises(ExportError, match=r"adapter.method='none' cannot be a peft folder"):
         export_peft(tmp_path / "base", tmp_path / "adapter")
+    write_adapter_run(tmp_path / "low_rank" / "run", ADAPTERS["lora"])
+    loaded = load_model(tmp_path / "low_rank" / "run", dtype=torch.float32)
+    loaded.model.head = write_run(tmp_path / "headed", head=Head("linear", ("zero", "one"))).model.head
+    with pytest.raises(ExportError, match=r"a peft folder holds no linear head; export with --merge, which keeps it"):
+        write_peft_folder(loaded, tmp_path)
     table = json.loads((tmp_path / "run" / "config.json").read_text())
     assert table["adapter"]["method"] == "prefix"
     assert not (tmp_path / "merged").exists() and not (tmp_path / "adapter").exists()

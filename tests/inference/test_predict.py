@@ -13,7 +13,7 @@ from megamm.core.errors import ConfigError, DataError, MegaMMError
 from megamm.core.masks import run_lengths
 from megamm.core.predictions import Box, Instance
 from megamm.data.media.files import decode_mask
-from megamm.inference.drawing import colours_of, draw_reply, instance_map
+from megamm.inference.drawing import draw_reply, instance_map, least_drawn
 from megamm.inference.generate import ask
 from megamm.inference.predict import Prediction, Question, draw, predict, questions_of
 from megamm.tasks.reply import Reply
@@ -131,8 +131,8 @@ def test_boxes_and_instances_are_drawn_where_they_are(files, tmp_path):
     pixels[30:40, 30:50] = True
     grey = Image.new("RGB", (60, 50), (128, 128, 128))
     reply = Reply(boxes=(Box("cell", (5, 6, 25, 26), 0.5),), instances=(Instance("nucleus", (50, 60), run_lengths(pixels)),))
-    drawn = np.asarray(draw_reply(grey, reply)).astype(int)
-    colours = colours_of(reply)
+    colours = {}
+    drawn = np.asarray(draw_reply(grey, reply, colours=colours)).astype(int)
     assert tuple(drawn[25, 10]) == tuple(drawn[15, 24]) == colours["cell"]
     assert tuple(drawn[28, 40]) == tuple(drawn[45, 10]) == (128, 128, 128)
     # Between the picture's colour and the label's.
@@ -142,6 +142,40 @@ def test_boxes_and_instances_are_drawn_where_they_are(files, tmp_path):
     assert draw(prediction, tmp_path / "drawn" / "a.png")
     assert [Image.open(path).size for path in (tmp_path / "drawn").iterdir()] == [(40, 30)]
     assert not draw(Prediction(Question((files / "c.flac",)), Reply("one")), tmp_path / "c.png")
+
+
+def test_a_box_of_less_than_a_pixel_is_drawn_and_labels_keep_their_colours():
+    grey, colours = Image.new("RGB", (320, 240), (128, 128, 128)), {}
+    thin = Box("line", (10, 10, 11, 60))
+    small = np.asarray(draw_reply(grey, Reply(boxes=(thin,)), longest_side=64, colours=colours))
+    assert (small != 128).any()
+    first = colours["line"]
+    drawn = np.asarray(draw_reply(grey, Reply(boxes=(Box("a", (100, 100, 200, 200)), thin)), colours=colours))
+    assert colours["line"] == first != colours["a"] and tuple(drawn[30, 10]) == first
+
+
+def test_what_a_head_is_unsure_of_is_not_drawn():
+    boxes, instances = (Box("a", (0, 0, 9, 9), 0.4), Box("a", (0, 0, 9, 9), 0.5)), (Instance("b", (1, 1), (0, 1), 0.49),)
+    reply = Reply("", boxes, instances)
+    assert reply.surer_than(least_drawn(None)) == reply
+    assert reply.surer_than(least_drawn(Head("detector", ("a",)))) == Reply(boxes=boxes[1:])
+
+
+def test_a_task_is_asked_about_what_it_is_about(files, tmp_path):
+    loaded = random_model(tmp_path)
+    for task, question, message in (
+        ("detection", Question(text="1"), "the text alone: the question shows no image, which detection is about"),
+        ("detection", Question((files / "c.flac",)), r"c\.flac: the question shows no image"),
+        ("speech_recognition", Question((files / "a.jpg",)), r"a\.jpg: the question shows no audio"),
+        ("captioning", Question(text="1"), "shows no image and no audio"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            list(predict(loaded, task, [question]))
+
+
+def test_nothing_found_is_an_empty_list():
+    assert Prediction(Question(text="?"), Reply(), ("boxes",)).to_json() == {"question": "?", "boxes": [], "text": ""}
+    assert "boxes" not in Prediction(Question(text="?"), Reply("a")).to_json()
 
 
 def test_maps_of_instances_are_masks_of_samples(files, tmp_path):
@@ -167,7 +201,13 @@ def test_the_command_prints_a_line_a_file_and_draws(files, tmp_path, capsys):
     write_run(tmp_path / "run")
     words = ["predict", str(tmp_path / "run"), str(files / "a.jpg"), str(files / "b.PNG"), "--task", "detection", "--max-new-tokens", "6"]
     assert main([*words, "--draw", str(tmp_path / "drawn")]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out
+    # Behind the options, as README has it, and on both sides of them.
+    for before in (0, 1):
+        first, second = words[2:4]
+        assert main([*words[:2], *[first][:before], *words[4:], *[first][before:], second]) == 0
+        assert capsys.readouterr().out == printed
+    lines = [json.loads(line) for line in printed.splitlines()]
     assert [line["files"] for line in lines] == [[str(files / "a.jpg")], [str(files / "b.PNG")]]
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["0000-a.png", "0001-b.png"]
     assert main(["predict", str(tmp_path / "run"), str(files / "gone.jpg"), "--task", "detection"]) == 1

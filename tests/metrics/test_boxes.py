@@ -58,9 +58,9 @@ def test_labels_without_a_reference_are_counted_not_hidden():
 
 
 def test_what_lies_in_a_crowd_is_neither_right_nor_wrong():
-    crowd = Box("cell", (40, 40, 80, 80))
+    crowd = Box("cell", (40, 40, 80, 80), is_crowd=True)
     predictions = [[ELSEWHERE, Box("cell", FIRST.xyxy, 0.5)]]
-    assert match_boxes(predictions, [[FIRST]], [[crowd]]).scores().map50 == pytest.approx(1)
+    assert match_boxes(predictions, [[FIRST, crowd]]).scores().map50 == pytest.approx(1)
     assert box_scores(predictions, [[FIRST]]).map50 == pytest.approx(0.5)
 
 

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -153,6 +154,20 @@ def test_blocks_are_named_by_their_number():
     assert {name.partition(".bottleneck")[0] for name, _ in model.named_parameters() if is_adapter(name)} == {
         "model.language_model.layers.1"
     }
+
+
+def test_a_bottleneck_is_as_wide_as_the_decoder_whatever_ends_its_blocks():
+    """Those of qwen2_moe end in the gate of a shared expert, which has one output."""
+    moe = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    recipe = tiny_recipe(**moe, decoder_sparse_step=1)
+    text = {key: value for key, value in recipe.text.config.items() if key != "head_dim"}
+    recipe = replace(recipe, text=replace(recipe.text, type="qwen2_moe", config=text))
+    adapter = _adapter("bottleneck", targets=("text.*",))
+    config = config_from_recipe(recipe, vocab_size=VOCAB_SIZE, control_ids=CONTROL_IDS, adapter=adapter)
+    model = MegaMMForConditionalGeneration(config)
+    width = model.config.text_config.hidden_size
+    assert {parameter.shape for name, parameter in model.named_parameters() if name.endswith("bottleneck.up")} == {(width, 4)}
+    assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
 
 
 def test_the_base_may_train_as_well():

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from megamm.core.errors import ConfigError, DataError
+from megamm.core.masks import run_lengths
+from megamm.prepare.sources.coco import _runs
 from tests.support.preparing import omitted, samples, write_shards
 from tests.support.shards import jpeg
 
@@ -118,15 +120,27 @@ def test_masks_of_polygons_and_run_lengths_keep_every_pixel(tmp_path):
 
 def test_segmentations_that_cannot_be_drawn_are_named(tmp_path):
     pytest.importorskip("pycocotools.mask")
+    # pycocotools would read runs that are no picture's past their end, or write into memory that it never cleared.
+    runs = [[5], [5, 7], [-5, 205], [5, 10**400], [5.0, 195], "zzzz", "R", "é", "05"]
     shapes = [None, [], [[1, 2, 3, 4]], [[1, 2, "x", 4, 5, 6]], rectangle(30, 30, 40, 40), {"size": [5, 5], "counts": [25]}, {"size": 3}]
+    shapes += [{"size": [10, 20], "counts": one} for one in runs]
     annotations = [annotation(number, segmentation=shape) for number, shape in enumerate([*shapes, rectangle(0, 0, 8, 5)])]
     document, media = prepare(tmp_path, *annotations, answer="masks")["pictures/a"]
     assert document["messages"][1]["content"] == [{"type": "mask", "image": 0, "member": "1.mask.png", "labels": ["red cell"]}]
     assert np.asarray(Image.open(io.BytesIO(media["1.mask.png"]))).sum() == 8 * 5
     reasons = [reason for _, what, reason in omitted(tmp_path / "out") if what == "part"]
-    assert [reason.partition(" (")[0] for reason in reasons] == [f"annotation {number}" for number in range(7)]
+    assert [reason.partition(" (")[0] for reason in reasons] == [f"annotation {number}" for number in range(len(shapes))]
     assert "fewer than three corners" in reasons[2]
     assert "covers no pixel" in reasons[4]
+
+
+def test_compressed_run_lengths_are_read_as_pycocotools_reads_them():
+    coder = pytest.importorskip("pycocotools.mask")
+    random = np.random.default_rng(0)
+    for share in (0.01, 0.5, 0.99):
+        pixels = np.asfortranarray(random.random((37, 53)) < share).astype(np.uint8)
+        pixels[:, 20:40] = pixels[:1, 20:40]
+        assert _runs(coder.encode(pixels)["counts"].decode()) == list(run_lengths(pixels))
 
 
 def test_a_picture_that_lost_all_its_masks_is_skipped(tmp_path):

@@ -152,9 +152,18 @@ def test_events_without_user_item_or_time_are_named(tmp_path):
             ("user", "item", "time"),
             {},
             DataError,
-            r"times are numbers and texts \('1', 'monday'\)",
+            r"the time 'monday' does not sort as text",
         ),
         ([("a", "b", "1")], ("user", "item", "time"), {}, DataError, "the source holds no sample"),
+        ([("a", "b", "12/31/2010"), ("a", "c", "1/1/2011")], ("user", "item", "time"), {}, DataError, "'12/31/2010' does not sort as text"),
+        ([("a", "b", "2011-12-09 8:30")], ("user", "item", "time"), {}, DataError, "'2011-12-09 8:30' does not sort as text"),
+        (
+            [("a", "b", "2011-12-09T08:30:00Z"), ("a", "c", "2011-12-09T08:30:00+02:00")],
+            ("user", "item", "time"),
+            {},
+            DataError,
+            "several time zones",
+        ),
     ],
 )
 def test_logs_that_say_too_little_are_refused(tmp_path, rows, header, options, error, message):

@@ -166,7 +166,7 @@ def test_masks_that_do_not_fit_are_skipped(root):
         "rgb.png is PNG of mode RGB; a mask is a PNG of one channel of numbers",
         "1.jpg is JPEG of mode RGB; a mask is a PNG of one channel of numbers",
         "turned.jpg is turned by its EXIF orientation 6, so that coordinates would not fit; store it upright",
-        "a mask without the picture that it lies over",
+        "nothing is asked about: image is empty",
     ]
 
 
@@ -200,6 +200,8 @@ def test_rows_that_are_no_samples_are_named(root):
         "{broken",
         "[1]",
         '{"image": "0.jpg", "label": 7, "key": 12}',
+        '{"image": "", "label": "a", "key": "no-picture"}',
+        '{"label": "a", "key": "nothing"}',
     ]
     (root / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n\n{"label": "\xff"}\n')
     found = prepare(root, root / "a.jsonl")
@@ -218,8 +220,11 @@ def test_rows_that_are_no_samples_are_named(root):
         11: "column key: '1.5' is float, not text",
         12: "line 12 is not JSON",
         13: "line 13 is list, not a JSON object",
-        16: "line 16 is not UTF-8",
+        18: "line 18 is not UTF-8",
     }
+    # A task's own prompt about no picture would be one question with many answers.
+    for key in ("no-picture", "nothing"):
+        assert reasons.pop(key) == "nothing is asked about: image is empty"
     assert reasons.keys() == {f"row-{number:08}" for number in expected}
     for number, reason in expected.items():
         assert reason in reasons[f"row-{number:08}"]

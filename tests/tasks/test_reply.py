@@ -9,6 +9,7 @@ from megamm.core.masks import run_lengths
 from megamm.core.predictions import Box, Instance
 from megamm.core.types import Message, Part
 from megamm.tasks import template
+from megamm.tasks.parts import parse_part
 from megamm.tasks.reply import Reply, read_reply, stored_reply
 
 VIEW = PictureView.whole(320, 240)
@@ -120,6 +121,13 @@ def test_items_come_back_with_how_likely_they_were(with_items):
         text = with_items.encode("and")
         found = read_reply([*wrong, *text, *ids], with_items)
         assert ([item.id for item in found.items], found.num_malformed, found.text) == (["lamp", "cup"], 1, "and")
+
+
+def test_blanks_around_a_label_tell_nothing_apart(tokenizer):
+    part = parse_part({"type": "boxes", "image": 0, "boxes": [{"label": " cell ", "xyxy": [0, 0, 9, 9]}]}, "content[0]", "here")
+    mask = Part("mask", member="1.png", data={"image": 0, "labels": ["nucleus "]})
+    found = stored_reply([part, mask], {"1.png": np.ones((2, 2), dtype=np.int32)})
+    assert [box.label for box in found.boxes] == ["cell"] and [one.label for one in found.instances] == ["nucleus"]
 
 
 def test_an_answer_in_words_has_the_probability_of_its_tokens(tokenizer):

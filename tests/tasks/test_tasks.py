@@ -4,9 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megamm.core.errors import DataError
 from megamm.core.masks import run_lengths
 from megamm.core.predictions import Box, Instance, RankedItem
-from megamm.tasks import TASKS
+from megamm.core.types import Message, Part
+from megamm.tasks import TASKS, detection
 from megamm.tasks.reply import Reply
 
 
@@ -81,6 +83,26 @@ def test_detection_is_judged_by_average_precision():
     assert figures("detection", references, references)["map50"] == (pytest.approx(1), None)
     half = figures("detection", [Reply(boxes=(Box("RBC", (11, 10, 50, 50), 0.9),)), Reply()], references)
     assert half["map50"][0] == pytest.approx(0.5)
+
+
+def test_crowds_beside_a_sample_are_boxes_and_anything_else_of_that_name_is_none():
+    crowd = {"label": "cell", "xyxy": [0, 0, 50, 50]}
+    assert detection.crowds_of({"crowd": [crowd]}) == (Box("cell", (0, 0, 50, 50), is_crowd=True),)
+    for other in ({}, {"crowd": 5}, {"crowd": "many"}, {"crowd": [{"label": "cell"}]}, {"crowd": []}):
+        assert detection.crowds_of(other) == ()
+    assert Box.from_json(Box("a", (0, 0, 1, 1), is_crowd=True).to_json()).is_crowd
+
+
+def test_a_question_shows_what_its_task_is_about():
+    shown = {kind: [Message("user", (Part(kind, member="0.x"), Part("text", text="?")))] for kind in ("image", "audio", "text")}
+    fits = {"detection": {"image"}, "speech_recognition": {"audio"}, "captioning": {"image", "audio"}, "sentiment": set(shown)}
+    for name, kinds in fits.items():
+        for kind, messages in shown.items():
+            if kind in kinds:
+                TASKS[name].check_question(messages)
+            else:
+                with pytest.raises(DataError, match=f"the question shows no .*, which {name} is about"):
+                    TASKS[name].check_question(messages)
 
 
 def test_segmentation_is_judged_by_pixels_and_by_instances():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamm.config import Tokenizer
-from megamm.core.errors import ConfigError
+from megamm.core.errors import ConfigError, DataError
 from megamm.tokenizers import text
 from megamm.tokenizers.vocabulary import CONTROL_NAMES
 
@@ -31,6 +31,11 @@ def test_control_strings_in_text_are_plain_text(tokenizer, string):
 @given(string=st.text(st.characters(codec="utf-8")))
 def test_text_never_leaves_the_text_block(tokenizer, string):
     assert all(0 < token_id < tokenizer.vocabulary.text for token_id in tokenizer.encode(string))
+
+
+def test_words_in_another_encoding_are_named(tokenizer):
+    with pytest.raises(DataError, match="is no whole Unicode; write it as UTF-8"):
+        tokenizer.encode(b"a\xffb".decode(errors="surrogateescape"))
 
 
 def test_decode_skips_other_blocks(tokenizer):

@@ -263,6 +263,17 @@ def test_an_exported_folder_of_many_files_is_a_start_as_well(folder, world):
         check_base(origin.base)
 
 
+def test_a_base_that_is_gone_is_named(folder, tmp_path):
+    checkpoint = folder / "lora" / "checkpoints" / "step_00000004"
+    base = folder / "base"
+    base.rename(tmp_path / "elsewhere")
+    try:
+        with pytest.raises(CheckpointError, match=r"step_00000003, whose weights this checkpoint stands on, is not there; put it back"):
+            verify(checkpoint)
+    finally:
+        (tmp_path / "elsewhere").rename(base)
+
+
 def test_a_base_that_changed_is_found(folder):
     shard = folder / "base" / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
     data = shard.read_bytes()

@@ -16,7 +16,7 @@ from megamm.core.lengths import audio_num_tokens, image_num_tokens
 from megamm.core.types import AudioInput, ImageInput
 from megamm.data.media.augment import Changes
 from megamm.data.media.features import image_grid, played_rate, resampled_length
-from megamm.data.media.files import DEFAULT_LIMITS, decode_picture, decode_sound
+from megamm.data.media.files import DEFAULT_LIMITS, MediaError, decode_picture, decode_sound
 
 _MAX_MEL_HZ = 8000.0
 _CHUNK_FRAMES = 200
@@ -85,11 +85,13 @@ def audio_input(
         speed: It is played so much faster.
 
     Raises:
-        MediaError: Not a sound, damaged, empty, not finite, or longer than `features.max_seconds`.
+        MediaError: Not a sound, damaged, empty, not finite, too loud by far, or longer than `features.max_seconds`.
     """
     wave, rate_hz = decode_sound(content, features, limits)
     wave = _resampled(wave, played_rate(rate_hz, speed), features.rate_hz)
     mel = log_mel(wave if changes is None else changes.wave(wave), features)
+    if not np.isfinite(mel).all():
+        raise MediaError("the sound is so loud that its spectrum overflows; scale its samples to -1 … 1")
     if changes is not None:
         # Silence, or the sound's own mean where that has been taken away.
         mel = changes.mel(mel, blank=0.0 if features.normalize == "bands" else float(mel.min()))

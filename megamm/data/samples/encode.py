@@ -141,6 +141,7 @@ class SampleEncoder:
             return question_and_answer(self.rules.head, sample)
         if sample.task in TASKS and sample.messages[-1].role == "assistant" and not template.is_document(sample.messages):
             task, parts = TASKS[sample.task], sample.messages[-1].content
+            task.check_question(sample.messages)
             # Other parts may stand beside those that the task asks for: a sentence beside boxes can be learnt, if not judged.
             task.check_answer([part for part in parts if part.type in task.kinds] or parts)
         return sample.messages, ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import torch
 
 from megamm.core.errors import ConfigError
@@ -11,6 +14,7 @@ from megamm.inference.explain.question import Answer, Question
 from megamm.inference.generate import Sampling, generate
 from megamm.inference.load import Loaded
 from megamm.models.heads.linear import LinearHead
+from megamm.tokenizers.text import TextTokenizer
 
 
 def find_answer(loaded: Loaded, question: Question, given: str | None, *, max_new_tokens: int) -> Answer:
@@ -26,7 +30,7 @@ def find_answer(loaded: Loaded, question: Question, given: str | None, *, max_ne
         said = generate(loaded, [question.prompt], Sampling(max_new_tokens=max_new_tokens))[0]
         if not said.token_ids:
             raise ConfigError("the model answers with nothing, which cannot be explained; name an answer with --answer")
-        return Answer(said.text, said.token_ids)
+        return Answer(_words(said.token_ids, loaded.tokenizer), said.token_ids, is_finished=said.is_finished)
     ids = tuple(loaded.tokenizer.encode(given))
     if not ids:
         raise ConfigError("--answer '' holds no token; name an answer, or leave it out for the model's own")
@@ -34,6 +38,13 @@ def find_answer(loaded: Loaded, question: Question, given: str | None, *, max_ne
     if num_tokens > limit:
         raise ConfigError(f"the question and --answer take {num_tokens} tokens, more than the decoder's {limit} positions; shorten them")
     return Answer(given, ids, is_given=True)
+
+
+def _words(token_ids: Sequence[int], tokenizer: TextTokenizer) -> str:
+    """Tokens as they can be read: texts as they are, all others, such as locations, by the names of their kinds."""
+    vocabulary = tokenizer.vocabulary
+    runs = groupby(token_ids, key=lambda one: vocabulary.describe(one)[0] == "text")
+    return "".join(tokenizer.decode(run) if is_text else "".join(map(vocabulary.token_string, run)) for is_text, run in runs)
 
 
 def _find_label(loaded: Loaded, question: Question, given: str | None) -> Answer:

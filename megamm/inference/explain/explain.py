@@ -66,13 +66,18 @@ def explain(
         seed: Of the noise of `smooth`.
 
     Raises:
-        ConfigError: No such method, too few steps for it, or an answer or a model that cannot be explained.
+        ConfigError: No such method, too few steps for it, steps or a seed that it does not take, or an answer or a model that cannot be
+            explained.
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is not known; the methods are {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
     how = METHODS[method].how
     if how is integrated_gradients and num_steps is not None and num_steps < LEAST_STEPS:
         raise ConfigError(f"num_steps={num_steps} is too few for integrated gradients; give {LEAST_STEPS} or more (--steps)")
+    if num_steps is not None and not METHODS[method].num_steps:
+        raise ConfigError(f"num_steps={num_steps}: method {method!r} takes no steps; drop it (--steps)")
+    if seed and how is not smooth_times_input:
+        raise ConfigError(f"seed={seed}: method {method!r} draws nothing; drop it (--seed)")
     log_odds = LogOdds(loaded, question, find_answer(loaded, question, answer, max_new_tokens=max_new_tokens))
     if isinstance(how, AttentionMethod):
         return _by_attention(loaded, question, log_odds, method, trace(log_odds, how))

@@ -65,7 +65,7 @@ def write(explanation: Explanation, question: Question, loaded: Loaded, folder: 
 def lines(explanation: Explanation) -> list[str]:
     """An explanation for a terminal: the answer, what each medium has of it, and what matters most."""
     answer, unit = explanation.answer, explanation.unit
-    said = "given answer" if answer.is_given else "answer"
+    said = "given answer" if answer.is_given else "answer" if answer.is_finished else "answer, cut off at --max-new-tokens,"
     found = [
         f"{said} {answer.text!r}, log probability {sum(explanation.log_probabilities):.4g}, log odds {explanation.log_odds:.4g}",
         f"{METHODS[explanation.method].title}, in {unit}",

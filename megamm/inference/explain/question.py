@@ -46,13 +46,15 @@ class Answer:
         text: In words.
         token_ids: Without the token that ends it; empty where a head answers.
         label: Number of the head's label; None where tokens answer.
-        is_given: It was asked about, and is not what the model says.
+        is_given: It was asked about; the model may say the same or something else.
+        is_finished: False where it is the model's own and was cut off.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     label: int | None = None
     is_given: bool = False
+    is_finished: bool = True
 
 
 def read_question(loaded: Loaded, text: str, *, images: Sequence[Path] = (), audios: Sequence[Path] = ()) -> Question:

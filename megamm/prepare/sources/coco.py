@@ -2,7 +2,7 @@
 
 Boxes become `[x1, y1, x2, y2]` in source pixels, half-open. A box that has no area or lies outside of its picture is left out and
 named; one that reaches beyond the edge is cut at it and named. Crowds (`iscrowd`) are regions of many objects and no answer to learn:
-they are left out of the answer and kept beside the sample as `crowd`, because COCO's metric ignores what is found there.
+they are left out of the answer and kept beside the sample as `crowd`, because COCO's metric of boxes ignores what is found there.
 
 Source: https://cocodataset.org/#format-data; masks are drawn by pycocotools, as the metric draws them.
 """
@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from megamm.core.errors import ConfigError, DataError
+from megamm.core.masks import pixels_of
 from megamm.prepare.inputs import below, existing_input, member, read_input, size_of
 from megamm.prepare.names import plain_key
 from megamm.prepare.pictures import instance_png, layers, plain_size
 from megamm.prepare.source import PROMPT, ROOT, Draft, Listing, Option, Record, Source, one_of
 
 _ROUNDING_PIXELS = 1e-3
+_MOST_PIXELS = 2**53
 _QUESTIONS = {"detection": "Find every object.", "segmentation": "Segment every object."}
 
 
@@ -118,7 +120,7 @@ def _boxes(
         label = labels[annotation["category_id"]]
         what = f"annotation {annotation.get('id')} ({label})"
         box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) and np.isfinite(value) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             notes.append(f"{what}: bbox {box} is not four numbers")
             continue
         x, y, width, height = box
@@ -134,6 +136,10 @@ def _boxes(
             notes.append(f"{what}: bbox {box} is cut at the edge of {size[0]} x {size[1]} pixels")
         found.append({"label": label, "xyxy": corners})
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -_MOST_PIXELS < value < _MOST_PIXELS
 
 
 def _masks(
@@ -182,16 +188,47 @@ def _draw(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
             if any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
                 raise DataError("a polygon has fewer than three corners")
             code = coder.merge(coder.frPyObjects(polygons, height, width))
+            mask = coder.decode(code).astype(bool)
         elif isinstance(segmentation, dict) and list(segmentation["size"]) == [height, width]:
-            code = coder.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
+            counts = segmentation["counts"]
+            # pycocotools decodes runs of any length into memory that it never cleared.
+            mask = pixels_of(_checked(_runs(counts) if isinstance(counts, str) else counts, width * height), (height, width))
         else:
             raise DataError(f"its segmentation is no polygons and no run-length code of {width} x {height} pixels")
-        mask = coder.decode(code).astype(bool)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise DataError(f"its segmentation cannot be drawn ({error})") from None
     if not mask.any():
         raise DataError("its segmentation covers no pixel of the picture")
     return mask
+
+
+def _checked(runs: Sequence[int], num_pixels: int) -> Sequence[int]:
+    if not all(type(one) is int and one >= 0 for one in runs) or sum(runs) != num_pixels:
+        raise DataError(f"its run lengths are not whole numbers that sum to {num_pixels}")
+    return runs
+
+
+def _runs(code: str) -> list[int]:
+    """Run lengths of COCO's compressed code: five bits a character, the lowest first, a sixth where more follow; from the fourth run on
+    the difference to the run two before.
+
+    Source: pycocotools, `rleFrString`.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in code.encode("ascii"):
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift or any(not 48 <= character < 112 for character in code.encode("ascii")):
+        raise DataError("its compressed run lengths are cut off or damaged")
+    return runs
 
 
 def _pycocotools() -> Any:

@@ -14,6 +14,7 @@ shop, and nothing in the list tells who met what, when or how often.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +38,7 @@ _FIELDS = {
     "time": "when: a number, or text that sorts by time such as 2011-12-09",
     "basket": "what belongs together (default: the same time)",
 }
+_SORTABLE = re.compile(r"\d{4}([-/.]?)\d\d(\1\d\d([T ]\d\d(:?\d\d(:?\d\d([.,]\d+)?)?)?(?P<zone> ?(Z|UTC|[+-]\d\d(:?\d\d)?))?)?)?")
 _QUESTION = "What comes next?"
 _SHOWN = {"text": "its codes and its text", "codes": "its codes alone"}
 _HELD_OUT = {"none": (), "test": ("test",), "both": ("test", "validation")}
@@ -195,13 +197,23 @@ def _text(values: Mapping[str, Any], column: str) -> str:
 
 
 def _order(times: Iterable[str]) -> Callable[[str], Any]:
-    """What times are sorted by: their number where all are numbers, else their text."""
+    """What times are sorted by: their number where all are numbers, else their text.
+
+    Raises:
+        DataError: They are of two kinds, or of one that does not sort by time.
+    """
     numbers = texts = ""
+    zones: dict[str, str] = {}
     for time in times:
         if _is_number(time):
             numbers = time
-        else:
+        elif found := _SORTABLE.fullmatch(time):
             texts = time
+            zones.setdefault(found["zone"] or "", time)
+        else:
+            raise DataError(f"the time {time!r} does not sort as text; write all as numbers or all as 2011-12-09 08:30:00")
+        if len(zones) > 1:
+            raise DataError(f"times are of several time zones ({', '.join(map(repr, zones.values()))}); write all in one")
         if numbers and texts:
             raise DataError(f"times are numbers and texts ({numbers!r}, {texts!r}); write all as numbers or all as 2011-12-09 08:30:00")
     return str if texts else float

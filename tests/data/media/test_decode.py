@@ -284,6 +284,8 @@ def test_a_wav_of_unknown_length_is_taken_as_it_is():
 def test_useless_sounds_are_refused():
     with pytest.raises(MediaError, match="not finite"):
         audio_input(wav(np.array([0.0, np.nan] * 8000, np.float32)), AudioFeatures())
+    with pytest.raises(MediaError, match="so loud that its spectrum overflows"):
+        audio_input(wav(np.array([1e38, -1e38] * 8000, np.float32)), AudioFeatures())
     with pytest.raises(MediaError, match=r"lasts 31\.0 s"):
         audio_input(flac(31 * 16000), AudioFeatures())
 

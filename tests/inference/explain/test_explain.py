@@ -117,6 +117,8 @@ def test_bad_words_are_one_line(run, asked, tmp_path, capsys):
         ([*picture, "--output", str(tmp_path / "file")], "is a file; name a folder"),
         (["--image", str(tmp_path / "gone.png"), "--output", str(tmp_path / "out")], "gone.png does not exist"),
         ([*picture, "--answer", "", "--output", str(tmp_path / "out")], "--answer '' holds no token"),
+        ([*picture, "--method", "rollout", "--steps", "9", "--output", str(tmp_path / "out")], "method 'rollout' takes no steps; drop it"),
+        ([*picture, "--seed", "9", "--output", str(tmp_path / "out")], "method 'integrated' draws nothing; drop it (--seed)"),
         ([*picture, "--steps", "7", "--output", str(tmp_path / "out")], "num_steps=7 is too few for integrated gradients; give 8 or more"),
     ):
         assert main(["explain", str(run), *words]) == 1
