@@ -25,6 +25,7 @@ from megamm.core.errors import MegaMMError
 NAME = "reference"
 TABLE = "table"
 _ALL = (*PARTS, TABLE)
+_LIBRARIES = ("deepspeed", "jiwer", "pycocotools", "sacrebleu", "scikit-learn")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +54,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.keep:
             rows = kept(rows, results.path_of(_name(arguments.recipe), quick=arguments.quick, folder=arguments.results))
         print(f"\n{show(rows)}")
-        path = results.write(_name(arguments.recipe), _command(arguments), rows, quick=arguments.quick, folder=arguments.results)
+        versions = results.installed_versions(_LIBRARIES)
+        place = {"quick": arguments.quick, "folder": arguments.results}
+        path = results.write(_name(arguments.recipe), _command(arguments), rows, versions=versions, **place)
         print(f"\n{path}")
     for name in [name for name, is_done in done.items() if not is_done]:
         print(f"{name} is not done; the same command goes on with it")

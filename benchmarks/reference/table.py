@@ -209,7 +209,8 @@ def _figure_row(evaluated: Evaluated, figure: Figure) -> Row:
     value = found["value"] * figure.factor
     ends = [found[end] * figure.factor for end in ("low", "high") if found[end] is not None]
     beside = _beside(figure.floor, ends, found["samples"], evaluated.unfinished(figure.set), evaluated.num_skipped(figure.set))
-    return Row(figure.row, value, figure.unit, figure.goal, None, beside)
+    guess = [] if found["chance"] is None else [f"the best guess without looking: {found['chance'] * figure.factor:.3g}"]
+    return Row(figure.row, value, figure.unit, figure.goal, None, "; ".join([beside, *guess]))
 
 
 def _beside(floor: str, ends: Sequence[float] = (), num_samples: int | None = None, num_unfinished: int = 0, num_skipped: int = 0) -> str:

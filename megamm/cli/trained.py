@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megamm.cli.command import Arguments, count, source_argument
 from megamm.core.errors import ConfigError
+from megamm.core.names import listed
 
 
 def _beams_argument(parser: argparse.ArgumentParser) -> None:
@@ -43,18 +44,18 @@ def evaluate(arguments: Arguments) -> None:
     names = [name for name, _, _ in pairs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"--shards names {twice[0]} twice; give each dataset a name of its own, or one glob for all of its shards")
-    named = tuple(filter(None, arguments.changes.split(",")))
+    named = listed(arguments.changes)
     changes = tuple(change.name for change in CHANGES) if arguments.robustness else named
     report = evaluate(
         arguments.source,
         datasets={name: glob for name, _, glob in pairs} or None,
-        tasks=tuple(filter(None, arguments.tasks.split(","))),
+        tasks=listed(arguments.tasks),
         output=arguments.output or _evaluation_of(arguments.source),
         max_samples=arguments.max_samples or None,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
-        slices=tuple(filter(None, arguments.slices.split(","))),
+        slices=listed(arguments.slices),
         changes=changes,
     )
     if report is not None:
@@ -89,7 +90,7 @@ def pseudo_label(arguments: Arguments) -> None:
         arguments.data,
         arguments.output,
         threshold=arguments.threshold,
-        tasks=tuple(filter(None, arguments.tasks.split(","))),
+        tasks=listed(arguments.tasks),
         split=arguments.split,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
@@ -122,7 +123,7 @@ def predict(arguments: Arguments) -> None:
     from megamm.inference.drawing import least_drawn
     from megamm.inference.load import load_model
 
-    found = (tuple(filter(None, words.split(","))) for words in arguments.items.split(";"))
+    found = (listed(basket) for basket in arguments.items.split(";"))
     questions = predict.questions_of(arguments.files, tuple(filter(None, found)), arguments.text, together=arguments.together)
     ranking = predict.Ranking(arguments.num_items, arguments.num_beams, arguments.show == "text", arguments.exclude_known)
     sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens, "ranking": ranking}
@@ -177,7 +178,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 def export(arguments: Arguments) -> None:
     from megamm.export import export, export_peft
 
-    views = tuple(filter(None, arguments.views.split(",")))
+    views = listed(arguments.views)
     if arguments.peft:
         folder = export_peft(arguments.run, arguments.output)
     else:

@@ -1,4 +1,4 @@
-"""Names in messages: what somebody meant by one that does not exist, and messages that differ in names alone."""
+"""Names in words and messages: lists of them, what somebody meant by one that does not exist, messages that differ in names alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import re
 from collections.abc import Iterable
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Names with commas between them; blanks around a name are no part of it."""
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

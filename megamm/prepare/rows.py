@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from megamm.core.errors import ConfigError, DataError
+from megamm.core.names import listed
 from megamm.prepare.source import Option
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
@@ -58,7 +59,7 @@ class Table:
 
 def names(text: str) -> tuple[str, ...]:
     """A list of names with commas between them, as an option's word."""
-    found = tuple(filter(None, (name.strip() for name in text.split(","))))
+    found = listed(text)
     if not found:
         raise ValueError(f"{text!r} names nothing; write names with commas between them")
     return found
