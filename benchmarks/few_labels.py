@@ -65,7 +65,8 @@ weight_decay = 0.05
 [schedule]
 min_ratio = 0.02
 [engine]
-precision = "fp32"
+preset = "zero1"
+precision = "bf16"
 activation_checkpointing = "none"
 [checkpoint]
 every = 0

@@ -24,6 +24,7 @@ class Command:
     Attributes:
         takes_overrides: Words that it does not know override keys of a recipe.
         takes_words: Words that it does not know are for another command.
+        takes_files: It ends in any number of files, which may also stand behind options.
     """
 
     words: tuple[str, ...]
@@ -32,6 +33,7 @@ class Command:
     run: Callable[[Arguments], None]
     takes_overrides: bool = False
     takes_words: bool = False
+    takes_files: bool = False
 
 
 def recipe_argument(parser: argparse.ArgumentParser) -> None:

@@ -102,7 +102,7 @@ def parse(words: Sequence[str]) -> tuple[Command, Arguments]:
         parsers[command.words] = one
     arguments, rest = parser.parse_known_args(words)
     command = arguments.command
-    if rest and not (command.takes_overrides or command.takes_words):
+    if rest and command.takes_files:
         # Files behind options: an argument of any number has taken none of them by then.
         arguments, rest = parsers[command.words].parse_known_intermixed_args(words[len(command.words) :])
     if rest and not (command.takes_overrides or command.takes_words):

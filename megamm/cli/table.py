@@ -42,7 +42,13 @@ COMMANDS = (
         ("checkpoint", "reshard"), "Rewrite a checkpoint for another number of ranks.", checkpoints.reshard_arguments, checkpoints.reshard
     ),
     Command(("evaluate",), "Run tasks over held-out samples.", trained.evaluate_arguments, trained.evaluate),
-    Command(("predict",), "Ask one task of pictures, sounds or histories: typed answers.", trained.predict_arguments, trained.predict),
+    Command(
+        ("predict",),
+        "Ask one task of pictures, sounds or histories: typed answers.",
+        trained.predict_arguments,
+        trained.predict,
+        takes_files=True,
+    ),
     Command(
         ("pseudo-label",),
         "Label samples with a model; write those that it is sure of.",

@@ -221,7 +221,7 @@ def _report(
     unmatched = [
         *_unmatched(tasks, slices, records),
         *(
-            f"no sample has {change.medium} that {change.name} could change, or none with figures"
+            f"change {change.name!r} found no {change.medium} in a sample that has figures"
             for change in changes
             if all(row.change != change.name for row in robustness)
         ),

@@ -123,7 +123,8 @@ def predict(
     for start in range(0, len(questions), batch_size):
         batch = [replace(question, text=question.text or asked.prompt) for question in questions[start : start + batch_size]]
         chats = [_chat(loaded, question, ranking) for question in batch]
-        for question, (messages, _) in zip(batch, chats, strict=True):
+        for question, (messages, _) in zip(batch, chats, strict=True) if loaded.model.head is None else ():
+            # A head says itself what it looks at.
             _check_question(asked, question, messages)
         if loaded.model.head is not None:
             said = heads.predict(loaded, [Sample("", task, messages, media) for messages, media in chats], batch_size=batch_size)

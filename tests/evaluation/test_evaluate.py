@@ -441,7 +441,7 @@ def test_tasks_and_slices_that_match_nothing_are_named(run, datasets):
         "no sample of task 'detection' could be evaluated; the tasks of the samples are text",
         "no sample has the metadata field 'voice' of slices; the fields are none",
         "no sample has the metadata field 'label' of slices; the fields are none",
-        "no sample has image that blur could change, or none with figures",
+        "change 'image_blur' found no image in a sample that has figures",
     )
     assert all(words in report.to_markdown() for words in report.unmatched)
 
