@@ -96,6 +96,8 @@ def evaluate(
     loaded = load_model(ranks.one_checkpoint(source), device=device)
     max_new_tokens = max_new_tokens or min(_LONGEST_ANSWER, loaded.config.text_config.max_position_embeddings // 2)
     check_head(None if loaded.model.head is None else loaded.model.head.settings)
+    if num_beams is not None and loaded.model.head is not None:
+        raise ConfigError(f"num_beams={num_beams} searches items, and this model's head ranks none; drop it (--num-beams)")
     patterns = dict(datasets) if datasets else held_out_patterns(loaded.recipe)
     places, read = _held_out(loaded, patterns, max_samples)
     settings = {

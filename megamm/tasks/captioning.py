@@ -17,8 +17,10 @@ def _parse(reply: Reply) -> str:
 
 def _figures(predictions: Sequence[str], references: Sequence[str]) -> list[Figure]:
     wanted = [[one] for one in references]
+    # Which words are rare, one sample alone does not tell.
+    rarity = [Figure("cider", mean_of(cider_scores(predictions, wanted)))] if len(wanted) > 1 else []
     return [
-        Figure("cider", mean_of(cider_scores(predictions, wanted))),
+        *rarity,
         Figure("chrf", chrf_statistic(predictions, wanted)),
         Figure("bleu", bleu_statistic(predictions, wanted)),
         Figure("exact_match", mean_of(exact_matches(predictions, wanted)), constant_exact_match(wanted)),

@@ -6,7 +6,7 @@ import pytest
 
 from megamm.cli import main
 from megamm.config import Head
-from megamm.core.errors import DataError
+from megamm.core.errors import ConfigError, DataError
 from megamm.data.shards.index import write_index
 from megamm.evaluation import evaluate
 from megamm.inference.heads import predict as ask
@@ -88,6 +88,11 @@ def test_files_are_put_to_the_head(runs, tmp_path, capsys):
 def test_a_question_that_lacks_what_the_head_looks_at_is_refused(runs):
     with pytest.raises(DataError, match="holds 0 image parts, and this detector head looks at exactly 1"):
         list(predict(load_model(runs / "detector", device="cpu"), "detection", questions_of([], (), "where?")))
+
+
+def test_a_head_takes_no_beams(runs):
+    with pytest.raises(ConfigError, match="num_beams=50 searches items, and this model's head ranks none"):
+        evaluate(runs / "detector", num_beams=50, device="cpu")
 
 
 def test_no_question_at_all_runs_the_head_on_nothing(runs):
