@@ -415,7 +415,7 @@ def test_what_is_missing_may_stay_as_an_earlier_table_has_it(tmp_path):
 
 
 def test_figures_are_found_by_the_set_that_an_evaluation_read(tmp_path):
-    row = {"dataset": "cells", "metric": "map50", "slice": "", "value": 0.61, "low": 0.5, "high": 0.7, "samples": 72}
+    row = {"dataset": "cells", "metric": "map50", "slice": "", "value": 0.61, "low": 0.5, "high": 0.7, "samples": 72, "chance": None}
     report = {
         "rows": [{**row, "slice": "a=b", "value": 0.1}, row],
         "settings": {"datasets": {"cells": "/x/bccd_320/test-*.tar"}},
@@ -433,6 +433,8 @@ def test_figures_are_found_by_the_set_that_an_evaluation_read(tmp_path):
         None,
         "floor: YOLOv7 0.906 on another split; 95 %: 0.5 to 0.7; 72 samples; 3 answers cut off",
     )
+    (tmp_path / "report.json").write_text(json.dumps({**report, "rows": [{**row, "chance": 0.25}]}))
+    assert table._figure_row(table.Evaluated(tmp_path), figure).peer.endswith("; the best guess without looking: 0.25")
     assert found.row("fsdd", "map50") is None
 
 
