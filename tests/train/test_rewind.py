@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megamm.checkpoint.manifest import read_data_state, read_ledger, read_manifest
 from megamm.config import to_dict
@@ -37,10 +38,15 @@ LAST = "step_00000016"
 
 
 def wav(values: np.ndarray) -> bytes:
-    """A sound of float samples, which may be of any size."""
+    """A sound of float samples."""
     file = io.BytesIO()
     soundfile.write(file, values.astype(np.float32), 16000, format="WAV", subtype="FLOAT")
     return file.getvalue()
+
+
+def ask(mark: str) -> list[dict[str, str]]:
+    """A question about a sound."""
+    return [{"type": "audio", "member": "0.wav"}, {"type": "text", "text": f"which digit is it{mark}"}]
 
 
 def launch(folder: Path, num_ranks: int, run: str, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -62,18 +68,16 @@ def trained(run: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Easy and rotten texts, sounds of which one overflows the features, and a recipe for the texts."""
+    """Easy and rotten texts, sounds of which one is asked about with a tilde, and a recipe for the texts."""
     folder = tmp_path_factory.mktemp("rewind")
     random = np.random.default_rng(3)
-    sound = random.uniform(-0.5, 0.5, 9000)
-    loud = np.where(np.arange(9000) // 400 == 10, 1e30, sound)
-    ask = [{"type": "audio", "member": "0.wav"}, {"type": "text", "text": "which digit is it?"}]
+    sound = wav(random.uniform(-0.5, 0.5, 9000))
     samples = {
         "easy": {f"e{number:03d}": as_files(text_document("the word zero is a digit " * 3)) for number in range(40)},
         "rotten": {
             f"r{number:03d}": as_files(text_document(bytes(random.integers(33, 127, 60).tolist()).decode())) for number in range(40)
         },
-        "sounds": {f"s{number:02d}": as_files(chat(ask, "zero"), _0_wav=wav(loud if number == 5 else sound)) for number in range(12)},
+        "sounds": {f"s{number:02d}": as_files(chat(ask("~" if number == 5 else "?"), "zero"), _0_wav=sound) for number in range(12)},
     }
     for name, of_kind in samples.items():
         write_index(write_tar(folder / "data" / name / "train-00000.tar", of_kind))
@@ -164,11 +168,23 @@ def test_a_run_that_may_not_go_back_again_ends_in_one_line(folder, spiked):
     assert decisions(ended) == decisions(spiked)
 
 
+@pytest.fixture(scope="module")
+def broken_tower(folder):
+    """A text tower that knows no number for the tilde, which is in one sample alone."""
+    (tilde,) = text.TextTokenizer.load(folder / "data" / "tokenizer").encode("it~")[-1:]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tower = Qwen3ForCausalLM(Qwen3Config(vocab_size=400, head_dim=8, tie_word_embeddings=False, **sizes))
+    tower.get_input_embeddings().weight.data[tilde] = float("nan")
+    tower.save_pretrained(folder / "tower")
+    return folder / "tower"
+
+
 @pytest.mark.distributed
 @pytest.mark.integration
-def test_a_sample_whose_loss_is_not_finite_is_named_and_can_be_kept_out(folder):
+def test_a_sample_whose_loss_is_not_finite_is_named_and_can_be_kept_out(folder, broken_tower):
     sounds = ('--data.train={easy={shards="easy/train-*.tar"},sounds={shards="sounds/train-*.tar"}}', "--data.row_frames=400")
-    short = (*sounds, "--data.window=16", "--train.steps=3", "--optim.max_unapplied_updates=0")
+    steps = ("--data.window=16", "--train.steps=3", "--optim.max_unapplied_updates=0")
+    short = (*sounds, *steps, f"--model.text.pretrained={broken_tower}")
     result = launch(folder, 2, "loud", *short)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.count("the update was not applied, because the loss is not finite (optim.max_unapplied_updates=0)") == 1
