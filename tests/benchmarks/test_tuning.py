@@ -14,9 +14,9 @@ def rows(tmp_path_factory):
 
 def test_each_method_has_each_figure(rows):
     figures = ["accuracy", "trained parameters", "memory a rank", "state a rank", "step", "training", "checkpoint"]
-    assert list(rows) == [f"{method}: {figure}" for method in QUICK.methods for figure in figures]
+    assert list(rows) == ["no tuning: accuracy", *(f"{method}: {figure}" for method in QUICK.methods for figure in figures)]
     assert all(row.holds is None for row in rows.values())
-    for method in QUICK.methods:
+    for method in ("no tuning", *QUICK.methods):
         accuracy = rows[f"{method}: accuracy"]
         low, high = accuracy.spread
         assert 0 <= low <= accuracy.value <= high <= 1 and accuracy.peer.startswith(f"{QUICK.max_samples} held-out samples of digits")
